@@ -1,0 +1,175 @@
+"""Query-only sparse attention: some queries, all keys and values, and the log-sum-exp beside.
+
+Given every key and value, a row of attention depends on no other row, so computing only the
+selected queries gives exactly the rows that dense attention would give.
+"""
+
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+Implementation = Literal["xla"]
+
+# Tile sizes of the XLA reference: scores held at once are [B, A, QUERY_TILE, KEY_TILE] float32.
+QUERY_TILE = 2048
+KEY_TILE = 2048
+
+
+def implementations() -> dict[str, str]:
+    """Which implementations run on this machine: name -> "runs", or the reason why not."""
+    return {"xla": "runs"}
+
+
+def query_sparse_attention(
+    q: Float[Array, "B K A C"],
+    k: Float[Array, "B N A C"],
+    v: Float[Array, "B N A C"],
+    *,
+    count: Int[Array, "B"] | None = None,
+    scale: float | None = None,
+    implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B K A C"], Float[Array, "B A K"]]:
+    """Attention of gathered query rows to all keys and values.
+
+    Args:
+      q: selected queries, already gathered.
+      k: keys of every token.
+      v: values of every token, in the dtype of `k`.
+      count: rows of `q` that are in use, per batch row, in 0..K; None means all.
+      scale: factor on the logits; None means C ** -0.5.
+      implementation: "xla" (online softmax over tiles of keys, never a K x N matrix at size),
+        or None for the best that runs here.
+
+    Returns:
+      out: [B, K, A, C] in the dtype of `v`; rows at or past `count` are 0.
+      lse: [B, A, K] float32, the natural logarithm of the sum of the exponentials of the scaled
+        logits; rows at or past `count` are -inf.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit, no key, or an implementation that can't run.
+
+    Source: ASTRAEA 3.2, Figure 3 and Algorithm 1 lines 3-5.
+    """
+    _check(q, k, v, count)
+    if implementation not in (None, "xla"):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(implementations())}; "
+            f"got {implementation!r}"
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
+    if count is not None:
+        used = jnp.arange(q.shape[1]) < count[:, None]
+        out = jnp.where(used[:, :, None, None], out, 0)
+        lse = jnp.where(used[:, None, :], lse, -jnp.inf)
+    return out, lse
+
+
+def gather_rows(
+    values: Float[Array, "B N *rest"], indices: Int[Array, "B K"]
+) -> Float[Array, "B K *rest"]:
+    """Rows of `values` at `indices`; an index past the end gives the last row."""
+    return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(values, indices)
+
+
+def scatter_rows(
+    values: Float[Array, "B N *rest"], indices: Int[Array, "B K"], rows: Float[Array, "B K *rest"]
+) -> Float[Array, "B N *rest"]:
+    """`values` with `rows` put at `indices` (no two alike); an index past the end is dropped."""
+    batch = jnp.arange(values.shape[0])[:, None]
+    return values.at[batch, indices].set(rows, mode="drop", unique_indices=True)
+
+
+def _tiled(q, k, v):
+    """Splits the queries into tiles, so that the scores held at once stay bounded."""
+    batch, num_queries, heads, width = q.shape
+    if num_queries <= QUERY_TILE:
+        return _online_softmax(q, k, v)
+    num_tiles = -(-num_queries // QUERY_TILE)
+    padding = num_tiles * QUERY_TILE - num_queries
+    tiles = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    tiles = tiles.reshape(batch, num_tiles, QUERY_TILE, heads, width).swapaxes(0, 1)
+    out, lse = lax.map(lambda tile: _online_softmax(tile, k, v), tiles)
+    out = out.swapaxes(0, 1).reshape(batch, -1, heads, width)[:, :num_queries]
+    lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[:, :, :num_queries]
+    return out, lse
+
+
+def _online_softmax(q, k, v):
+    """Softmax attention of one tile of (scaled) queries, over tiles of keys."""
+    batch, num_queries, heads, width = q.shape
+    num_keys = k.shape[1]
+    if num_keys <= KEY_TILE:
+        total, normaliser, largest = _tile(q, k, v, None)
+    else:
+        start = (
+            jnp.zeros((batch, heads, num_queries, width), jnp.float32),
+            jnp.zeros((batch, heads, num_queries), jnp.float32),
+            jnp.full((batch, heads, num_queries), -jnp.inf, jnp.float32),
+        )
+        num_tiles = -(-num_keys // KEY_TILE)
+        body = functools.partial(_add_tile, q=q, k=k, v=v)
+        total, normaliser, largest = lax.fori_loop(0, num_tiles, body, start)
+    # Without the barrier, whether the LSE is used decides how the softmax is fused, and with it the
+    # last bits of the output: a dense step with a cache would not equal the plain model.
+    total, normaliser, largest = lax.optimization_barrier((total, normaliser, largest))
+    out = (total / normaliser[..., None]).astype(v.dtype)
+    return out.swapaxes(1, 2), largest + jnp.log(normaliser)
+
+
+def _add_tile(index, carry, *, q, k, v):
+    """Folds one tile of keys into the running softmax."""
+    total, normaliser, largest = carry
+    # The last tile is moved back to fit, and the keys it would count twice are masked.
+    first = jnp.minimum(index * KEY_TILE, k.shape[1] - KEY_TILE)
+    fresh = first + jnp.arange(KEY_TILE) >= index * KEY_TILE
+    k_tile = lax.dynamic_slice_in_dim(k, first, KEY_TILE, 1)
+    v_tile = lax.dynamic_slice_in_dim(v, first, KEY_TILE, 1)
+    tile_total, tile_normaliser, tile_largest = _tile(q, k_tile, v_tile, fresh)
+    new_largest = jnp.maximum(largest, tile_largest)
+    keep, add = jnp.exp(largest - new_largest), jnp.exp(tile_largest - new_largest)
+    return (
+        total * keep[..., None] + tile_total * add[..., None],
+        normaliser * keep + tile_normaliser * add,
+        new_largest,
+    )
+
+
+def _tile(q, k, v, fresh):
+    """Unnormalised attention to one tile: (total [B,A,K,C], normaliser, largest [B,A,K])."""
+    scores = jnp.einsum("bkac,bnac->bakn", q, k, preferred_element_type=jnp.float32)
+    if fresh is not None:
+        scores = jnp.where(fresh, scores, -jnp.inf)
+    largest = scores.max(axis=-1)
+    weights = jnp.exp(scores - largest[..., None])
+    normaliser = weights.sum(axis=-1)
+    total = jnp.einsum(
+        "bakn,bnac->bakc", weights.astype(v.dtype), v, preferred_element_type=jnp.float32
+    )
+    return total, normaliser, largest
+
+
+def _check(q, k, v, count) -> None:
+    """Refuses what no implementation could compute, at trace time."""
+    if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
+        raise ValueError(
+            "expected q [B,K,A,C] and k, v [B,N,A,C] of one shape; "
+            f"got q {q.shape}, k {k.shape}, v {v.shape}"
+        )
+    if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
+        raise ValueError(
+            "expected q and k to agree in batch, heads and head width; "
+            f"got q {q.shape} and k {k.shape}"
+        )
+    if q.shape[1] == 0 or k.shape[1] == 0:
+        raise ValueError(
+            f"expected at least one query and one key; got {q.shape[1]} and {k.shape[1]}"
+        )
+    if not (q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"expected one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}: cast one")
+    if count is not None and count.shape != (q.shape[0],):
+        raise ValueError(f"expected count of shape ({q.shape[0]},); got {count.shape}")

@@ -1,0 +1,256 @@
+"""The denoising loop: latents of noise in, latents of a video out, a cache carried between steps.
+
+Two drivers give the same numbers. "dynamic" is one jitted scan whose levels are data, so that one
+program serves every schedule; it may be called from jitted code. "static" is a host loop over one
+jitted, donated step for each level that the schedule uses, with big tiles.
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int, Key
+
+from astraea_jax import solvers
+from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold
+from astraea_jax.methods.dense import Dense
+from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.schedule import Schedule
+from astraea_jax.solvers import Solver, SolverState
+
+Driver = Literal["dynamic", "static"]
+
+
+class Denoised(NamedTuple):
+    """What a run gives.
+
+    Attributes:
+      latents: denoised, normalised as the VAE expects, float32.
+      trace: of every step (leading axis T), or () when it was not asked for.
+    """
+
+    latents: Float[Array, "P F Y X C"]
+    trace: Trace | tuple[()]
+
+
+class LoopState(NamedTuple):
+    """What goes from step to step: a pytree of fixed shapes.
+
+    Attributes:
+      latents: the sample at this step's noise level, float32.
+      solver: the solver's history.
+      method: the method's state (the token cache, last velocity, ...), a row for each guidance
+        branch and prompt, branch first.
+    """
+
+    latents: Float[Array, "P F Y X C"]
+    solver: SolverState
+    method: object
+
+
+class _Settings(NamedTuple):
+    """Static choices of a run; hashable."""
+
+    method: Method
+    geometry: Geometry
+    num_branches: int
+    trace: bool
+
+
+def denoise(
+    model: VideoDiT,
+    latents: Float[Array, "P F Y X C"],
+    context: Float[Array, "B M D"],
+    *,
+    solver: Solver,
+    schedule: Schedule | Int[Array, "T"] | None = None,
+    method: Method | None = None,
+    guidance: float | Float[Array, ""] | None = None,
+    key: Key[Array, ""] | None = None,
+    driver: Driver = "dynamic",
+    progress: Callable[[int], None] | None = None,
+    trace: bool = False,
+) -> Denoised:
+    """Denoises latents.
+
+    Args:
+      model: a video diffusion transformer.
+      latents: Gaussian noise, one video a row.
+      context: text embeddings padded to the model's text length; with guidance the P conditional
+        rows first, then the P unconditional ones.
+      solver: of `solvers.unipc` or `solvers.euler`, T steps.
+      schedule: a level for each step; None is dense. An int array of levels 0..10 (its first 10)
+        may be traced.
+      method: None is the plain model.
+      guidance: scale of classifier-free guidance, or None for none. Each branch has a cache.
+      key: for methods that draw; None is key 0.
+      driver: "dynamic" or "static".
+      progress: called with the number of finished steps, 1..T, after each.
+      trace: whether to return which tokens were computed.
+
+    Returns:
+      The denoised latents, and the trace.
+
+    Raises:
+      ValueError: shapes, schedule and solver that do not fit, before anything is computed.
+    """
+    method = Dense() if method is None else method
+    settings = _check(model, latents, context, solver, schedule, method, guidance, trace)
+    levels = np.full(solver.steps, 10, np.int8) if schedule is None else schedule
+    levels = levels.array() if isinstance(levels, Schedule) else levels
+    key = jax.random.key(0) if key is None else key
+    scale = jnp.float32(1.0 if guidance is None else guidance)
+    latents = jnp.asarray(latents, jnp.float32)
+    if driver == "static":
+        return _static(model, latents, context, solver, levels, scale, key, settings, progress)
+    if driver != "dynamic":
+        raise ValueError(f'driver must be "dynamic" or "static"; got {driver!r}')
+    with _listening(progress):
+        denoised = _dynamic(
+            model, latents, context, solver, levels, scale, key, settings, progress is not None
+        )
+        if progress is not None:
+            jax.block_until_ready(denoised)
+            jax.effects_barrier()
+    return denoised
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "report"))
+def _dynamic(model, latents, context, solver, levels, guidance, key, settings, report):
+    """The whole loop as one program; levels, solver, guidance and key are data."""
+    prepared = model.prepare(context, settings.geometry)
+    method = settings.method
+
+    def step(state: LoopState, xs):
+        solver_row, level, index = xs
+        inputs = _inputs(state.latents, solver_row, level, index, key, settings)
+        runs = [
+            functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes
+        ]
+        choice = method.decide(state.method, inputs)
+        forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
+        state = _advance(model, state, forward, solver_row, guidance, settings)
+        if report:
+            jax.debug.callback(_report_step, index + 1, ordered=False)
+        return state, forward.trace if settings.trace else ()
+
+    indices = jnp.arange(solver.steps, dtype=jnp.int32)
+    state = _start(model, latents, settings)
+    state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
+    return Denoised(state.latents, traces)
+
+
+def _static(model, latents, context, solver, levels, guidance, key, settings, progress):
+    """A host loop over compiled steps, one for each mode that the schedule uses."""
+    levels = [int(level) for level in np.asarray(levels)]
+    modes = [settings.method.static_mode(level) for level in levels]
+    prepared, state = start_static(model, latents, context, settings)
+    traces = []
+    for index, (mode, level) in enumerate(zip(modes, levels, strict=True)):
+        row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
+        state, step_trace = static_step(
+            model, prepared, state, row, jnp.int8(level), jnp.int32(index), guidance, key,
+            settings=settings, mode=mode,
+        )  # fmt: skip
+        traces.append(step_trace)
+        if progress is not None:
+            jax.block_until_ready(state.latents)
+            progress(index + 1)
+    trace = jax.tree.map(lambda *leaves: jnp.stack(leaves), *traces) if settings.trace else ()
+    return Denoised(state.latents, trace)
+
+
+@functools.partial(jax.jit, static_argnames=("settings",))
+def start_static(model, latents, context, settings) -> tuple[Prepared, LoopState]:
+    """What the static driver starts from."""
+    return model.prepare(context, settings.geometry), _start(model, latents, settings)
+
+
+@functools.partial(jax.jit, static_argnames=("settings", "mode"), donate_argnames=("state",))
+def static_step(
+    model, prepared, state: LoopState, solver_row, level, index, guidance, key, *, settings, mode
+) -> tuple[LoopState, Trace | tuple[()]]:
+    """One step whose mode is static; the state is donated, so the cache is updated in place."""
+    inputs = _inputs(state.latents, solver_row, level, index, key, settings)
+    forward = _forward(model, prepared, inputs, state.method, settings=settings, mode=mode)
+    state = _advance(model, state, forward, solver_row, guidance, settings)
+    return state, forward.trace if settings.trace else ()
+
+
+def _start(model, latents, settings: _Settings) -> LoopState:
+    batch = latents.shape[0] * settings.num_branches
+    # A copy, because the state is donated and the caller keeps the noise.
+    latents = jnp.array(latents, copy=True)
+    method_state = settings.method.init(settings.geometry, batch, model.dtype)
+    return LoopState(latents, solvers.init(latents), method_state)
+
+
+def _inputs(latents, solver_row, level, index, key, settings: _Settings) -> StepInputs:
+    branches = settings.num_branches
+    repeated = jnp.concatenate([latents] * branches)
+    timestep = jnp.full((repeated.shape[0],), solver_row.timestep, jnp.float32)
+    return StepInputs(repeated, timestep, jnp.asarray(level, jnp.int32), fold(key, index))
+
+
+def _forward(model, prepared, inputs, state, *, settings: _Settings, mode: Mode):
+    return settings.method.forward(
+        mode, model, prepared, settings.geometry, inputs, state, settings.num_branches
+    )
+
+
+def _advance(model, state, forward, solver_row, guidance, settings: _Settings) -> LoopState:
+    """Guides the branches' velocities and takes the solver's step."""
+    velocity = model.unpatchify(forward.velocity, settings.geometry)
+    if settings.num_branches == 2:
+        conditional, unconditional = jnp.split(velocity, 2)
+        velocity = unconditional + guidance * (conditional - unconditional)
+    latents, history = solvers.step(solver_row, state.solver, state.latents, velocity)
+    return LoopState(latents, history, forward.state)
+
+
+def _check(
+    model, latents, context, solver, schedule, method, guidance, trace
+) -> _Settings:
+    """Refuses what does not fit, before anything is traced."""
+    geometry = model.geometry(latents.shape)
+    branches = 1 if guidance is None else 2
+    if context.ndim != 3 or context.shape[0] != branches * latents.shape[0]:
+        raise ValueError(
+            f"expected context of {branches * latents.shape[0]} rows ({branches} guidance "
+            f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
+        )
+    if isinstance(schedule, Schedule):
+        for level in sorted(set(schedule.levels)):
+            method.static_mode(level)
+    if schedule is not None:
+        length = schedule.steps if isinstance(schedule, Schedule) else schedule.shape[0]
+        if length != solver.steps:
+            raise ValueError(
+                f"expected a schedule of {solver.steps} levels, one a solver step; got {length}"
+            )
+    return _Settings(method, geometry, branches, trace)
+
+
+_listener: Callable[[int], None] | None = None
+
+
+def _report_step(done) -> None:
+    """Called by the running program; the listener is looked up late, so it causes no retrace."""
+    if _listener is not None:
+        _listener(int(done))
+
+
+@contextlib.contextmanager
+def _listening(progress: Callable[[int], None] | None) -> Iterator[None]:
+    global _listener
+    before, _listener = _listener, progress
+    try:
+        yield
+    finally:
+        _listener = before

@@ -1,0 +1,28 @@
+"""Acceleration methods, one file each, behind one interface."""
+
+from astraea_jax.methods.astraea import Astraea as Astraea
+from astraea_jax.methods.astraea import AstraeaState as AstraeaState
+from astraea_jax.methods.base import Method as Method
+from astraea_jax.methods.base import Mode as Mode
+from astraea_jax.methods.base import Trace as Trace
+from astraea_jax.methods.dense import Dense as Dense
+from astraea_jax.methods.fixed_token import FixedToken as FixedToken
+from astraea_jax.methods.step_level import StepLevel as StepLevel
+from astraea_jax.selection import PUBLISHED
+
+METHODS = {
+    "dense": Dense(),
+    "astraea": Astraea(),
+    "astraea-published": Astraea(PUBLISHED),
+    "fixed-token": FixedToken(),
+    "step-level": StepLevel(),
+    "step-level-residual": StepLevel("residual"),
+}
+"""Methods by the name that commands know them by."""
+
+
+def make(name: str) -> Method:
+    """The method called `name`; ValueError for an unknown one."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    return METHODS[name]

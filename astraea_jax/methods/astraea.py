@@ -1,0 +1,329 @@
+"""ASTRAEA: a share of the tokens a step, chosen by selection, the rest from the token cache."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from astraea_jax import cache as token_cache
+from astraea_jax import model as core
+from astraea_jax import selection
+from astraea_jax.attention import gather_rows, scatter_rows
+from astraea_jax.cache import TokenCache
+from astraea_jax.methods import base
+from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.selection import SelectionConfig
+
+
+class AstraeaState(NamedTuple):
+    """The token cache and the last velocity, which a step at level 0 reuses whole."""
+
+    cache: TokenCache
+    velocity: Float[Array, "B N P"]
+
+
+class Choice(NamedTuple):
+    """One selection.
+
+    Attributes:
+      indices: positions by falling score, padded with N; see `selection.order`.
+      fresh: which tokens are computed.
+    """
+
+    indices: Int[Array, "B M"]
+    fresh: Bool[Array, "B N"]
+
+
+class _Carry(NamedTuple):
+    """What goes from block to block within a sparse step.
+
+    Attributes:
+      tokens: entering the block.
+      before: what entered it a step earlier, where that is known without a slot of its own.
+      cache: the token cache.
+      previous: the selection of the block before.
+      computed: blocks so far that computed each token.
+      overlap: sum of the overlaps of consecutive selections so far.
+    """
+
+    tokens: Float[Array, "B N H"]
+    before: Float[Array, "B N W"]
+    cache: TokenCache
+    previous: Bool[Array, "B N"]
+    computed: Float[Array, "B N"]
+    overlap: Float[Array, "B"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Astraea:
+    """Levels 1..9 compute that many tenths of the tokens in every block; 10 is the plain model.
+
+    Keys and values are those of all tokens, fresh and stale, at every computed step. Level 0 runs
+    nothing and reuses the last velocity.
+
+    Attributes:
+      selection: how tokens are chosen and what stale ones get.
+
+    Source: ASTRAEA 3.2 and Algorithm 1.
+    """
+
+    selection: SelectionConfig = SelectionConfig()
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "astraea"
+
+    @property
+    def modes(self) -> tuple[base.Mode, ...]:
+        """Skip, a level that is data, or the plain model."""
+        return (base.SKIP, base.Mode("sparse"), base.DENSE)
+
+    def static_mode(self, level: int) -> base.Mode:
+        """A mode for each level."""
+        return {0: base.SKIP, 10: base.DENSE}.get(level, base.Mode("sparse", level))
+
+    def decide(self, state: AstraeaState, inputs: base.StepInputs) -> Int[Array, ""]:
+        """By the level."""
+        del state
+        level = inputs.level
+        return jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+
+    def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> AstraeaState:
+        """An empty cache; it is filled by the first step, which is dense."""
+        config, blocks = self.selection, geometry.num_blocks
+        per_block = config.scope == "block"
+        sketched = config.reference == "sketch"
+        cache = token_cache.empty_cache(
+            blocks=blocks,
+            batch=batch,
+            tokens=geometry.num_tokens,
+            width=geometry.width,
+            dtype=dtype,
+            selections=blocks if per_block else 1,
+            references=blocks if per_block and not config.chained else 1,
+            reference_width=config.sketch_width if sketched else geometry.width,
+            reference_dtype=jnp.dtype(jnp.float32) if sketched else dtype,
+        )
+        shape = (batch, geometry.num_tokens, geometry.patch_values)
+        return AstraeaState(cache, jnp.zeros(shape, jnp.float32))
+
+    def forward(
+        self,
+        mode: base.Mode,
+        model: VideoDiT,
+        prepared: Prepared,
+        geometry: Geometry,
+        inputs: base.StepInputs,
+        state: AstraeaState,
+        num_branches: int,
+    ) -> base.Forward:
+        """The model on the selected tokens, on all, or nothing but the last velocity."""
+        if mode == base.SKIP:
+            return self._skip(geometry, inputs, state)
+        modulation = model.modulation(inputs.timestep)
+        run = _Run(self.selection, model, prepared, modulation, geometry, inputs, num_branches)
+        if mode == base.DENSE:
+            return run.dense(state)
+        return run.sparse(state, inputs.level if mode.level is None else mode.level)
+
+    def _skip(self, geometry, inputs, state) -> base.Forward:
+        cache = state.cache
+        if self.selection.count_skipped:
+            cache = cache._replace(age=_older(cache.age))
+        trace = base.empty_trace(inputs.latents.shape[0], geometry.num_tokens)
+        return base.Forward(state.velocity, AstraeaState(cache, state.velocity), trace)
+
+
+def _older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """Ages a step later; int8 holds up to 127, beyond any cap."""
+    return jnp.minimum(age, 126) + jnp.int8(1)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Run:
+    """One evaluation of the model: what its parts share."""
+
+    config: SelectionConfig
+    model: VideoDiT
+    prepared: Prepared
+    modulation: core.Modulation
+    geometry: Geometry
+    inputs: base.StepInputs
+    num_branches: int
+
+    def dense(self, state: AstraeaState) -> base.Forward:
+        """The plain model, which also fills the cache."""
+        config = self.config
+        tokens = self.model.embed(self.inputs.latents)
+        cache = state.cache
+        if config.scope == "step" or config.chained:
+            cache = cache._replace(reference=selection.view(tokens, config)[None])
+
+        def step(carry, block, index, groups):
+            del groups
+            tokens, cache = carry
+            out, lse = base.dense_block(block, tokens)
+            kept = out - tokens if config.reuse == "residual" else out
+            lse = selection.heads_reduced(lse, config)
+            cache = cache._replace(
+                out=token_cache.write_block(cache.out, index, kept),
+                lse=self._write_selection(cache.lse, index, lse),
+                age=self._write_selection(cache.age, index, jnp.zeros_like(lse)),
+                reference=self._write_reference(cache.reference, index, tokens, None),
+            )
+            return out, cache
+
+        tokens, cache = self._scan(step, (tokens, cache))
+        velocity = self.model.head(tokens, self.modulation)
+        trace = base.full_trace(tokens.shape[0], tokens.shape[1])
+        return base.Forward(velocity, AstraeaState(cache, velocity), trace)
+
+    def sparse(self, state: AstraeaState, level: int | Int[Array, ""]) -> base.Forward:
+        """Some tokens in every block; `level` is a number or data."""
+        config, cache = self.config, state.cache
+        tokens = self.model.embed(self.inputs.latents)
+        batch, num_tokens, _ = tokens.shape
+        whole = None
+        if config.scope == "step":
+            groups, first = self.geometry.groups[0], jnp.int32(0)
+            whole = self._choose(tokens, cache.reference[0], cache, first, groups, level)
+            reference = self._merge_reference(cache.reference[0], tokens, whole.fresh)
+            cache = cache._replace(reference=reference[None])
+        before = cache.reference[0] if config.chained else jnp.zeros((batch, num_tokens, 0))
+        if config.chained:
+            cache = cache._replace(reference=tokens[None])
+
+        def step(carry: _Carry, block, index, groups) -> _Carry:
+            choice = whole
+            if choice is None:
+                choice = self._choose(carry.tokens, carry.before, carry.cache, index, groups, level)
+            return self._block(carry, block, index, groups, choice, level)
+
+        carry = _Carry(
+            tokens,
+            before,
+            cache,
+            previous=jnp.zeros((batch, num_tokens), bool),
+            computed=jnp.zeros((batch, num_tokens)),
+            overlap=jnp.zeros((batch,)),
+        )
+        carry = self._scan(step, carry)
+        cache = carry.cache
+        if config.scope == "step":
+            age = jnp.where(carry.previous, 0, _older(cache.age[0]))
+            cache = cache._replace(age=age[None].astype(cache.age.dtype))
+        velocity = self.model.head(carry.tokens, self.modulation)
+        if config.velocity == "kept":
+            velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
+        blocks = self.geometry.num_blocks
+        trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
+        return base.Forward(velocity, AstraeaState(cache, velocity), trace)
+
+    def _block(self, carry: _Carry, block, index, groups, choice: Choice, level) -> _Carry:
+        """One block on its selected tokens; the rest come from the cache."""
+        config = self.config
+        tokens, cache = carry.tokens, carry.cache
+        keys_values = block.keys_values(tokens)
+        out, stale = token_cache.read_block(cache.out, index)
+        merged = tokens + stale if config.reuse == "residual" else stale
+        lse_block = index if config.scope == "block" else 0
+        lse = cache.lse[lse_block]
+
+        def compute(state, indices):
+            merged, out, lse = state
+            rows = gather_rows(tokens, indices)
+            fresh, row_lse = core.apply_block(block, rows, indices, keys_values)
+            kept = fresh - rows if config.reuse == "residual" else fresh
+            out = token_cache.write_rows(out, index, indices, kept)
+            row_lse = selection.heads_reduced(row_lse, config)
+            merged = scatter_rows(merged, indices, fresh)
+            return merged, out, scatter_rows(lse, indices, row_lse)
+
+        state = self._each_chunk(compute, (merged, out, lse), choice, level)
+        merged, out, new_lse = state
+        if config.scope == "step":
+            # One selection serves all blocks, weighed by the first block's attention.
+            new_lse = jnp.where(index == 0, new_lse, lse)
+        age = cache.age
+        if config.scope == "block":
+            aged = jnp.where(choice.fresh, 0, _older(cache.age[index]))
+            age = token_cache.write_block(age, index, aged)
+        cache = cache._replace(
+            out=out,
+            lse=token_cache.write_block(cache.lse, lse_block, new_lse),
+            age=age,
+            reference=self._write_reference(cache.reference, index, tokens, choice.fresh),
+        )
+        same = selection.overlap(choice.fresh, carry.previous)
+        return _Carry(
+            tokens=merged,
+            before=stale if config.chained else carry.before,
+            cache=cache,
+            previous=choice.fresh,
+            computed=carry.computed + choice.fresh,
+            overlap=carry.overlap + jnp.where(index == 0, 0.0, same),
+        )
+
+    def _each_chunk(self, compute, state, choice: Choice, level):
+        """Runs the selected rows at once when their number is known, else a tenth at a time."""
+        rows = choice.indices.shape[1] // selection.LEVELS
+        if isinstance(level, int):
+            return compute(state, choice.indices[:, : level * rows])
+
+        def body(chunk, state):
+            return compute(state, lax.dynamic_slice_in_dim(choice.indices, chunk * rows, rows, 1))
+
+        return lax.fori_loop(0, level, body, state)
+
+    def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
+        """Selects the tokens of one block (or, with scope "step", of all)."""
+        config = self.config
+        batch, num_tokens, _ = tokens.shape
+        per_block = config.scope == "block"
+        age = cache.age[index if per_block else 0]
+        if config.rank == "random":
+            key: Key[Array, ""] = base.fold(self.inputs.key, index)
+            shape = (batch, num_tokens)
+            scores = selection.random_score(key, shape, config, self.num_branches)
+        else:
+            if per_block and not config.chained:
+                before = cache.reference[index]
+            delta = selection.change(selection.view(tokens, config), before, config)
+            scores = selection.score(cache.lse[index if per_block else 0], delta, age, config)
+            if config.branches == "shared":
+                scores = selection.shared_score(scores, self.num_branches)
+        ordered = selection.order(
+            scores, age, groups=groups.number, contiguous=groups.contiguous
+        )
+        count = level * (ordered.shape[1] // selection.LEVELS)
+        return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))
+
+    def _write_selection(self, stack, index, rows):
+        """Stores LSE or age: of every block, or of the first where one selection serves all."""
+        if self.config.scope == "block":
+            return token_cache.write_block(stack, index, rows)
+        return jnp.where(index == 0, rows.astype(stack.dtype)[None], stack)
+
+    def _write_reference(self, stack, index, tokens, fresh):
+        """Stores a block's input where blocks keep references of their own."""
+        if self.config.scope == "step" or self.config.chained:
+            return stack
+        merged = selection.view(tokens, self.config)
+        if fresh is not None:
+            merged = self._merge_reference(stack[index], tokens, fresh)
+        return token_cache.write_block(stack, index, merged)
+
+    def _merge_reference(self, before, tokens, fresh):
+        """The reference after a step: all tokens as they are now, or only the computed ones."""
+        now = selection.view(tokens, self.config)
+        if self.config.reference == "previous":
+            return now
+        return jnp.where(fresh[..., None], now, before)
+
+    def _scan(self, step, carry):
+        return base.scan_blocks(
+            self.model, self.prepared, self.modulation, self.geometry, step, carry
+        )

@@ -1,0 +1,31 @@
+"""FIXED-TOKEN: the ablation in which one selection a step serves every block."""
+
+import dataclasses
+
+from astraea_jax import selection
+from astraea_jax.methods.astraea import Astraea
+from astraea_jax.selection import SelectionConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class FixedToken(Astraea):
+    """ASTRAEA with one selection a step, made on the tokens that enter the first block.
+
+    Attributes:
+      selection: its scope must be "step"; by default the published choices otherwise.
+
+    Source: ASTRAEA 4.3, FIXED-TOKEN ("at the granularity of timesteps instead of blocks").
+    """
+
+    selection: SelectionConfig = dataclasses.replace(selection.PUBLISHED, scope="step")
+
+    def __post_init__(self):
+        if self.selection.scope != "step":
+            raise ValueError(
+                f'fixed-token needs scope "step"; got {self.selection.scope!r}: use Astraea'
+            )
+
+    @property
+    def name(self) -> str:
+        """What tables call it."""
+        return "fixed-token"

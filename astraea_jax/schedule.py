@@ -1,0 +1,197 @@
+"""A schedule: what share of the tokens each denoising step computes."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import tempfile
+from collections.abc import Sequence
+from typing import Self
+
+import numpy as np
+
+LEVELS = 10
+"""Levels are tenths: level 10 computes every token, level 0 computes nothing."""
+
+_FORMAT = "astraea-schedule-1"
+
+
+def rows_per_level(num_tokens: int) -> int:
+    """Tokens that one level stands for: a tenth of `num_tokens`, rounded up.
+
+    One definition serves every driver, so that they select the same tokens.
+    """
+    return -(-num_tokens // LEVELS)
+
+
+def rows_at(level: int, num_tokens: int) -> int:
+    """Tokens computed at `level` (0..10) of `num_tokens`."""
+    return min(num_tokens, level * rows_per_level(num_tokens))
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """A level for each denoising step, the noisiest step first.
+
+    Attributes:
+      levels: integers in 0..10, one a step. 10 is the plain dense model, 0 reuses the last
+        velocity and costs nothing. The first is 10: there is nothing yet to reuse.
+
+    Raises:
+      ValueError: a level out of range, no step, or a first step that is not dense.
+
+    Source: ASTRAEA 3.3, equation 7.
+    """
+
+    levels: tuple[int, ...]
+
+    def __post_init__(self):
+        if not self.levels:
+            raise ValueError("levels must hold one integer a step; got none")
+        for index, level in enumerate(self.levels):
+            if isinstance(level, bool) or not isinstance(level, int | np.integer):
+                raise ValueError(
+                    f"levels must be integers in 0..{LEVELS}; level {index + 1} is {level!r}"
+                )
+            if not 0 <= level <= LEVELS:
+                raise ValueError(
+                    f"levels must be integers in 0..{LEVELS}; level {index + 1} is {level}"
+                )
+        object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
+        if self.levels[0] != LEVELS:
+            raise ValueError(
+                f"the first level must be {LEVELS} (there is nothing yet to reuse); "
+                f"got {self.levels[0]}"
+            )
+
+    @property
+    def steps(self) -> int:
+        """Number of denoising steps."""
+        return len(self.levels)
+
+    @property
+    def budget(self) -> float:
+        """Mean share of the tokens that is computed, in (0, 1]."""
+        return sum(self.levels) / (LEVELS * self.steps)
+
+    def realised_budget(self, num_tokens: int) -> float:
+        """Mean share of `num_tokens` tokens computed, after rounding a level up to whole rows."""
+        rows = sum(rows_at(level, num_tokens) for level in self.levels)
+        return rows / (num_tokens * self.steps)
+
+    def array(self) -> np.ndarray:
+        """The levels as data for a jitted loop, int8 [T]."""
+        return np.asarray(self.levels, np.int8)
+
+    @classmethod
+    def dense(cls, steps: int) -> Self:
+        """Every token at every step."""
+        return cls((LEVELS,) * check_steps(steps))
+
+    @classmethod
+    def uniform(cls, steps: int, budget: float, *, dense_steps: int = 1) -> Self:
+        """A dense start, then the rest of `budget` spread evenly over the steps that follow.
+
+        Args:
+          steps: number of denoising steps.
+          budget: mean share of tokens computed, in (0, 1]; met to the nearest tenth of a step.
+          dense_steps: leading steps at level 10.
+
+        Raises:
+          ValueError: a budget out of (0, 1] or too small for the dense start.
+        """
+        rest = _after_dense_start(steps, budget, dense_steps, unit=1)
+        return cls((LEVELS,) * dense_steps + tuple(_spread(rest, steps - dense_steps)))
+
+    @classmethod
+    def skipping(cls, steps: int, budget: float, *, dense_steps: int = 1) -> Self:
+        """A dense start, then whole steps computed or skipped, evenly spread.
+
+        Args:
+          steps: number of denoising steps.
+          budget: mean share of steps computed, in (0, 1]; met to the nearest whole step.
+          dense_steps: leading steps at level 10.
+
+        Raises:
+          ValueError: a budget out of (0, 1] or too small for the dense start.
+        """
+        rest = _after_dense_start(steps, budget, dense_steps, unit=LEVELS)
+        tail = (LEVELS * computed for computed in _spread(rest // LEVELS, steps - dense_steps))
+        return cls((LEVELS,) * dense_steps + tuple(tail))
+
+    def save(self, path: str | os.PathLike, **about) -> None:
+        """Writes the schedule as JSON; `about` (JSON values) is stored beside the levels."""
+        path = pathlib.Path(path)
+        content = {"format": _FORMAT, "steps": self.steps, "levels": list(self.levels), **about}
+        if not path.parent.is_dir():
+            raise ValueError(f"expected an existing folder for {path}; {path.parent} is none")
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            json.dump(content, file, indent=1)
+        os.replace(file.name, path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Self:
+        """Reads what `save` wrote.
+
+        Raises:
+          ValueError: no such file, no JSON, another format, or levels that are no schedule.
+        """
+        try:
+            content = json.loads(pathlib.Path(path).read_text())
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise ValueError(f"expected a schedule file (JSON) at {path}; {error}") from error
+        if not isinstance(content, dict) or content.get("format") != _FORMAT:
+            raise ValueError(f'expected {path} to hold "format": "{_FORMAT}"; write it with save')
+        levels = content.get("levels")
+        if not isinstance(levels, list):
+            raise ValueError(f"expected a list of levels in {path}; got {levels!r}")
+        schedule = cls(tuple(levels))
+        if content.get("steps", schedule.steps) != schedule.steps:
+            raise ValueError(
+                f"{path} says {content['steps']} steps but holds {schedule.steps} levels"
+            )
+        return schedule
+
+
+def check_steps(steps: int) -> int:
+    """Returns `steps` if it is a number of steps, at least 1; raises ValueError otherwise."""
+    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
+        raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
+    return steps
+
+
+def check_budget(budget: float) -> float:
+    """Returns `budget` if it is a share in (0, 1]; raises ValueError otherwise."""
+    try:
+        value = float(budget)
+    except (TypeError, ValueError):
+        value = math.nan
+    if not 0 < value <= 1:
+        raise ValueError(f"budget must be a number above 0 and at most 1, as 0.5; got {budget!r}")
+    return value
+
+
+def _after_dense_start(steps: int, budget: float, dense_steps: int, *, unit: int) -> int:
+    """Tenths of steps left to spread after the dense start, a multiple of `unit`."""
+    check_steps(steps)
+    check_budget(budget)
+    if not 1 <= dense_steps <= steps:
+        raise ValueError(f"dense_steps must be in 1..{steps} (the steps); got {dense_steps}")
+    rest = round(budget * LEVELS * steps / unit) * unit - LEVELS * dense_steps
+    if rest < 0:
+        raise ValueError(
+            f"budget {budget:g} of {steps} steps is less than their {dense_steps} dense steps: "
+            f"ask for at least {dense_steps / steps:.3g}"
+        )
+    return rest
+
+
+def _spread(total: int, steps: int) -> Sequence[int]:
+    """Whole numbers that add up to `total`, as equal as can be, the larger ones evenly spaced.
+
+    A step's number is large late in its share of the run, so a skipping schedule reuses before
+    it computes and ends on a computed step.
+    """
+    marks = [total * index // steps for index in range(steps + 1)] if steps else [0]
+    return [after - before for before, after in zip(marks, marks[1:], strict=False)]

@@ -1,0 +1,208 @@
+"""Flow-matching solvers as tables: every linear multistep rule is one `step`.
+
+A sample is `x = (1 - sigma) clean + sigma noise` and the model predicts the velocity
+`noise - clean`. A solver is a table of coefficients computed in float64 on the host, so the
+jitted loop holds no logarithm of zero and a change of solver, steps or shift of equal length
+needs no new program.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from astraea_jax.schedule import check_steps
+
+_TRAIN_STEPS = 1000
+
+
+class Solver(NamedTuple):
+    """Coefficients of a run of T steps; a pytree whose leaves have a leading axis T.
+
+    With `x` the sample at a step, `m = x - sigma v` the clean sample that the model predicts,
+    `m1`, `m2` the two before it and `x1` the corrected sample of the step before:
+    `c = correct . (x, x1, m2, m1, m)` and the next sample is `predict . (c, m, m1)`.
+
+    Attributes:
+      sigma: noise level of each step, in (0, 1].
+      timestep: what the model is told, in 0..1000.
+      correct: corrector weights.
+      predict: predictor weights.
+    """
+
+    sigma: Float[Array, "T"] | np.ndarray
+    timestep: Float[Array, "T"] | np.ndarray
+    correct: Float[Array, "T 5"] | np.ndarray
+    predict: Float[Array, "T 3"] | np.ndarray
+
+    @property
+    def steps(self) -> int:
+        """Number of steps, T."""
+        return len(self.sigma)
+
+
+class SolverState(NamedTuple):
+    """History of a multistep solver, each of the shape of the latents, float32.
+
+    Attributes:
+      corrected: the corrected sample of the step before.
+      clean_1: the clean sample predicted at the step before.
+      clean_2: the one predicted two steps before.
+    """
+
+    corrected: Array
+    clean_1: Array
+    clean_2: Array
+
+
+def init(latents: Float[Array, "*shape"]) -> SolverState:
+    """An empty history for samples of this shape."""
+    zeros = jnp.zeros(latents.shape, jnp.float32)
+    return SolverState(zeros, zeros, zeros)
+
+
+def step(
+    solver: Solver,
+    state: SolverState,
+    latents: Float[Array, "*shape"],
+    velocity: Float[Array, "*shape"],
+) -> tuple[Float[Array, "*shape"], SolverState]:
+    """One step of the solver's table.
+
+    Args:
+      solver: the rows of one step (no leading axis).
+      state: history; of `init` at the first step.
+      latents: the sample at this step's sigma, float32.
+      velocity: the model's prediction there, guidance applied, float32.
+
+    Returns:
+      The sample at the next step's sigma, and the history for it.
+    """
+    clean = latents - solver.sigma * velocity
+    terms = (latents, state.corrected, state.clean_2, state.clean_1, clean)
+    corrected = _combine(solver.correct, terms)
+    following = _combine(solver.predict, (corrected, clean, state.clean_1))
+    return following, SolverState(corrected, clean, state.clean_1)
+
+
+def euler(steps: int, *, shift: float = 3.0) -> Solver:
+    """Euler on the grid of Diffusers' FlowMatchEulerDiscreteScheduler (shifted twice below).
+
+    Args:
+      steps: number of steps, at least 1.
+      shift: flow shift, above 0; larger spends more steps on high noise.
+
+    Source: Diffusers scheduling_flow_match_euler_discrete.
+    """
+    _check(steps, shift)
+    last = _shifted(1 / _TRAIN_STEPS, shift)
+    sigmas = np.append(_shifted(np.linspace(1.0, last, steps), shift), 0.0)
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[:, 0] = 1
+    predict[:, 0] = sigmas[1:] / sigmas[:-1]
+    predict[:, 1] = 1 - predict[:, 0]
+    return _table(sigmas, _TRAIN_STEPS * sigmas[:-1], correct, predict)
+
+
+def unipc(steps: int, *, shift: float = 3.0) -> Solver:
+    """UniPC of order 2 (bh2, predicting the clean sample) on Diffusers' flow sigma grid.
+
+    Args:
+      steps: number of steps, at least 1.
+      shift: flow shift, above 0.
+
+    Source: Diffusers scheduling_unipc_multistep with use_flow_sigmas; UniPC, arXiv 2302.04867.
+    """
+    _check(steps, shift)
+    sigmas = _shifted(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:steps], shift)
+    sigmas = np.append(sigmas, 0.0)
+    sigmas[0] -= 1e-6 if abs(sigmas[0] - 1) < 1e-6 else 0.0
+    timesteps = np.trunc(_TRAIN_STEPS * sigmas[:-1])
+    half_log_snr = [math.log1p(-s) - math.log(s) if s else math.inf for s in sigmas]
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[0, 0] = 1
+    order = 1
+    for i in range(steps):
+        if i:
+            correct[i] = _unipc_correct(sigmas, half_log_snr, i, order)
+        order = min(2, i + 1, steps - i)
+        predict[i] = _unipc_predict(sigmas, half_log_snr, i, order)
+    return _table(sigmas, timesteps, correct, predict)
+
+
+SOLVERS = {"unipc": unipc, "euler": euler}
+
+
+def make(name: str, steps: int, *, shift: float = 3.0) -> Solver:
+    """The solver called `name`.
+
+    Raises:
+      ValueError: an unknown name, steps below 1, or a shift that is not above 0.
+    """
+    if name not in SOLVERS:
+        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
+    return SOLVERS[name](steps, shift=shift)
+
+
+def _unipc_correct(sigmas, lam, i: int, order: int) -> np.ndarray:
+    """Weights of (x, x1, m2, m1, m) that correct the sample that reached step i."""
+    h = lam[i] - lam[i - 1]
+    grow = math.expm1(-h)
+    scale = (1 - sigmas[i]) * grow
+    row = np.array([0, sigmas[i] / sigmas[i - 1], 0, -scale, 0])
+    if order == 1:
+        weight_past, weight_now, ratio = 0.0, 0.5, 1.0
+    else:
+        ratio = (lam[i - 2] - lam[i - 1]) / h
+        first = grow / -h - 1
+        second = first / -h - 0.5
+        weight_past, weight_now = np.linalg.solve(
+            [[1, 1], [ratio, 1]], [first / grow, 2 * second / grow]
+        )
+    # D = (m2 - m1) / ratio and d = m - m1.
+    row += -scale * np.array(
+        [0, 0, weight_past / ratio, -weight_past / ratio - weight_now, weight_now]
+    )
+    return row
+
+
+def _unipc_predict(sigmas, lam, i: int, order: int) -> np.ndarray:
+    """Weights of (c, m, m1) that lead from step i to the next sigma."""
+    if sigmas[i + 1] == 0:
+        # lam is infinite here; the limit is the clean sample itself.
+        return np.array([0.0, 1.0, 0.0])
+    h = lam[i + 1] - lam[i]
+    scale = (1 - sigmas[i + 1]) * math.expm1(-h)
+    row = np.array([sigmas[i + 1] / sigmas[i], -scale, 0.0])
+    if order == 2:
+        ratio = (lam[i - 1] - lam[i]) / h
+        row += -scale * 0.5 / ratio * np.array([0.0, -1.0, 1.0])
+    return row
+
+
+def _combine(weights: Float[Array, "M"], terms: tuple[Array, ...]) -> Array:
+    """Weighted sum; a weight of zero drops its term even where that is not finite."""
+    total = jnp.zeros(terms[0].shape, jnp.float32)
+    for index, term in enumerate(terms):
+        weight = weights[index]
+        total = total + jnp.where(weight == 0, 0.0, weight * term.astype(jnp.float32))
+    return total
+
+
+def _shifted(sigma, shift: float):
+    """Moves noise levels towards 1 by the flow shift."""
+    return shift * sigma / (1 + (shift - 1) * sigma)
+
+
+def _check(steps: int, shift: float) -> None:
+    check_steps(steps)
+    if not (isinstance(shift, int | float) and shift > 0 and math.isfinite(shift)):
+        raise ValueError(f"shift must be a number above 0; got {shift!r}")
+
+
+def _table(sigmas, timesteps, correct, predict) -> Solver:
+    """The float32 arrays that the loop reads."""
+    as_float = (np.asarray(a, np.float32) for a in (sigmas[:-1], timesteps, correct, predict))
+    return Solver(*as_float)
