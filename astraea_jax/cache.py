@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 
 class TokenCache(NamedTuple):
@@ -62,8 +62,10 @@ def read_block(
 
 
 def write_block(
-    stack: Float[Array, "L B N *rest"], block: Int[Array, ""], rows: Float[Array, "B N *rest"]
-) -> Float[Array, "L B N *rest"]:
+    stack: Shaped[Array, "L B N *rest"],
+    block: int | Int[Array, ""],
+    rows: Shaped[Array, "B N *rest"],
+) -> Shaped[Array, "L B N *rest"]:
     """Replaces every row of one block."""
     return lax.dynamic_update_index_in_dim(stack, rows.astype(stack.dtype), block, 0)
 

@@ -7,7 +7,6 @@ jitted, donated step for each level that the schedule uses, with big tiles.
 
 import contextlib
 import functools
-import time
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -23,6 +22,7 @@ from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.schedule import Schedule
 from astraea_jax.solvers import Solver, SolverState
+from astraea_jax.timing import timed_jit
 
 Driver = Literal["dynamic", "static"]
 
@@ -54,7 +54,7 @@ class LoopState(NamedTuple):
     method: object
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
     """Static choices of a run; hashable."""
 
     method: Method
@@ -112,17 +112,18 @@ def denoise(
     if driver != "dynamic":
         raise ValueError(f'driver must be "dynamic" or "static"; got {driver!r}')
     with _listening(progress):
-        denoised = _dynamic(
-            model, latents, context, solver, levels, scale, key, settings, progress is not None
-        )
+        denoised = dynamic_loop(
+            model, latents, context, solver, levels, scale, key,
+            settings=settings, report=progress is not None,
+        )  # fmt: skip
         if progress is not None:
             jax.block_until_ready(denoised)
             jax.effects_barrier()
     return denoised
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "report"))
-def _dynamic(model, latents, context, solver, levels, guidance, key, settings, report):
+@timed_jit(static=("settings", "report"))
+def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, settings, report):
     """The whole loop as one program; levels, solver, guidance and key are data."""
     prepared = model.prepare(context, settings.geometry)
     method = settings.method
@@ -150,7 +151,7 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
     """A host loop over compiled steps, one for each mode that the schedule uses."""
     levels = [int(level) for level in np.asarray(levels)]
     modes = [settings.method.static_mode(level) for level in levels]
-    prepared, state = start_static(model, latents, context, settings)
+    prepared, state = start_static(model, latents, context, settings=settings)
     traces = []
     for index, (mode, level) in enumerate(zip(modes, levels, strict=True)):
         row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
@@ -166,13 +167,13 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
     return Denoised(state.latents, trace)
 
 
-@functools.partial(jax.jit, static_argnames=("settings",))
-def start_static(model, latents, context, settings) -> tuple[Prepared, LoopState]:
+@timed_jit(static=("settings",))
+def start_static(model, latents, context, *, settings) -> tuple[Prepared, LoopState]:
     """What the static driver starts from."""
     return model.prepare(context, settings.geometry), _start(model, latents, settings)
 
 
-@functools.partial(jax.jit, static_argnames=("settings", "mode"), donate_argnames=("state",))
+@timed_jit(static=("settings", "mode"), donate=("state",))
 def static_step(
     model, prepared, state: LoopState, solver_row, level, index, guidance, key, *, settings, mode
 ) -> tuple[LoopState, Trace | tuple[()]]:
@@ -183,7 +184,7 @@ def static_step(
     return state, forward.trace if settings.trace else ()
 
 
-def _start(model, latents, settings: _Settings) -> LoopState:
+def _start(model, latents, settings: Settings) -> LoopState:
     batch = latents.shape[0] * settings.num_branches
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
@@ -191,22 +192,25 @@ def _start(model, latents, settings: _Settings) -> LoopState:
     return LoopState(latents, solvers.init(latents), method_state)
 
 
-def _inputs(latents, solver_row, level, index, key, settings: _Settings) -> StepInputs:
+def _inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
     branches = settings.num_branches
     repeated = jnp.concatenate([latents] * branches)
     timestep = jnp.full((repeated.shape[0],), solver_row.timestep, jnp.float32)
     return StepInputs(repeated, timestep, jnp.asarray(level, jnp.int32), fold(key, index))
 
 
-def _forward(model, prepared, inputs, state, *, settings: _Settings, mode: Mode):
+def _forward(model, prepared, inputs, state, *, settings: Settings, mode: Mode):
     return settings.method.forward(
         mode, model, prepared, settings.geometry, inputs, state, settings.num_branches
     )
 
 
-def _advance(model, state, forward, solver_row, guidance, settings: _Settings) -> LoopState:
+def _advance(model, state, forward, solver_row, guidance, settings: Settings) -> LoopState:
     """Guides the branches' velocities and takes the solver's step."""
-    velocity = model.unpatchify(forward.velocity, settings.geometry)
+    # Methods that keep the velocity write it to memory; the barrier makes all of them do so, or the
+    # guidance would be fused with the head here and not there, and differ in the last bit.
+    velocity = lax.optimization_barrier(forward.velocity)
+    velocity = model.unpatchify(velocity, settings.geometry)
     if settings.num_branches == 2:
         conditional, unconditional = jnp.split(velocity, 2)
         velocity = unconditional + guidance * (conditional - unconditional)
@@ -216,7 +220,7 @@ def _advance(model, state, forward, solver_row, guidance, settings: _Settings) -
 
 def _check(
     model, latents, context, solver, schedule, method, guidance, trace
-) -> _Settings:
+) -> Settings:
     """Refuses what does not fit, before anything is traced."""
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2
@@ -234,7 +238,7 @@ def _check(
             raise ValueError(
                 f"expected a schedule of {solver.steps} levels, one a solver step; got {length}"
             )
-    return _Settings(method, geometry, branches, trace)
+    return Settings(method, geometry, branches, trace)
 
 
 _listener: Callable[[int], None] | None = None

@@ -7,7 +7,6 @@ import os
 import pathlib
 import tempfile
 from collections.abc import Sequence
-from typing import Self
 
 import numpy as np
 
@@ -85,12 +84,12 @@ class Schedule:
         return np.asarray(self.levels, np.int8)
 
     @classmethod
-    def dense(cls, steps: int) -> Self:
+    def dense(cls, steps: int) -> "Schedule":
         """Every token at every step."""
         return cls((LEVELS,) * check_steps(steps))
 
     @classmethod
-    def uniform(cls, steps: int, budget: float, *, dense_steps: int = 1) -> Self:
+    def uniform(cls, steps: int, budget: float, *, dense_steps: int = 1) -> "Schedule":
         """A dense start, then the rest of `budget` spread evenly over the steps that follow.
 
         Args:
@@ -105,7 +104,7 @@ class Schedule:
         return cls((LEVELS,) * dense_steps + tuple(_spread(rest, steps - dense_steps)))
 
     @classmethod
-    def skipping(cls, steps: int, budget: float, *, dense_steps: int = 1) -> Self:
+    def skipping(cls, steps: int, budget: float, *, dense_steps: int = 1) -> "Schedule":
         """A dense start, then whole steps computed or skipped, evenly spread.
 
         Args:
@@ -131,7 +130,7 @@ class Schedule:
         os.replace(file.name, path)
 
     @classmethod
-    def load(cls, path: str | os.PathLike) -> Self:
+    def load(cls, path: str | os.PathLike) -> "Schedule":
         """Reads what `save` wrote.
 
         Raises:

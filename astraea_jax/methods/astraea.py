@@ -172,7 +172,7 @@ class _Run:
                 out=token_cache.write_block(cache.out, index, kept),
                 lse=self._write_selection(cache.lse, index, lse),
                 age=self._write_selection(cache.age, index, jnp.zeros_like(lse)),
-                reference=self._write_reference(cache.reference, index, tokens, None),
+                reference=self._write_reference(cache.reference, index, tokens),
             )
             return out, cache
 
@@ -197,10 +197,18 @@ class _Run:
             cache = cache._replace(reference=tokens[None])
 
         def step(carry: _Carry, block, index, groups) -> _Carry:
-            choice = whole
-            if choice is None:
-                choice = self._choose(carry.tokens, carry.before, carry.cache, index, groups, level)
-            return self._block(carry, block, index, groups, choice, level)
+            if whole is not None:
+                return self._block(carry, block, index, whole, level)
+            tokens, before, cache = carry.tokens, carry.before, carry.cache
+            if not config.chained:
+                stack, before = token_cache.read_block(cache.reference, index)
+                cache = cache._replace(reference=stack)
+            choice = self._choose(tokens, before, cache, index, groups, level)
+            if not config.chained:
+                reference = self._merge_reference(before, tokens, choice.fresh)
+                stack = token_cache.write_block(cache.reference, index, reference)
+                cache = cache._replace(reference=stack)
+            return self._block(carry._replace(cache=cache), block, index, choice, level)
 
         carry = _Carry(
             tokens,
@@ -222,7 +230,7 @@ class _Run:
         trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
         return base.Forward(velocity, AstraeaState(cache, velocity), trace)
 
-    def _block(self, carry: _Carry, block, index, groups, choice: Choice, level) -> _Carry:
+    def _block(self, carry: _Carry, block, index, choice: Choice, level) -> _Carry:
         """One block on its selected tokens; the rest come from the cache."""
         config = self.config
         tokens, cache = carry.tokens, carry.cache
@@ -255,7 +263,6 @@ class _Run:
             out=out,
             lse=token_cache.write_block(cache.lse, lse_block, new_lse),
             age=age,
-            reference=self._write_reference(cache.reference, index, tokens, choice.fresh),
         )
         same = selection.overlap(choice.fresh, carry.previous)
         return _Carry(
@@ -289,8 +296,6 @@ class _Run:
             shape = (batch, num_tokens)
             scores = selection.random_score(key, shape, config, self.num_branches)
         else:
-            if per_block and not config.chained:
-                before = cache.reference[index]
             delta = selection.change(selection.view(tokens, config), before, config)
             scores = selection.score(cache.lse[index if per_block else 0], delta, age, config)
             if config.branches == "shared":
@@ -307,14 +312,11 @@ class _Run:
             return token_cache.write_block(stack, index, rows)
         return jnp.where(index == 0, rows.astype(stack.dtype)[None], stack)
 
-    def _write_reference(self, stack, index, tokens, fresh):
-        """Stores a block's input where blocks keep references of their own."""
+    def _write_reference(self, stack, index, tokens):
+        """Stores a block's whole input where blocks keep references of their own."""
         if self.config.scope == "step" or self.config.chained:
             return stack
-        merged = selection.view(tokens, self.config)
-        if fresh is not None:
-            merged = self._merge_reference(stack[index], tokens, fresh)
-        return token_cache.write_block(stack, index, merged)
+        return token_cache.write_block(stack, index, selection.view(tokens, self.config))
 
     def _merge_reference(self, before, tokens, fresh):
         """The reference after a step: all tokens as they are now, or only the computed ones."""

@@ -1,0 +1,1 @@
+"""Measurements: speed against the operations' own bound, quality against the dense video."""

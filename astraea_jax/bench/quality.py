@@ -1,0 +1,180 @@
+"""Every method at equal budget against the dense video, on fixed prompts: one table.
+
+A table compares methods only at schedules of equal realised cost, and names each schedule: the
+schedule matters more than the selection.
+"""
+
+import concurrent.futures
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astraea_jax import metrics, solvers
+from astraea_jax.denoise import denoise
+from astraea_jax.methods import Astraea, Dense, Method, StepLevel
+from astraea_jax.schedule import Schedule
+from astraea_jax.selection import SelectionConfig
+
+BUDGETS = (0.3, 0.5, 0.7)
+
+
+class Variant(NamedTuple):
+    """A row of the table before it is measured.
+
+    Attributes:
+      method: how steps are computed.
+      schedule: a level for each step; its length is the number of steps.
+      pattern: what the schedule is called: "uniform", "first fifth dense", "fewer steps".
+      about: further columns.
+    """
+
+    method: Method
+    schedule: Schedule
+    pattern: str
+    about: dict[str, str]
+
+
+def schedules(steps: int, budget: float, *, whole: bool) -> dict[str, Schedule]:
+    """The two hand-made patterns of a budget: `whole` steps only, or any level."""
+    make = Schedule.skipping if whole else Schedule.uniform
+    patterns = {"uniform": make(steps, budget)}
+    start = max(1, steps // 5)
+    if budget * steps > start:
+        patterns["first fifth dense"] = make(steps, budget, dense_steps=start)
+    return patterns
+
+
+def token_variants(steps: int, budget: float) -> Iterator[Variant]:
+    """ASTRAEA's selection in every combination that the table asks for, and random tokens."""
+    choices = itertools.product(
+        ("output", "residual"), ("block", "step"), ("separate", "shared"), ("score", "random")
+    )
+    for reuse, scope, branches, rank in choices:
+        config = SelectionConfig(
+            scope=scope, branches=branches, reuse=reuse, rank=rank, velocity="recomputed"
+        )
+        yield from _with_patterns(config, steps, budget)
+    for scope in ("block", "step"):
+        config = SelectionConfig(scope=scope, branches="shared", reuse="residual", velocity="kept")
+        yield from _with_patterns(config, steps, budget)
+
+
+def _with_patterns(config: SelectionConfig, steps: int, budget: float) -> Iterator[Variant]:
+    about = {name: getattr(config, name) for name in ("reuse", "scope", "branches", "velocity")}
+    about["rank"] = config.rank
+    for pattern, schedule in schedules(steps, budget, whole=False).items():
+        yield Variant(Astraea(config), schedule, pattern, about)
+
+
+def step_variants(steps: int, budget: float) -> Iterator[Variant]:
+    """Whole steps skipped, with either reuse, and simply fewer dense steps."""
+    for reuse in ("velocity", "residual"):
+        for pattern, schedule in schedules(steps, budget, whole=True).items():
+            yield Variant(StepLevel(reuse), schedule, pattern, {"reuse": reuse})
+    yield Variant(Dense(), Schedule.dense(round(budget * steps)), "fewer steps", {})
+
+
+def all_variants(steps: int, budgets: Sequence[float] = BUDGETS) -> list[Variant]:
+    """Every row of the table, for one solver."""
+    rows = []
+    for budget in budgets:
+        rows += [*token_variants(steps, budget), *step_variants(steps, budget)]
+    return rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """What every row is measured against: the same noise, text and dense videos.
+
+    Attributes:
+      pipeline: a pipeline of `astraea_ports`.
+      context: text embeddings, conditional rows first.
+      noise: one video a row.
+      guidance: scale of classifier-free guidance.
+      decode: latents to uint8 videos.
+    """
+
+    pipeline: Any
+    context: jax.Array
+    noise: jax.Array
+    guidance: float
+    decode: Callable[[jax.Array], list[np.ndarray]]
+
+    @classmethod
+    def of(cls, pipeline, prompts: Sequence[str], *, seed: int = 0) -> "Study":
+        """A study on the model's default size, each prompt with noise of its own."""
+        default = pipeline.defaults
+        shape = pipeline.latents_shape(default.frames, default.height, default.width)
+        keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(prompts))]
+        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
+        run = jax.jit(lambda model, latents: (model.decode(latents) + 1) / 2)
+
+        def decode(latents) -> list[np.ndarray]:
+            videos = (run(pipeline.vae, latents[i : i + 1])[0] for i in range(len(latents)))
+            return [metrics.to_uint8(np.asarray(video)) for video in videos]
+
+        context = pipeline.encode_text(list(prompts))
+        return cls(pipeline, context, noise, default.guidance, decode)
+
+    def videos(self, variant: Variant, solver: str) -> tuple[list[np.ndarray], Any]:
+        """The variant's videos, and its trace."""
+        table = solvers.make(solver, variant.schedule.steps, shift=self.pipeline.shift)
+        denoised = denoise(
+            self.pipeline.transformer,
+            self.noise,
+            self.context,
+            solver=table,
+            schedule=variant.schedule,
+            method=variant.method,
+            guidance=self.guidance,
+            trace=True,
+        )
+        return self.decode(denoised.latents), denoised.trace
+
+    def measure(
+        self,
+        variants: Sequence[Variant],
+        solver: str,
+        *,
+        steps: int,
+        progress: Callable[[dict], None] = lambda row: None,
+    ) -> list[dict]:
+        """A row for each variant: realised cost, PSNR and SSIM over the prompts, overlap."""
+        dense, _ = self.videos(Variant(Dense(), Schedule.dense(steps), "dense", {}), solver)
+        geometry = self.pipeline.transformer.geometry(self.noise.shape)
+        rows = []
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for variant in variants:
+                videos, trace = self.videos(variant, solver)
+                psnr = np.array(list(pool.map(metrics.psnr, dense, videos)))
+                ssim = np.array(list(pool.map(metrics.ssim, dense, videos)))
+                cost = variant.schedule.realised_budget(geometry.num_tokens)
+                row = {
+                    "method": variant.method.name,
+                    **variant.about,
+                    "pattern": variant.pattern,
+                    "solver": solver,
+                    "cost": cost * variant.schedule.steps / steps,
+                    "psnr": float(psnr.mean()),
+                    "psnr_half_width": float(1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5),
+                    "psnr_worst": float(psnr.min()),
+                    "ssim": float(ssim.mean()),
+                    "overlap": _overlap(variant, trace),
+                    "psnr_each": [float(value) for value in psnr],
+                }
+                rows.append(row)
+                progress(row)
+        return rows
+
+
+def _overlap(variant: Variant, trace) -> float | None:
+    """Mean Jaccard index of consecutive blocks' selections over the steps that select."""
+    selecting = [0 < level < 10 for level in variant.schedule.levels]
+    if not any(selecting) or not isinstance(variant.method, Astraea):
+        return None
+    return float(np.asarray(trace.overlap)[selecting].mean())

@@ -1,0 +1,181 @@
+"""Prompts to token ids, as Wan's text encoder was trained to read them.
+
+Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/tokenizers.py` (cleaning, padding).
+"""
+
+import html
+import os
+import re
+import string
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ftfy
+import numpy as np
+import tokenizers
+from jaxtyping import Int
+
+from astraea_ports import checkpoints
+
+LONGEST = 1 << 20  # "no limit" is written as 10^30 in tokenizer_config.json
+
+
+def clean_prompt(text: str) -> str:
+    """Mends broken Unicode, undoes HTML escapes (twice), makes runs of white space one space.
+
+    Raises:
+      ValueError: the text is no string.
+    """
+    if not isinstance(text, str):
+        raise ValueError(f"expected a prompt as a string, got {text!r}")
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
+
+
+class TokenIds(NamedTuple):
+    """Prompts in token ids, padded at the end to one length.
+
+    Attributes:
+      ids: 0..vocabulary size - 1.
+      mask: 1 for tokens (the end token is one), 0 for padding.
+    """
+
+    ids: Int[np.ndarray, "B L"]
+    mask: Int[np.ndarray, "B L"]
+
+
+class Tokenizer:
+    """A `tokenizers` tokenizer with a fixed length, an end token and padding."""
+
+    def __init__(
+        self, backend: tokenizers.Tokenizer, *, length: int, pad: str, end: str, unknown: str | None
+    ):
+        """Wraps a tokenizer; `from_pretrained` is the usual way to make one.
+
+        Args:
+          backend: what turns text into tokens. Its own padding and truncation are switched off.
+          length: tokens per prompt, the end token included.
+          pad: the token that fills up.
+          end: the token that `backend` puts at the end of a prompt.
+          unknown: the token for what the vocabulary can't spell, if there is one.
+
+        Raises:
+          ValueError: a token is not in the vocabulary, or the backend doesn't end a prompt with
+            `end`.
+        """
+        backend.no_padding()
+        backend.no_truncation()
+        ids = {token: backend.token_to_id(token) for token in (pad, end)}
+        lacking = [token for token, token_id in ids.items() if token_id is None]
+        if lacking:
+            raise ValueError(f"the vocabulary has no {lacking}; check tokenizer_config.json")
+        if backend.encode("").ids[-1:] != [ids[end]]:
+            raise ValueError(
+                f"expected the tokenizer to end every prompt with {end}, got "
+                f"{backend.encode('').tokens} for an empty one; check tokenizer.json"
+            )
+        self.length = length
+        self._backend = backend
+        self._pad, self._end = ids[pad], ids[end]
+        self._unknown = None if unknown is None else backend.token_to_id(unknown)
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: str | os.PathLike[str], *, length: int | None = None
+    ) -> "Tokenizer":
+        """Reads tokenizer.json and tokenizer_config.json.
+
+        Args:
+          folder: where they lie.
+          length: tokens per prompt; None takes `model_max_length`. It is part of the model: padding
+            takes part in its attention.
+
+        Raises:
+          ValueError: a file is missing or broken, or nothing says the length.
+        """
+        config = checkpoints.read_config(folder, "tokenizer_config.json")
+        length = config.get("model_max_length") if length is None else length
+        if not isinstance(length, int) or not 2 <= length <= LONGEST:
+            raise ValueError(
+                f"expected model_max_length in 2..{LONGEST} in "
+                f"{Path(folder)}/tokenizer_config.json, got {length}; pass length="
+            )
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(
+                f"expected the file {path}; make it from other formats with transformers' "
+                "AutoTokenizer(...).save_pretrained"
+            )
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{path} is no tokenizer ({error}); fetch it again") from error
+        return cls(
+            backend,
+            length=length,
+            pad=_special(config, "pad_token") or "<pad>",
+            end=_special(config, "eos_token") or "</s>",
+            unknown=_special(config, "unk_token"),
+        )
+
+    def __call__(self, prompts: Sequence[str]) -> TokenIds:
+        """Token ids of prompts, cleaned first (see `clean_prompt`); an empty prompt is legal.
+
+        Warns:
+          UserWarning: a prompt is too long; its last words are dropped, the end token is kept.
+
+        Raises:
+          ValueError: the prompts are no sequence of strings.
+        """
+        if isinstance(prompts, str):
+            raise ValueError("expected a sequence of prompts, got one string; pass [prompt]")
+        ids = np.full((len(prompts), self.length), self._pad, np.int32)
+        mask = np.zeros_like(ids)
+        for row, prompt in enumerate(map(clean_prompt, prompts)):
+            encoding = self._backend.encode(prompt)
+            kept = encoding.ids
+            if len(kept) > self.length:
+                kept = [*kept[: self.length - 1], self._end]
+                # The word that the cut goes through is lost too.
+                cut = encoding.offsets[self.length - 1][0]
+                words = [m[0] for m in re.finditer(r"\S+", prompt) if m.end() > cut]
+                warnings.warn(
+                    f"a prompt has {len(encoding.ids)} tokens, the limit is {self.length} (with "
+                    f"the end token): dropped {' '.join(words)!r}; shorten it",
+                    UserWarning,
+                    stacklevel=2,
+                )
+            ids[row, : len(kept)] = kept
+            mask[row, : len(kept)] = 1
+        return TokenIds(ids, mask)
+
+    def unknown_words(self, prompt: str) -> tuple[str, ...]:
+        """The words of a prompt that the vocabulary can only spell, or not even that; each once.
+
+        A word is spelled if its tokens stand for fewer than two letters each, on average (in
+        scripts without capitals, where one sign may be a word: for less than one).
+        """
+        found: dict[str, None] = {}
+        for word in clean_prompt(prompt).split():
+            if self._unknown in self._backend.encode(word, add_special_tokens=False).ids:
+                found[word.strip(string.punctuation) or word] = None
+                continue
+            runs = re.findall(r"[^\W\d_]+", word)  # letters only: digits are always spelled
+            found.update(dict.fromkeys(run for run in runs if self._is_spelled(run)))
+        return tuple(found)
+
+    def _is_spelled(self, word: str) -> bool:
+        encoding = self._backend.encode(word, add_special_tokens=False)
+        num_tokens = len(encoding.ids)
+        if word.lower() != word.upper():
+            return num_tokens > 1 and 1 < len(word) < 2 * num_tokens
+        # A word's start may be a token by itself, with the span of the letter after it.
+        marked = encoding.offsets[:1] == encoding.offsets[1:2]
+        return num_tokens - marked > len(word)
+
+
+def _special(config: Mapping[str, Any], name: str) -> str | None:
+    """A special token; older files hold a mapping with its text as `content`."""
+    token = config.get(name)
+    return token.get("content") if isinstance(token, Mapping) else token

@@ -1,0 +1,335 @@
+"""The causal 3-D VAE of Wan 2.1: videos to latents and back, the whole clip at once.
+
+Each frame sees itself and frames before it only; the first one stands for itself in time, so 4k+1
+frames become k+1 latent ones. Upstream runs clips in chunks with caches to save memory; one pass
+with plain causal convolutions gives the same numbers.
+
+Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/vae.py`; Diffusers' `AutoencoderKLWan`.
+"""
+
+import itertools
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Entry
+from astraea_ports.wan.vae_layers import Convolution, Down, Middle, Residual, Up, norm_silu
+
+_PART = r"(encoder|decoder)\."
+
+
+def _conv(key: str, path: str, transform: checkpoints.Transform) -> tuple[Entry, Entry]:
+    kernel = Entry(key + r"\.weight", path + ".kernel", transform)
+    return kernel, Entry(key + r"\.bias", path + ".bias")
+
+
+def _residual(key: str, path: str) -> tuple[Entry, ...]:
+    return (
+        Entry(key + r"\.(?P<n>norm[12])\.gamma", path + r".\g<n>", checkpoints.vector),
+        *_conv(key + r"\.(?P<n>conv[12])", path + r".\g<n>", checkpoints.conv3d),
+        *_conv(key + r"\.conv_shortcut", path + ".shortcut", checkpoints.linear),
+    )
+
+
+def _resample(key: str, path: str) -> tuple[Entry, ...]:
+    return (
+        *_conv(key + r"\.resample\.1", path + ".spatial", checkpoints.conv2d),
+        *_conv(key + r"\.time_conv", path + ".time", checkpoints.time_conv),
+    )
+
+
+_ATTENTION = _PART + r"mid_block\.attentions\.0\."
+TABLE = (
+    *_conv("quant_conv", "quant", checkpoints.linear),
+    *_conv("post_quant_conv", "post_quant", checkpoints.linear),
+    *_conv(_PART + r"(conv_in|conv_out)", r"\1.\2", checkpoints.conv3d),
+    Entry(_PART + r"norm_out\.gamma", r"\1.norm_out", checkpoints.vector),
+    *_residual(_PART + r"mid_block\.resnets\.(\d)", r"\1.mid.blocks.\2"),
+    Entry(_ATTENTION + r"norm\.gamma", r"\1.mid.attention.norm", checkpoints.vector),
+    *_conv(_ATTENTION + r"to_qkv", r"\1.mid.attention.qkv", checkpoints.linear),
+    *_conv(_ATTENTION + r"proj", r"\1.mid.attention.out", checkpoints.linear),
+    *_residual(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
+    *_resample(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
+    *_residual(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", r"decoder.stages.\1.blocks.\2"),
+    *_resample(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", r"decoder.stages.\1.up"),
+)
+
+
+# What the keys of config.json must hold that have no default.
+_KINDS = {
+    "base_dim": (int, "an integer"),
+    "z_dim": (int, "an integer"),
+    "num_res_blocks": (int, "an integer"),
+    "dim_mult": (int, "a list of integers"),
+    "temperal_downsample": (bool, "a list of true and false"),
+    "latents_mean": (int | float, "a list of numbers"),
+    "latents_std": (int | float, "a list of numbers"),
+}
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of a VAE; see Diffusers' `AutoencoderKLWan` for the keys of its config.json.
+
+    Attributes:
+      encoder_width: channels at full size in the encoder; stage i has `multipliers[i]` times that.
+      decoder_width: the same for the decoder.
+      num_blocks: residual blocks in an encoder stage; the decoder has one more.
+      temporal: for each downsampling, whether it also halves the frames.
+      latents_mean: of each latent channel, before normalisation.
+      latents_std: likewise.
+    """
+
+    encoder_width: int
+    decoder_width: int
+    latent_channels: int
+    multipliers: tuple[int, ...]
+    num_blocks: int
+    temporal: tuple[bool, ...]
+    latents_mean: tuple[float, ...]
+    latents_std: tuple[float, ...]
+    image_channels: int = 3
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, along height and along width."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame, after the first."""
+        return 2 ** sum(self.temporal)
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+        """Reads a config.json.
+
+        Raises:
+          ValueError: a key is missing or out of range, or asks for what this file doesn't have
+            (Wan 2.2's residual or patched VAE, attention at other scales).
+        """
+        for key, supported in (("is_residual", False), ("patch_size", None), ("attn_scales", [])):
+            got = config.get(key, supported)
+            if got != supported:
+                raise ValueError(
+                    f"{key} must be {supported!r}, got {got!r}; only Wan 2.1's VAE is supported"
+                )
+        if config.get("in_channels", 3) != config.get("out_channels", 3):
+            raise ValueError("in_channels and out_channels must be equal; check the VAE's config")
+        missing = [key for key in _KINDS if key not in config]
+        if missing:
+            raise ValueError(f"expected the keys {missing} too; check the VAE's config.json")
+        for key, (kind, what) in _KINDS.items():
+            is_list = isinstance(config[key], list | tuple)
+            values = config[key] if is_list else [config[key]]
+            if is_list != ("list" in what) or not all(isinstance(v, kind) for v in values):
+                raise ValueError(
+                    f"{key} must be {what}, got {config[key]!r}; check the config.json"
+                )
+        channels = config["z_dim"]
+        lengths = {"latents_mean": channels, "latents_std": channels}
+        lengths["temperal_downsample"] = len(config["dim_mult"]) - 1
+        for name, length in lengths.items():
+            if len(config[name]) != length:
+                raise ValueError(
+                    f"{name} must have {length} values, got {len(config[name])}; "
+                    "check the VAE's config.json"
+                )
+        sizes = (config["base_dim"], channels, config["num_res_blocks"], *config["dim_mult"])
+        if min(sizes) < 1 or min(config["latents_std"]) <= 0:
+            raise ValueError(
+                f"sizes and latents_std must be positive, got {sizes} and {config['latents_std']}; "
+                "check the VAE's config.json"
+            )
+        return cls(
+            encoder_width=config["base_dim"],
+            decoder_width=config.get("decoder_base_dim") or config["base_dim"],
+            latent_channels=channels,
+            multipliers=tuple(config["dim_mult"]),
+            num_blocks=config["num_res_blocks"],
+            temporal=tuple(config["temperal_downsample"]),
+            latents_mean=tuple(config["latents_mean"]),
+            latents_std=tuple(config["latents_std"]),
+            image_channels=config.get("in_channels", 3),
+        )
+
+
+class Encoder(nnx.Module):
+    """Pixels to the mean and log variance of the latents, before the last 1x1x1 convolution."""
+
+    def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
+        """Random weights."""
+        widths = [config.encoder_width * m for m in (1, *config.multipliers)]
+        self.conv_in = Convolution((3, 3, 3, config.image_channels, widths[0]), rngs)
+        layers: list[Residual | Down] = []
+        for i, (before, width) in enumerate(itertools.pairwise(widths)):
+            for j in range(config.num_blocks):
+                layers.append(Residual(width if j else before, width, rngs))
+            if i < len(config.temporal):
+                layers.append(Down(width, config.temporal[i], rngs))
+        self.layers = nnx.List(layers)
+        self.mid = Middle(widths[-1], rngs)
+        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.conv_out = Convolution((3, 3, 3, widths[-1], 2 * config.latent_channels), rngs)
+
+    def __call__(self, x: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w D"]:
+        """Applies it."""
+        x = self.conv_in.causal(x)
+        for layer in self.layers:
+            x = layer(x)
+        return self.conv_out.causal(norm_silu(self.mid(x), self.norm_out[...]))
+
+
+class Stage(nnx.Module):
+    """One size of the decoder: residual blocks, then (but for the last) twice the size."""
+
+    def __init__(self, num_in: int, width: int, num_blocks: int, up: bool | None, rngs: nnx.Rngs):
+        """Random weights. `up`: also in time; None: stay at this size."""
+        inputs = [num_in] + [width] * (num_blocks - 1)
+        self.blocks = nnx.List([Residual(size, width, rngs) for size in inputs])
+        self.up = None if up is None else Up(width, up, rngs)
+
+    def __call__(self, x: Float[Array, "B f h w I"]) -> Float[Array, "B F height width O"]:
+        """Applies it."""
+        for block in self.blocks:
+            x = block(x)
+        return x if self.up is None else self.up(x)
+
+
+class Decoder(nnx.Module):
+    """Latents, after the first 1x1x1 convolution, to pixels."""
+
+    def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
+        """Random weights."""
+        widths = [config.decoder_width * m for m in reversed(config.multipliers)]
+        ups = (*reversed(config.temporal), None)
+        self.conv_in = Convolution((3, 3, 3, config.latent_channels, widths[0]), rngs)
+        self.mid = Middle(widths[0], rngs)
+        # Each upsampling halves the channels that the next stage gets.
+        inputs = [widths[0], *(width // 2 for width in widths[:-1])]
+        self.stages = nnx.List(
+            [
+                Stage(num_in, width, config.num_blocks + 1, up, rngs)
+                for num_in, width, up in zip(inputs, widths, ups, strict=True)
+            ]
+        )
+        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.conv_out = Convolution((3, 3, 3, widths[-1], config.image_channels), rngs)
+
+    def __call__(self, x: Float[Array, "B f h w C"]) -> Float[Array, "B F height width 3"]:
+        """Applies it."""
+        x = self.mid(self.conv_in.causal(x))
+        for stage in self.stages:
+            x = stage(x)
+        return self.conv_out.causal(norm_silu(x, self.norm_out[...]))
+
+
+class VAE(nnx.Module):
+    """Videos to normalised latents and back. It computes in its weights' dtype.
+
+    Both ways are plain functions of the module and its input: `jax.jit(VAE.decode)(vae, latents)`.
+    Memory grows with the whole clip, about four times its frames at `decoder_width` channels.
+    """
+
+    def __init__(self, config: VAEConfig, rngs: nnx.Rngs):
+        """Random weights."""
+        channels = config.latent_channels
+        self.config = config
+        self.encoder = Encoder(config, rngs)
+        self.quant = Convolution((2 * channels, 2 * channels), rngs)
+        self.post_quant = Convolution((channels, channels), rngs)
+        self.decoder = Decoder(config, rngs)
+
+    def decode(
+        self, latents: Float[Array, "B f h w C"], *, clamp: bool = True
+    ) -> Float[Array, "B F height width 3"]:
+        """Latents to a video.
+
+        Args:
+          latents: normalised, of mean 0 and standard deviation 1 for each channel.
+          clamp: the video to -1..1; the decoder overshoots a little.
+
+        Returns:
+          A float32 video in -1..1, of 4f-3 frames of 8h x 8w pixels.
+
+        Raises:
+          ValueError: the shape is not that of latents.
+        """
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
+            raise ValueError(
+                f"expected latents of shape [batch, frames, height, width, {channels}], got "
+                f"{list(latents.shape)}; put the channels last"
+            )
+        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
+        video = self.decoder(self.post_quant.pointwise(scaled)).astype(jnp.float32)
+        return jnp.clip(video, -1.0, 1.0) if clamp else video
+
+    def encode(self, video: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w C"]:
+        """A video to the mean of its latents, nothing sampled.
+
+        Args:
+          video: in -1..1, of 4k+1 frames, height and width multiples of 8.
+
+        Returns:
+          k+1 frames of normalised latents, float32.
+
+        Raises:
+          ValueError: the shape is not that of such a video.
+        """
+        config = self.config
+        space, time = config.spatial_factor, config.temporal_factor
+        if video.ndim != 5 or video.shape[-1] != config.image_channels or 0 in video.shape:
+            raise ValueError(
+                "expected a video of shape [batch, frames, height, width, "
+                f"{config.image_channels}], got {list(video.shape)}; put the channels last"
+            )
+        frames, height, width = video.shape[1:4]
+        if (frames - 1) % time or height % space or width % space:
+            raise ValueError(
+                f"expected {time}k+1 frames and a height and width that are multiples of {space}, "
+                f"got {frames} frames of {height}x{width}; cut or pad the video"
+            )
+        encoded = self.quant.pointwise(self.encoder(video.astype(self.quant.kernel.dtype)))
+        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        return (encoded[..., : config.latent_channels].astype(jnp.float32) - mean) / std
+
+    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        return self.config.latents_mean, self.config.latents_std
+
+
+def load_vae(
+    source: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+) -> VAE:
+    """Loads a VAE in the Diffusers layout.
+
+    Args:
+      source: a folder with config.json and the weights, or a single .safetensors file.
+      config: what config.json holds; needed with a single file.
+      dtype: of the parameters and of the computation; None is float32, as upstream runs it.
+
+    Raises:
+      ValueError: the config or the weights are missing, broken, or don't fit.
+    """
+    if config is None:
+        if Path(source).is_file():
+            raise ValueError(
+                f"{source} has no config.json beside it; pass config={{...}} or a folder"
+            )
+        config = checkpoints.read_config(source, expected="AutoencoderKLWan")
+    parsed = VAEConfig.from_dict(config)
+    template = jax.eval_shape(lambda: VAE(parsed, nnx.Rngs(0)))
+    return checkpoints.load_parameters(source, template, TABLE, dtype=dtype)

@@ -1,0 +1,288 @@
+"""Loading of safetensors checkpoints: what fits, and one error for everything that does not."""
+
+import json
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import save_file
+
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Entry, load_parameters, model_folder, read_config
+
+TABLE = (
+    Entry(r"layers\.(?P<layer>\d+)\.(weight)", r"blocks.kernel", checkpoints.linear),
+    Entry(r"layers\.(?P<layer>\d+)\.bias", "blocks.bias"),
+    Entry(r"(conv)\.weight", r"\1.kernel", checkpoints.conv2d),
+    Entry(r"(conv)\.bias", r"\1.bias"),
+)
+
+
+class Part(nnx.Module):
+    def __init__(self, *shape):
+        self.kernel = nnx.Param(jnp.zeros(shape))
+        self.bias = nnx.Param(jnp.zeros(shape[-1]))
+
+
+class Model(nnx.Module):
+    def __init__(self):
+        self.blocks = jax.vmap(lambda _: Part(2, 3))(jnp.arange(2))
+        self.conv = Part(3, 3, 2, 4)
+
+
+@pytest.fixture
+def template():
+    return jax.eval_shape(Model)
+
+
+def tensors(**changes):
+    random = np.random.default_rng(0)
+    shapes = {"conv.weight": (4, 2, 3, 3), "conv.bias": (4,)}
+    for layer in range(2):
+        shapes |= {f"layers.{layer}.weight": (3, 2), f"layers.{layer}.bias": (3,)}
+    values = {k: random.normal(size=shape).astype(np.float32) for k, shape in shapes.items()}
+    return {k: v for k, v in (values | changes).items() if v is not None}
+
+
+def saved(folder, values, name="model.safetensors"):
+    save_file(values, folder / name)
+    return folder / name
+
+
+def sharded(folder, weight_map=None):
+    values = tensors()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    parts = {name: dict(list(values.items())[i::2]) for i, name in enumerate(names)}
+    for name, part in parts.items():
+        saved(folder, part, name)
+    full = {key: name for name, part in parts.items() for key in part}
+    index = {"metadata": {"total_size": 1}, "weight_map": weight_map or full}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def check(model, values, dtype=np.float32):
+    def equal(got, expected):
+        assert got.dtype == dtype
+        np.testing.assert_array_equal(got, expected.astype(dtype))
+
+    for layer in range(2):
+        equal(model.blocks.kernel[...][layer], values[f"layers.{layer}.weight"].T)
+        equal(model.blocks.bias[...][layer], values[f"layers.{layer}.bias"])
+    equal(model.conv.kernel[...], values["conv.weight"].transpose(2, 3, 1, 0))
+    equal(model.conv.bias[...], values["conv.bias"])
+
+
+def test_transforms():
+    array = np.arange(2 * 3 * 4 * 5 * 6).reshape(2, 3, 4, 5, 6)
+    assert checkpoints.conv3d(array)[3, 4, 5, 2, 1] == array[1, 2, 3, 4, 5]
+    assert checkpoints.conv2d(array[..., 0])[3, 4, 2, 1] == array[1, 2, 3, 4, 0]
+    assert checkpoints.time_conv(array[..., :1, :1])[3, 2, 1] == array[1, 2, 3, 0, 0]
+    assert checkpoints.linear(array[..., :1, :1, :1])[2, 1] == array[1, 2, 0, 0, 0]
+    assert checkpoints.vector(array[:, :1, 0, 0, 0]).shape == (2,)
+    assert checkpoints.identity(array) is array
+
+
+def test_file_and_folder(tmp_path, template):
+    path = saved(tmp_path, tensors())
+    for source in (path, tmp_path, str(tmp_path)):
+        check(load_parameters(source, template, TABLE), tensors())
+    path.rename(tmp_path / "diffusion_pytorch_model.safetensors")
+    check(load_parameters(tmp_path, template, TABLE), tensors())
+
+
+def test_loaded_module_works_under_jit(tmp_path, template):
+    model = load_parameters(saved(tmp_path, tensors()), template, TABLE)
+    total = jax.jit(lambda model: sum(leaf.sum() for leaf in jax.tree.leaves(model)))(model)
+    assert np.isclose(total, sum(v.sum() for v in tensors().values()), atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16, jnp.float16])
+def test_dtypes(tmp_path, template, stored, dtype):
+    values = {k: v.astype(stored) for k, v in tensors().items()}
+    model = load_parameters(saved(tmp_path, values), template, TABLE, dtype=dtype)
+    check(model, values, dtype=dtype or np.float32)
+
+
+def test_shards(tmp_path, template):
+    sharded(tmp_path)
+    check(load_parameters(tmp_path, template, TABLE), tensors())
+
+
+def test_shards_in_the_cache_of_the_hub(tmp_path, template):
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "abc" / "transformer"
+    blobs.mkdir()
+    snapshot.mkdir(parents=True)
+    sharded(blobs)
+    for path in blobs.iterdir():
+        (snapshot / path.name).symlink_to(Path("../../../blobs") / path.name)
+    check(load_parameters(snapshot, template, TABLE), tensors())
+
+
+def test_all_problems_at_once(tmp_path, template):
+    values = tensors(
+        **{
+            "extra": np.zeros(1, np.float32),
+            "layers.2.bias": np.zeros(3, np.float32),
+            "layers.0.weight": np.zeros((2, 3), np.float32),
+            "layers.1.weight": np.zeros(2, np.float32),
+            "layers.1.bias": None,
+            "conv.bias": np.zeros(4, np.int32),
+            "conv.weight": None,
+        }
+    )
+    with pytest.raises(ValueError) as error:
+        load_parameters(saved(tmp_path, values), template, TABLE)
+    text = str(error.value)
+    assert "2 unexpected" in text and "2 wrong shape" in text and "2 missing" in text
+    assert "extra: no such tensor" in text
+    assert "layers.2.bias: blocks.bias has layers 0..1 only" in text
+    assert "layers.0.weight: expected [2, 3] for blocks.kernel, got [2, 3], that is [3, 2]" in text
+    assert "layers.1.weight: expected [2, 3] for blocks.kernel, got [2], that is [2] here" in text
+    assert r"blocks.bias, layer 1: expected a key like layers\.(?P<layer>\d+)\.bias" in text
+    assert "conv.bias: expected one of BF16, F16, F32, F64, got I32" in text
+    assert r"conv.kernel: expected a key like (conv)\.weight, got none" in text
+
+
+def test_two_matches_and_unknown_path(tmp_path, template):
+    table = (*TABLE[:3], Entry(r"conv\.(weight|bias)", r"conv.\1"))
+    with pytest.raises(ValueError) as error:
+        load_parameters(saved(tmp_path, tensors()), template, table)
+    text = str(error.value)
+    assert r"conv.weight: matches (conv)\.weight and conv\.(weight|bias)" in text
+    table = (*TABLE[:3], Entry(r"conv\.bias", "conv.offset"))
+    with pytest.raises(ValueError, match=r"conv\.bias: this model has no conv\.offset"):
+        load_parameters(saved(tmp_path, tensors()), template, table)
+
+
+def test_a_wholly_wrong_file_is_summed_up(tmp_path, template):
+    values = {f"x{i}": np.zeros(1, np.float32) for i in range(500)}
+    with pytest.raises(ValueError, match=r"500 unexpected(.|\n)*and 480 more") as error:
+        load_parameters(saved(tmp_path, values), template, TABLE)
+    assert len(str(error.value).splitlines()) < 50
+
+
+def test_tied_weights(tmp_path, template):
+    table = (*TABLE, Entry("tied", "conv.bias"))
+    path = saved(tmp_path, tensors(tied=tensors()["conv.bias"]))
+    check(load_parameters(path, template, table), tensors())
+    path = saved(tmp_path, tensors(tied=tensors()["conv.bias"] + 1))
+    with pytest.raises(ValueError, match=r"one value for conv\.bias, got two that differ"):
+        load_parameters(path, template, table)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 30, -10])
+def test_truncated_file(tmp_path, template, cut):
+    path = saved(tmp_path, tensors())
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(ValueError, match=r"model\.safetensors is not a readable safetensors file"):
+        load_parameters(path, template, TABLE)
+
+
+def test_other_formats(tmp_path, template):
+    (tmp_path / "model.bin").write_bytes(b"\x80\x02}q\x00." * 100)
+    with pytest.raises(ValueError, match="not a readable safetensors file"):
+        load_parameters(tmp_path / "model.bin", template, TABLE)
+    with pytest.raises(ValueError, match=r"got model\.bin; convert"):
+        load_parameters(tmp_path, template, TABLE)
+
+
+def test_no_checkpoint(tmp_path, template):
+    with pytest.raises(ValueError, match=r"got nothing; convert"):
+        load_parameters(tmp_path, template, TABLE)
+    with pytest.raises(ValueError, match=r"nowhere is neither"):
+        load_parameters(tmp_path / "nowhere", template, TABLE)
+    sharded(tmp_path)
+    saved(tmp_path, tensors())
+    with pytest.raises(ValueError, match=r"expected one checkpoint .* name the file"):
+        load_parameters(tmp_path, template, TABLE)
+
+
+@pytest.mark.parametrize(
+    "name", ["../out.safetensors", "/etc/passwd", "link.safetensors", "a/../b"]
+)
+def test_index_that_leaves_its_folder(tmp_path, template, name):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    outside = saved(tmp_path, tensors(), "out.safetensors")
+    (folder / "link.safetensors").symlink_to(outside)
+    sharded(folder, {"conv.weight": name})
+    with pytest.raises(ValueError, match=r"lies outside its folder"):
+        load_parameters(folder, template, TABLE)
+
+
+@pytest.mark.parametrize(
+    ("index", "message"),
+    [
+        ("{", "is not valid JSON"),
+        ("[]", "expected a JSON object .* got a list"),
+        ("{}", "`weight_map` of key -> file name"),
+        ('{"weight_map": {"a": 3}}', "`weight_map` of key -> file name"),
+        ('{"weight_map": {}}', "names no file at all"),
+        ('{"weight_map": {"a": "gone.safetensors"}}', "names gone.safetensors, which is not there"),
+    ],
+)
+def test_broken_index(tmp_path, template, index, message):
+    (tmp_path / "model.safetensors.index.json").write_text(index)
+    with pytest.raises(ValueError, match=message):
+        load_parameters(tmp_path, template, TABLE)
+
+
+def test_read_config(tmp_path):
+    path = tmp_path / "config.json"
+    with pytest.raises(ValueError, match=r"expected the file .*config\.json.*check the folder"):
+        read_config(tmp_path)
+    path.write_text('{"_class_name": "Right", "x": 1}')
+    assert read_config(tmp_path)["x"] == 1
+    assert read_config(tmp_path, expected="Right")["x"] == 1
+    with pytest.raises(ValueError, match=r"to describe umt5 or t5 .* got 'Right'"):
+        read_config(tmp_path, expected=("umt5", "t5"))
+    path.write_text('{"model_type": "t5"}')
+    assert read_config(str(tmp_path), "config.json", expected=("umt5", "t5"))
+    path.write_text("{}")
+    with pytest.raises(ValueError, match="got None"):
+        read_config(tmp_path, expected="Right")
+    path.write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match="is not valid JSON"):
+        read_config(tmp_path)
+    with pytest.raises(ValueError, match="expected the file"):
+        read_config(path)
+
+
+def test_model_folder(tmp_path, monkeypatch):
+    assert model_folder(tmp_path) == tmp_path
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match=r"hub id `owner/name`.*\(a file\)"):
+        model_folder(tmp_path / "file")
+    for name in ("nowhere", "a/b/c", "../up", "./here/there", ""):
+        monkeypatch.chdir(tmp_path / ".")
+        if name:
+            with pytest.raises(ValueError, match=r"expected the folder .*\(no such folder\)"):
+                model_folder(name)
+
+
+def test_model_from_the_hub(tmp_path, monkeypatch):
+    calls = []
+
+    def fetch(name, allow_patterns):
+        calls.append((name, allow_patterns))
+        if name == "owner/gone":
+            raise ConnectionError("no route\nto host")
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    assert model_folder("owner/model-1.3B") == tmp_path
+    with pytest.raises(ValueError, match=r"'owner/gone' is no folder .*\(no route\); check"):
+        model_folder("owner/gone")
+    assert [name for name, _ in calls] == ["owner/model-1.3B", "owner/gone"]
+    assert not any(pattern.endswith((".bin", ".pth", "*")) for pattern in calls[0][1][:2])
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

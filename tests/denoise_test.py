@@ -1,0 +1,312 @@
+"""The exactness ladder: dense equality, drivers, oracle, invariance, one trace, no copies."""
+
+import dataclasses
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import grouped_inputs, random_levels, small_inputs, small_model
+
+import oracle
+from astraea_jax import denoise as loop
+from astraea_jax import solvers
+from astraea_jax.denoise import denoise
+from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel
+from astraea_jax.model import dense_forward
+from astraea_jax.schedule import Schedule
+from astraea_jax.selection import PUBLISHED, SelectionConfig
+
+pytestmark = pytest.mark.core
+
+GUIDANCE = 3.0
+CONFIGS = {
+    "default": SelectionConfig(),
+    "published": PUBLISHED,
+    "block residual": SelectionConfig(scope="block", branches="separate"),
+    "block last computed": SelectionConfig(
+        scope="block", reference="last_computed", branches="separate", velocity="recomputed"
+    ),
+    "block output last computed": SelectionConfig(
+        scope="block", reuse="output", reference="last_computed", count_skipped=True
+    ),
+    "block sketch": SelectionConfig(scope="block", reference="sketch", change="abs"),
+    "step sketch": SelectionConfig(reference="sketch", lse_heads="max", normalise="none"),
+    "step last computed": SelectionConfig(reference="last_computed", reuse="output"),
+    "signed": SelectionConfig(scope="block", change="signed", w_beta=0.0),
+    "random": SelectionConfig(scope="block", rank="random", branches="separate"),
+    "random shared": SelectionConfig(rank="random"),
+}
+
+
+def run(method, levels, *, solver=None, driver="dynamic", inputs=None, model=None, **kwargs):
+    """Denoised latents of the small model."""
+    inputs = small_inputs() if inputs is None else inputs
+    solver = solvers.unipc(len(levels)) if solver is None else solver
+    return denoise(
+        small_model() if model is None else model,
+        inputs.latents,
+        inputs.context,
+        solver=solver,
+        schedule=Schedule(levels),
+        method=method,
+        guidance=kwargs.pop("guidance", GUIDANCE),
+        driver=driver,
+        **kwargs,
+    )
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+@pytest.mark.parametrize(
+    "method",
+    [*METHODS.values(), *(Astraea(config) for config in CONFIGS.values())],
+    ids=[*METHODS, *CONFIGS],
+)
+def test_budget_one_equals_dense_bit_for_bit(method, driver):
+    dense = run(Dense(), (10,) * 4)
+    full = run(method, (10,) * 4, driver=driver)
+    assert np.array_equal(dense.latents, full.latents)
+    assert np.abs(np.asarray(dense.latents)).max() > 0
+
+
+def test_grouped_model_at_budget_one_equals_dense():
+    model, inputs = grouped_inputs()
+    runs = [
+        run(method, (10,) * 3, model=model, inputs=inputs).latents
+        for method in (Dense(), Astraea(), Astraea(PUBLISHED))
+    ]
+    assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
+
+
+def test_dense_loop_equals_the_plain_forward_pass():
+    inputs, model = small_inputs(), small_model()
+    solver = solvers.euler(1)
+    velocity = dense_forward(
+        model,
+        jnp.concatenate([inputs.latents] * 2),
+        jnp.full((2,), solver.timestep[0]),
+        inputs.context,
+    )
+    guided = velocity[1] + GUIDANCE * (velocity[0] - velocity[1])
+    got = run(Dense(), (10,), solver=solver).latents[0]
+    np.testing.assert_allclose(got, inputs.latents[0] - guided, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_dynamic_equals_static_equals_masked_oracle(name):
+    config = CONFIGS[name]
+    rng = np.random.default_rng(list(CONFIGS).index(name))
+    levels, key = random_levels(rng, 6), jax.random.key(5)
+    inputs = small_inputs(7)
+    dynamic = run(Astraea(config), levels, inputs=inputs, key=key)
+    static = run(Astraea(config), levels, inputs=inputs, key=key, driver="static")
+    expected = oracle.denoise(
+        small_model(), inputs.latents, inputs.context, solver=solvers.unipc(6), levels=levels,
+        config=config, guidance=GUIDANCE, key=key,
+    )  # fmt: skip
+    scale = np.abs(np.asarray(expected)).max()
+    np.testing.assert_allclose(dynamic.latents, static.latents, atol=1e-5 * scale)
+    np.testing.assert_allclose(dynamic.latents, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("name", ["default", "published", "block sketch"])
+def test_grouped_model_equals_masked_oracle(name):
+    model, inputs = grouped_inputs()
+    levels, key = (10, 5, 0, 3, 8), jax.random.key(1)
+    expected = oracle.denoise(
+        model, inputs.latents, inputs.context, solver=solvers.euler(5), levels=levels,
+        config=CONFIGS[name], guidance=GUIDANCE, key=key,
+    )  # fmt: skip
+    for driver in ("dynamic", "static"):
+        got = run(
+            Astraea(CONFIGS[name]), levels, model=model, inputs=inputs, key=key, driver=driver,
+            solver=solvers.euler(5),
+        )  # fmt: skip
+        scale = np.abs(np.asarray(expected)).max()
+        np.testing.assert_allclose(got.latents, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize("reuse", ["velocity", "residual"])
+def test_step_level_drivers_agree(reuse):
+    levels = (10, 0, 10, 0, 0, 10)
+    dynamic = run(StepLevel(reuse), levels)
+    static = run(StepLevel(reuse), levels, driver="static")
+    np.testing.assert_allclose(dynamic.latents, static.latents, atol=1e-6)
+    assert not np.allclose(dynamic.latents, run(Dense(), (10,) * 6).latents, atol=1e-3)
+
+
+def test_step_level_velocity_reuse_repeats_the_velocity():
+    # With Euler, a skipped step moves on along the same line: two steps are one longer step.
+    levels, solver = (10, 0), solvers.euler(2)
+    latents = run(StepLevel(), levels, solver=solver).latents
+    longer = solvers.Solver(
+        solver.sigma[:1], solver.timestep[:1], solver.correct[:1], np.float32([[0, 1, 0]])
+    )
+    np.testing.assert_allclose(latents, run(Dense(), (10,), solver=longer).latents, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", [Astraea(), Astraea(PUBLISHED), StepLevel("residual")])
+def test_a_video_does_not_depend_on_its_batch(method):
+    levels = (10, 0, 10, 0) if isinstance(method, StepLevel) else (10, 4, 0, 7)
+    both = small_inputs(2, videos=2)
+    together = run(method, levels, inputs=both).latents
+    for index in (0, 1):
+        context = both.context[jnp.array([index, 2 + index])]
+        alone = run(method, levels, inputs=type(both)(both.latents[index][None], context))
+        np.testing.assert_allclose(together[index], alone.latents[0], atol=1e-5)
+    order = jnp.array([1, 0, 3, 2])
+    swapped = type(both)(both.latents[::-1], both.context[order])
+    np.testing.assert_allclose(run(method, levels, inputs=swapped).latents[::-1], together, atol=1e-5)
+
+
+def test_guidance_branches_keep_to_themselves():
+    # Swapping the branches and mirroring the scale gives the same guided velocity.
+    inputs = small_inputs(4)
+    swapped = type(inputs)(inputs.latents, inputs.context[::-1])
+    levels = (10, 5, 5, 0)
+    first = run(Astraea(), levels, inputs=inputs, guidance=2.0).latents
+    second = run(Astraea(), levels, inputs=swapped, guidance=-1.0).latents
+    np.testing.assert_allclose(first, second, atol=2e-5)
+
+
+def test_one_executable_serves_schedules_prompts_seeds_guidance_and_solvers():
+    before = loop.dynamic_loop.num_executables
+    for seed in range(4):
+        rng = np.random.default_rng(seed)
+        make = solvers.unipc if seed % 2 else solvers.euler
+        run(
+            Astraea(SelectionConfig(w_beta=0.123)), random_levels(rng, 5),
+            inputs=small_inputs(seed), guidance=1.5 + seed, solver=make(5),
+            key=jax.random.key(seed),
+        )  # fmt: skip
+    assert loop.dynamic_loop.num_executables == before + 1
+
+
+def test_levels_may_be_traced_in_jitted_code():
+    inputs, traces = small_inputs(), []
+
+    @jax.jit
+    def total(levels):
+        traces.append(1)
+        denoised = denoise(
+            small_model(), inputs.latents, inputs.context, solver=solvers.unipc(3),
+            schedule=levels, method=Astraea(), guidance=GUIDANCE,
+        )  # fmt: skip
+        return denoised.latents
+
+    for levels in ((10, 5, 0), (10, 1, 10)):
+        expected = run(Astraea(), levels).latents
+        np.testing.assert_allclose(total(jnp.array(levels, jnp.int8)), expected, atol=1e-5)
+    assert len(traces) == 1
+
+
+def compiled_steps(method):
+    """Optimised programs that hold the token cache: the loop, and a static step."""
+    inputs, model = small_inputs(), small_model()
+    settings = loop.Settings(method, model.geometry(inputs.latents.shape), 2, False)
+    solver, key = solvers.unipc(4), jax.random.key(0)
+    levels, scale = np.array([10, 5, 0, 3], np.int8), jnp.float32(GUIDANCE)
+    dynamic = loop.dynamic_loop.lower(
+        model, inputs.latents, inputs.context, solver, levels, scale, key,
+        settings=settings, report=False,
+    ).compile()  # fmt: skip
+    prepared, state = loop.start_static(
+        model, inputs.latents, inputs.context, settings=settings
+    )
+    row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
+    static = {
+        level: loop.static_step.lower(
+            model, prepared, state, row, jnp.int8(level), jnp.int32(1), scale, key,
+            settings=settings, mode=method.static_mode(level),
+        ).compile()
+        for level in (4, 10)
+    }  # fmt: skip
+    return state.method.cache, {"dynamic": dynamic, **static}
+
+
+@pytest.mark.parametrize("name", ["default", "published", "block last computed"])
+def test_no_copy_of_the_cache_and_donated(name):
+    cache, programs = compiled_steps(Astraea(CONFIGS[name]))
+    shape = ",".join(map(str, cache.out.shape))
+    for which, program in programs.items():
+        text = program.as_text()
+        assert f"f32[{shape}]" in text, "the cache should be in the program"
+        copies = re.findall(rf"= f32\[{re.escape(shape)}\]\S* copy\(", text)
+        assert not copies, f"{which}: {len(copies)} copies of the whole cache"
+        if which != "dynamic":
+            aliased = program.memory_analysis().alias_size_in_bytes
+            assert aliased >= cache.out.nbytes, f"{which}: the cache is not donated"
+
+
+def test_the_caller_keeps_the_noise():
+    inputs = small_inputs()
+    run(Astraea(), (10, 5), driver="static", inputs=inputs)
+    assert np.isfinite(np.asarray(inputs.latents)).all()
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_progress_reports_every_step(driver):
+    seen = []
+    run(Astraea(), (10, 5, 0, 5), driver=driver, progress=seen.append)
+    assert sorted(seen) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_trace_says_what_was_computed(driver):
+    levels = (10, 5, 0, 3)
+    for config in (SelectionConfig(), CONFIGS["block residual"]):
+        trace = run(Astraea(config), levels, driver=driver, trace=True).trace
+        np.testing.assert_allclose(trace.computed.mean(axis=-1), np.array(levels)[:, None] / 10 + np.zeros((1, 2)), atol=1e-6)
+        assert ((trace.overlap >= 0) & (trace.overlap <= 1)).all()
+        if config.scope == "step":
+            np.testing.assert_allclose(trace.overlap, 1.0)
+
+
+def test_squared_change_with_output_reuse_degenerates_to_one_selection():
+    # specs: a token that is stale in a block enters the next one unchanged, so the next block
+    # picks the very tokens that were just computed. This is why scope "step" loses nothing.
+    trace = run(Astraea(PUBLISHED), (10, 5, 5, 5, 5), trace=True).trace
+    assert float(trace.overlap[2:].min()) > 0.95
+
+
+def test_stale_tokens_keep_their_velocity_when_asked():
+    # One token never computed after the first step: its velocity must stay as it was then.
+    kept = Astraea(SelectionConfig(velocity="kept", rank="random", w_beta=0.0))
+    inputs, solver = small_inputs(), solvers.euler(2)
+    first = run(Dense(), (10,), solver=solvers.Solver(*(leaf[:1] for leaf in solver)))
+    both = run(kept, (10, 1), solver=solver, trace=True)
+    stale = both.trace.computed[1, 0] == 0
+    ratio = solver.sigma[1]
+    velocity_first = (inputs.latents - first.latents) / (1 - ratio)
+    velocity_second = (first.latents - both.latents) / ratio
+    same = np.abs(np.asarray(velocity_first - velocity_second)[0]).max(axis=-1) < 1e-3
+    patches = same.reshape(3, 4, 2, 10, 2).all(axis=(2, 4)).reshape(-1)
+    assert patches[np.asarray(stale)].all() and not patches[~np.asarray(stale)].any()
+
+
+def test_bad_input_is_refused_before_anything_runs():
+    inputs, model = small_inputs(), small_model()
+    call = dict(solver=solvers.unipc(3), guidance=GUIDANCE)
+    with pytest.raises(ValueError, match="expected a schedule of 3 levels.*got 2"):
+        denoise(model, inputs.latents, inputs.context, schedule=Schedule((10, 5)), **call)
+    with pytest.raises(ValueError, match="whole steps, levels 0 and 10.*level 5"):
+        denoise(
+            model, inputs.latents, inputs.context, schedule=Schedule((10, 5, 0)),
+            method=StepLevel(), **call,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="expected context of 2 rows"):
+        denoise(model, inputs.latents, inputs.context[:1], **call)
+    with pytest.raises(ValueError, match=r"expected latents \[B,F,H,W,4\]"):
+        denoise(model, inputs.latents[..., :3], inputs.context, **call)
+    with pytest.raises(ValueError, match="multiples of"):
+        denoise(model, inputs.latents[:, :, :7], inputs.context, **call)
+    with pytest.raises(ValueError, match='driver must be "dynamic" or "static"'):
+        denoise(model, inputs.latents, inputs.context, driver="fast", **call)
+    with pytest.raises(ValueError, match='needs scope "step"'):
+        FixedToken(dataclasses.replace(PUBLISHED, scope="block"))
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

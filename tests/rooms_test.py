@@ -1,0 +1,124 @@
+"""Who may import whom, read from the imports in the sources, lazy ones too."""
+
+import pathlib
+import sys
+
+import pytest
+from build_check import imported_modules
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+PORTS = ROOT / "ports"
+
+MAY_IMPORT = {
+    "files": set(),
+    "timing": set(),
+    "schedule": set(),
+    "cache": set(),
+    "selection": set(),
+    "metrics": set(),
+    # What a level computes is defined once, in schedule.
+    "flops": {"schedule"},
+    "kernels": set(),
+    "attention": {"kernels"},
+    "model": {"attention"},
+    "solvers": {"schedule"},
+    "video": {"metrics"},
+    "report": set(),
+    "methods": {"attention", "cache", "model", "schedule", "selection"},
+    "denoise": {
+        *("attention", "cache", "flops", "methods", "model", "schedule", "selection", "solvers"),
+    },
+    # The fitness is an argument: search knows nothing of the loop that it scores.
+    "search": {"flops", "metrics", "report", "schedule"},
+}
+"""Room -> rooms it may import, beside itself and FLOOR."""
+
+FLOOR = {"files", "timing"}
+"""What every room stands on."""
+
+DOORS = {"__init__", "bench", "cli"}
+"""They may import every room."""
+
+KNOW_THE_PORTS = {"bench", "cli"}
+
+
+def room_of(path):
+    """The room that a file of astraea_jax belongs to: its module, or its sub-package."""
+    return path.relative_to(ROOT / "astraea_jax").parts[0].removesuffix(".py")
+
+
+def sources(folder):
+    return sorted(folder.rglob("*.py"))
+
+
+def rooms_imported(path, root):
+    """Rooms of astraea_jax that a file imports; the package's own front door is `__init__`."""
+    for module in imported_modules(path, root):
+        package, *names = module.split(".")
+        if package == "astraea_jax":
+            is_room = names and (names[0] in MAY_IMPORT or names[0] in DOORS)
+            yield names[0] if is_room else "__init__"
+
+
+def offences(root=ROOT):
+    for path in sources(root / "astraea_jax"):
+        room = path.relative_to(root / "astraea_jax").parts[0].removesuffix(".py")
+        if room in DOORS:
+            continue
+        if room not in MAY_IMPORT:
+            yield f"{path.name}: room {room!r} has no rule here"
+            continue
+        for other in sorted(set(rooms_imported(path, root)) - {room} - FLOOR - MAY_IMPORT[room]):
+            yield f"{path.relative_to(root)} imports {other}"
+
+
+def test_rooms_import_only_what_they_may():
+    assert list(offences()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "offence"),
+    [
+        ("search/study.py", "from astraea_jax import denoise", "imports denoise"),
+        ("search/study.py", "import astraea_jax.denoise as d", "imports denoise"),
+        ("cache.py", "from astraea_jax.schedule import Schedule", "imports schedule"),
+        ("cache.py", "from .model import VideoDiT", "imports model"),
+        ("methods/dense.py", "def f():\n  from ..denoise import run", "imports denoise"),
+        ("model.py", "from astraea_jax import Schedule", "imports __init__"),
+        ("metrics.py", "from astraea_jax.cli import main", "imports cli"),
+        ("new.py", "", "room 'new' has no rule here"),
+    ],
+)
+def test_planted_offences_are_seen(tmp_path, room, line, offence):
+    path = tmp_path / "astraea_jax" / room
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    (found,) = offences(tmp_path)
+    assert found.endswith(offence)
+
+
+def test_only_the_doors_know_the_ports():
+    for path in sources(ROOT / "astraea_jax"):
+        if room_of(path) not in KNOW_THE_PORTS:
+            modules = imported_modules(path, ROOT)
+            assert not any(m.split(".")[0] == "astraea_ports" for m in modules), path
+
+
+def test_ports_do_not_import_the_doors():
+    for path in sources(PORTS):
+        assert not KNOW_THE_PORTS & set(rooms_imported(path, PORTS)), path
+
+
+@pytest.mark.parametrize("package", ["torch", "diffusers", "transformers", "tensorflow"])
+def test_other_frameworks_are_imported_nowhere(package):
+    for path in sources(ROOT / "astraea_jax") + sources(PORTS) + sources(ROOT / "tests"):
+        assert package not in {m.split(".")[0] for m in imported_modules(path, path.parent)}, path
+
+
+def test_no_init_in_the_source_root_of_the_ports():
+    # It would make `import ports` work, and with it a second copy of every class.
+    assert not (PORTS / "__init__.py").exists()
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

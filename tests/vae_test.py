@@ -1,0 +1,232 @@
+"""The Wan VAE against upstream's recorded tensors, at both sizes and full-size shapes."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from safetensors.numpy import load_file
+
+from astraea_ports import checkpoints
+from astraea_ports.wan import vae as wan_vae
+from astraea_ports.wan import vae_layers
+from astraea_ports.wan.vae import VAE, VAEConfig, load_vae
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TINY = Path(wan_vae.__file__).parents[1] / "tiny" / "vae"
+TOLERANCE = 2e-5  # the recordings' README; upstream's two versions differ by 3e-6
+
+
+def channels_last(array):
+    return np.ascontiguousarray(np.moveaxis(array, 1, -1))
+
+
+def dev_config(**changes):
+    recorded = load_file(FIXTURES / "wan/vae_io.safetensors")
+    return {
+        "base_dim": 4,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 2,
+        "temperal_downsample": [False, True, True],
+        "z_dim": 16,
+        "latents_mean": recorded["latents_mean"].tolist(),
+        "latents_std": recorded["latents_std"].tolist(),
+    } | changes
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    tensors = load_file(FIXTURES / "wan/vae_io.safetensors")
+    return {k: channels_last(v) if v.ndim == 5 else v for k, v in tensors.items()}
+
+
+@pytest.fixture(scope="module")
+def small():
+    return load_vae(FIXTURES / "wan/vae_diffusers.safetensors", config=dev_config())
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return load_vae(TINY)
+
+
+def test_decoder_intermediates(small, recorded):
+    @jax.jit
+    def run(vae, z):
+        config = vae.config
+        x = vae.post_quant.pointwise(
+            z * jnp.asarray(config.latents_std) + jnp.asarray(config.latents_mean)
+        )
+        out = {"post_quant": x}
+        x = out["conv_in"] = vae.decoder.conv_in.causal(x)
+        x = out["mid"] = vae.decoder.mid(x)
+        x = out["up0"] = vae.decoder.stages[0](x)
+        out["up1"] = vae.decoder.stages[1](x)
+        return out
+
+    got = run(small, recorded["z"])
+    np.testing.assert_allclose(got["post_quant"], recorded["i.dec.post_quant"], atol=TOLERANCE)
+    for name in ("conv_in", "mid", "up0", "up1"):
+        # One recording per latent frame; for up1 the last was not kept.
+        keys = [f"i.dec.chunk{i}.{name}" for i in range(3) if f"i.dec.chunk{i}.{name}" in recorded]
+        assert len(keys) >= 2
+        expected = np.concatenate([recorded[key] for key in keys], axis=1)
+        frames = expected.shape[1]
+        np.testing.assert_allclose(got[name][:, :frames], expected, atol=TOLERANCE, err_msg=name)
+
+
+def test_decode(small, recorded):
+    video, clamped = jax.jit(lambda vae, z: (vae.decode(z, clamp=False), vae.decode(z)))(
+        small, recorded["z"]
+    )
+    np.testing.assert_allclose(video, recorded["dec_unclamped"], atol=TOLERANCE)
+    assert np.abs(recorded["dec_unclamped"]).max() > 1
+    np.testing.assert_array_equal(clamped, np.clip(video, -1, 1))
+
+
+def test_encode(small, recorded):
+    latents = jax.jit(VAE.encode)(small, recorded["pix"])
+    np.testing.assert_allclose(latents, recorded["enc_mode_normalized"], atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["square", "wide"])
+def test_shipped_checkpoint(shipped, name):
+    fixture = load_file(FIXTURES / f"tiny_wan/{name}.safetensors")
+    video = jax.jit(VAE.decode)(shipped, channels_last(fixture["latents"][-1:]))[0]
+    grey = np.round((np.asarray(video) + 1) * 127.5)
+    difference = np.abs(grey - fixture["video"].astype(np.float32))
+    assert video.shape == fixture["video"].shape
+    assert (difference <= 1).mean() >= 0.999
+    assert (difference == 0).mean() >= 0.99  # only values on the edge of rounding may differ
+
+    # Recorded of the 8-bit video, before normalisation.
+    pixels = fixture["video"][None].astype(np.float32) / 127.5 - 1
+    mean = np.asarray(jax.jit(VAE.encode)(shipped, pixels))
+    mean = mean * np.array(shipped.config.latents_std) + np.array(shipped.config.latents_mean)
+    np.testing.assert_allclose(mean, channels_last(fixture["video_encoded_mean"]), atol=5e-5)
+
+
+@pytest.fixture(scope="module")
+def smallest():
+    """A VAE of random weights that compiles soon: three sizes, the frames halved between two."""
+    config = VAEConfig(4, 4, 2, (1, 2, 1), 1, (False, True), (0.1, -0.2), (2.0, 0.5))
+    random = np.random.default_rng(0)
+
+    def fill(slot):  # kernels of a scale that keeps activations near 1; quicker than nnx's random
+        fan_in = np.prod(slot.shape[:-1]) if len(slot.shape) > 1 else 1
+        return jnp.asarray(random.normal(size=slot.shape) * fan_in**-0.5, slot.dtype)
+
+    return jax.tree.map(fill, jax.eval_shape(lambda: VAE(config, nnx.Rngs(0))))
+
+
+def test_one_frame_and_batch(smallest):
+    latents = jax.random.normal(jax.random.key(0), (2, 3, 2, 3, 2))
+
+    @jax.jit
+    def run(vae, latents):
+        video = vae.decode(latents)
+        return video, vae.encode(video)
+
+    both, encoded = run(smallest, latents)
+    assert both.shape == (2, 5, 8, 12, 3)
+    assert encoded.shape == latents.shape
+    alone, encoded_alone = run(smallest, latents[1:, :1])
+    assert alone.shape == (1, 1, 8, 12, 3)
+    # Causal: the first frame knows nothing of the later ones, a clip nothing of the other.
+    np.testing.assert_allclose(alone[0, 0], both[1, 0], atol=1e-6)
+    np.testing.assert_allclose(encoded_alone[0, 0], encoded[1, 0], atol=1e-5)
+
+
+def test_gradient_of_the_norm_is_finite_at_zero():
+    gradient = jax.grad(lambda x: vae_layers.rms_norm(x, jnp.ones(4)).sum())(jnp.zeros(4))
+    assert np.isfinite(gradient).all()
+
+
+def test_bfloat16_weights_give_float32_results(smallest):
+    narrow = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), smallest)
+    latents = jnp.zeros((1, 2, 2, 3, 2), jnp.bfloat16)
+    video = jax.eval_shape(VAE.decode, narrow, latents)
+    assert video.dtype == jnp.float32
+    assert jax.eval_shape(VAE.encode, narrow, video).dtype == jnp.float32
+    features = jax.eval_shape(lambda vae, x: vae.decoder(x), narrow, latents)
+    assert features.dtype == jnp.bfloat16
+
+
+def test_full_size_keys():
+    shapes = json.loads((FIXTURES / "wan/full_size_shapes.json").read_text())["vae"]
+    config = VAEConfig.from_dict(
+        dev_config(base_dim=96, dim_mult=[1, 2, 4, 4], attn_scales=[], dropout=0.0)
+    )
+    template = jax.eval_shape(lambda: VAE(config, nnx.Rngs(0)))
+    slots = checkpoints.parameter_shapes(template)
+    tensors = [checkpoints.Tensor(k, "F32", tuple(s), Path("x")) for k, s in shapes.items()]
+    matches = checkpoints.match_tensors(tensors, slots, wan_vae.TABLE)
+    assert sorted(m.tensor.key for found in matches.values() for m in found) == sorted(shapes)
+    assert sum(np.prod(slot.shape) for slot in slots.values()) == 126_892_531
+    decoded = jax.eval_shape(VAE.decode, template, jax.ShapeDtypeStruct((1, 21, 60, 104, 16), "f4"))
+    assert decoded.shape == (1, 81, 480, 832, 3)
+    encoded = jax.eval_shape(VAE.encode, template, decoded)
+    assert encoded.shape == (1, 21, 60, 104, 16)
+
+
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 4, 16), (1, 2, 4, 4, 3), (1, 16, 2, 4, 4), (1, 0, 4, 4, 16)]
+)
+def test_decode_refuses_shapes(as_a_user, small, shape):
+    with pytest.raises(ValueError, match=r"expected latents of shape .* got .*channels last"):
+        small.decode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((5, 16, 16, 3), "expected a video of shape"),
+        ((1, 3, 5, 16, 16), "channels last"),
+        ((1, 4, 16, 16, 3), r"4k\+1 frames .* got 4 frames of 16x16"),
+        ((1, 5, 16, 20, 3), r"multiples of 8, got 5 frames of 16x20"),
+        ((1, 0, 16, 16, 3), "expected a video of shape"),
+    ],
+)
+def test_encode_refuses_shapes(as_a_user, small, shape, message):
+    with pytest.raises(ValueError, match=message):
+        small.encode(jnp.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"is_residual": True}, "is_residual must be False, got True"),
+        ({"patch_size": 2}, "patch_size must be None, got 2"),
+        ({"attn_scales": [1.0]}, "attn_scales must be"),
+        ({"latents_mean": [0.0]}, "latents_mean must have 16 values, got 1"),
+        ({"latents_std": [0.0] * 16}, "sizes and latents_std must be positive"),
+        ({"temperal_downsample": [True]}, "temperal_downsample must have 3 values, got 1"),
+        ({"out_channels": 4}, "must be equal"),
+        ({"base_dim": "96"}, "base_dim"),
+        ({"dim_mult": 4}, "dim_mult"),
+        ({"latents_mean": ["a"] * 16}, "latents_mean"),
+    ],
+)
+def test_config_refuses(changes, message):
+    with pytest.raises(ValueError, match=message):
+        VAEConfig.from_dict(dev_config(**changes))
+
+
+def test_config_lists_missing_keys():
+    config = dev_config()
+    del config["z_dim"], config["base_dim"]
+    with pytest.raises(ValueError, match=r"base_dim.*z_dim"):
+        VAEConfig.from_dict(config)
+
+
+def test_single_file_needs_config():
+    with pytest.raises(ValueError, match="pass config"):
+        load_vae(FIXTURES / "wan/vae_diffusers.safetensors")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
