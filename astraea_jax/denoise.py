@@ -134,7 +134,13 @@ def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, sett
         runs = [
             functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes
         ]
-        choice = method.decide(state.method, inputs)
+        if len(runs) == 1:
+            # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
+            # a bare forward pass with the loop, and its last bits would not be those of a branch.
+            runs.insert(0, functools.partial(_nothing, runs[0]))
+            choice = (inputs.level >= 0).astype(jnp.int32)
+        else:
+            choice = method.decide(state.method, inputs)
         forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
         state = _advance(model, state, forward, solver_row, guidance, settings)
         if report:
@@ -203,6 +209,12 @@ def _forward(model, prepared, inputs, state, *, settings: Settings, mode: Mode):
     return settings.method.forward(
         mode, model, prepared, settings.geometry, inputs, state, settings.num_branches
     )
+
+
+def _nothing(forward, *operands):
+    """Zeros in the shape of what `forward` gives."""
+    shapes = jax.eval_shape(forward, *operands)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
 def _advance(model, state, forward, solver_row, guidance, settings: Settings) -> LoopState:

@@ -78,7 +78,7 @@ class T5Config:
             )
         sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
         buckets = ("relative_attention_num_buckets", "relative_attention_max_distance")
-        given = {name: config.get(name) for name in sizes}
+        given: dict[str, Any] = {name: config.get(name) for name in sizes}
         given |= {name: config[name] for name in buckets if name in config}
         wrong = {
             name: value for name, value in given.items() if type(value) is not int or value < 1
