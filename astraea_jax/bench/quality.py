@@ -7,6 +7,7 @@ schedule matters more than the selection.
 import concurrent.futures
 import dataclasses
 import itertools
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -14,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import metrics, solvers
+from astraea_jax import files, metrics, report, solvers
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_jax.selection import SelectionConfig
+from astraea_ports import tiny, wan
 
 BUDGETS = (0.3, 0.5, 0.7)
 
@@ -178,3 +180,67 @@ def _overlap(variant: Variant, trace) -> float | None:
     if not any(selecting) or not isinstance(variant.method, Astraea):
         return None
     return float(np.asarray(trace.overlap)[selecting].mean())
+
+
+def command(
+    *,
+    output: pathlib.Path = pathlib.Path("out.json"),
+    prompts: int = 16,
+    steps: int = 30,
+    budgets: tuple[float, ...] = BUDGETS,
+    solver: tuple[str, ...] = ("euler", "unipc"),
+    only: str = "",
+    model: str = "tiny",
+) -> None:
+    """Measures every method at equal budgets against the dense video; hours on a CPU.
+
+    Args:
+      output: A .json file for every number; the table is printed.
+      prompts: How many of the model's own prompts, 2..64.
+      steps: Of the dense videos.
+      budgets: Shares of the tokens.
+      solver: Solvers to measure with.
+      only: Rows whose description holds this text, as "step-level" or "random".
+      model: A model that knows such prompts.
+    """
+    files.check_output(output, (".json",))
+    if not 2 <= prompts <= len(tiny.captions()):
+        raise ValueError(f"prompts must be in 2..{len(tiny.captions())}; got {prompts}")
+    variants = [
+        variant
+        for variant in all_variants(steps, budgets)
+        if only in " ".join([variant.method.name, *variant.about.values(), variant.pattern])
+    ]
+    if not variants:
+        raise ValueError(f"no row's description holds {only!r}; leave --only out to see them all")
+    study = Study.of(wan.Pipeline.from_pretrained(model), tiny.captions()[:prompts])
+    rows: list[dict] = []
+    with report.Progress() as progress:
+        for name in solver:
+            with progress.stage(f"rows with {name}", len(variants)) as bar:
+
+                def keep(row: dict, bar=bar) -> None:
+                    rows.append(row)
+                    report.write_json(output, {"environment": report.environment(), "rows": rows})
+                    bar.advance()
+
+                study.measure(variants, name, steps=steps, progress=keep)
+    print(report.markdown(rows, COLUMNS))
+
+
+COLUMNS = {
+    "method": "method",
+    "reuse": "reuse",
+    "scope": "scope",
+    "branches": "branches",
+    "velocity": "stale velocity",
+    "rank": "tokens by",
+    "pattern": "schedule",
+    "solver": "solver",
+    "cost": "tokens",
+    "psnr": "PSNR dB",
+    "psnr_half_width": "+-",
+    "psnr_worst": "worst",
+    "ssim": "SSIM",
+    "overlap": "overlap",
+}

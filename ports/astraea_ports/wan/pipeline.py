@@ -54,6 +54,7 @@ class Result:
     Attributes:
       video: in [0, 1], float32.
       latents: denoised, normalised.
+      branches: guidance branches that were run, 1 or 2.
       schedule: the levels that were run.
       trace: which tokens each step computed, or () when it was not asked for.
       seconds: of each stage, compilation apart.
@@ -61,6 +62,7 @@ class Result:
 
     video: Float[Array, "B F height width 3"]
     latents: Float[Array, "B f h w 16"]
+    branches: int
     schedule: Schedule
     trace: Trace | tuple[()]
     seconds: Mapping[Stage, Stopwatch]
@@ -170,7 +172,7 @@ class Pipeline:
           ValueError: any of these out of range, before any long work.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        size = self._size(frames, height, width)
+        size = self.size(frames, height, width)
         self._check_prompts(prompts)
         if steps is None:
             steps = self.defaults.steps if schedule is None else schedule.steps
@@ -210,7 +212,8 @@ class Pipeline:
                 report("decode", index + 1, len(prompts))
         seconds = {"text": text_watch, "denoise": denoise_watch, "decode": decode_watch}
         video = jnp.concatenate(videos)
-        return Result(video, denoised.latents, schedule, denoised.trace, seconds)
+        branches = 2 if guidance > 1 else 1
+        return Result(video, denoised.latents, branches, schedule, denoised.trace, seconds)
 
     def encode_text(
         self, prompts: Sequence[str], negative_prompt: str | None = ""
@@ -256,8 +259,10 @@ class Pipeline:
             keys=geometry.num_tokens,
         )
 
-    def _size(self, frames, height, width) -> tuple[int, int, int]:
-        """The video's size with defaults filled in, checked."""
+    def size(
+        self, frames: int | None, height: int | None, width: int | None
+    ) -> tuple[int, int, int]:
+        """A video's frames, height and width, defaults filled in; ValueError for one it can't do."""
         given = (frames, height, width)
         size = tuple(d if g is None else g for g, d in zip(given, self.defaults[:3], strict=True))
         config, patch = self.vae.config, self.transformer.config.patch_size

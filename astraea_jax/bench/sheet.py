@@ -1,0 +1,39 @@
+"""`astraea bench sheet`: a contact sheet of the model's own prompts, none left out."""
+
+import pathlib
+
+import numpy as np
+
+from astraea_jax import files, metrics, report, video
+from astraea_ports import tiny, wan
+
+
+def command(
+    *,
+    output: pathlib.Path = pathlib.Path("out.png"),
+    count: int = 24,
+    columns: int = 3,
+    model: str = "tiny",
+) -> None:
+    """Draws dense videos of the first prompts, in order, with seeds 0, 1, 2, ...
+
+    Args:
+      output: A .png or .jpg file.
+      count: How many prompts, 1..64.
+      columns: Videos in a row.
+      model: A model that knows such prompts.
+    """
+    files.check_output(output, video.IMAGE_SUFFIXES)
+    captions = tiny.captions()[:count]
+    if not 1 <= count <= len(tiny.captions()):
+        raise ValueError(f"count must be in 1..{len(tiny.captions())}; got {count}")
+    pipeline = wan.Pipeline.from_pretrained(model)
+    videos = []
+    with report.Progress() as progress, progress.stage("videos", count) as bar:
+        for seed, caption in enumerate(captions):
+            result = pipeline(caption, seed=seed)
+            videos.append(metrics.to_uint8(np.asarray(result.video[0])))
+            bar.advance()
+    sheet = video.contact_sheet(videos, captions, columns=columns)
+    video.write_image(output, sheet)
+    print(f"written: {output}")

@@ -1,0 +1,224 @@
+"""The command `astraea`: generate, info, bench.
+
+Mistakes of the user end in one line on stderr and exit code 2.
+"""
+
+import contextlib
+import functools
+import io
+import os
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Literal
+
+import jax
+import rich.console
+import tyro
+from tyro.conf import Positional, arg
+
+from astraea_jax import attention, report
+from astraea_jax.bench import denoise as bench_denoise
+from astraea_jax.bench import quality, sheet
+from astraea_jax.cli.generate import Request, run
+from astraea_jax.methods import METHODS
+from astraea_jax.schedule import Schedule
+
+MethodName = Literal[
+    "dense", "astraea", "astraea-published", "fixed-token", "step-level", "step-level-residual"
+]
+
+
+def generate(
+    prompt: Positional[str],
+    /,
+    *,
+    budget: float | None = None,
+    compare: bool = False,
+    model: str = "tiny",
+    method: MethodName | None = None,
+    schedule: pathlib.Path | None = None,
+    solver: Literal["unipc", "euler"] = "unipc",
+    steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str = "",
+    seed: int = 0,
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    output: Annotated[pathlib.Path, arg(aliases=["-o"])] = pathlib.Path("out.mp4"),
+    show_selection: bool = False,
+    compilation_cache: bool = True,
+) -> None:
+    """Makes a video from a text.
+
+    Args:
+      prompt: What the video shows.
+      budget: Mean share of the tokens to compute, above 0 and at most 1. All when left out.
+      compare: Also make the dense video, and show both and their difference side by side.
+      model: "tiny" (ships with the package), a folder in the Diffusers layout, or a hub id.
+      method: How steps are computed; left out, what measured best for the budget or schedule.
+      schedule: A schedule file, instead of a budget.
+      solver: Solver of the flow.
+      steps: Denoising steps; the model's default when left out.
+      guidance: Scale of classifier-free guidance; the model's default when left out.
+      negative_prompt: What the video should not show.
+      seed: Of the noise.
+      frames: Frames of the video, 4k + 1.
+      height: Pixels.
+      width: Pixels.
+      output: An .mp4 or .gif file.
+      show_selection: Add a panel that lights up the tokens that were computed.
+      compilation_cache: Keep compiled programs for the next run.
+    """
+    if compilation_cache:
+        keep_compiled_programs()
+    request = Request(
+        prompt=prompt,
+        model=model,
+        budget=budget,
+        schedule=None if schedule is None else Schedule.load(schedule),
+        method=None if method is None else METHODS[method],
+        solver=solver,
+        steps=steps,
+        guidance=guidance,
+        negative_prompt=negative_prompt,
+        seed=seed,
+        size=(frames, height, width),
+        compare=compare,
+        show_selection=show_selection,
+        output=output,
+    )
+    with report.Progress() as progress:
+        rows = run(request, progress)
+    console = rich.console.Console()
+    # A column for each run: it fits the narrowest terminal, and reads as a comparison.
+    lines = [
+        {"what": heading} | {str(index): row.get(name) for index, row in enumerate(rows)}
+        for name, heading in HEADINGS.items()
+        if any(name in row for row in rows)
+    ]
+    columns = {"what": ""} | {str(index): row["name"] for index, row in enumerate(rows)}
+    console.print(report.table(lines, columns))
+    console.print(f"written: {output}", highlight=False)
+
+
+HEADINGS = {
+    "steps": "steps",
+    "tokens": "tokens computed",
+    "flops": "operations",
+    "seconds": "seconds, denoising",
+    "speedup": "speed-up, denoising",
+    "decode": "seconds, decoding",
+    "compile": "seconds, compiling",
+    "cache": "cache",
+    "psnr": "PSNR to dense, dB",
+    "ssim": "SSIM to dense",
+}
+
+
+def info() -> None:
+    """Says what runs on this machine, and why the rest does not."""
+    console = rich.console.Console()
+    rows = [{"what": name, "value": value} for name, value in report.environment().items()]
+    rows += [
+        {"what": f"attention: {name}", "value": state}
+        for name, state in attention.implementations().items()
+    ]
+    rows.append({"what": "methods", "value": ", ".join(METHODS)})
+    rows.append({"what": "compiled programs", "value": str(cache_folder())})
+    console.print(report.table(rows, {"what": "", "value": ""}))
+
+
+def cache_folder() -> pathlib.Path:
+    """Where compiled programs are kept: private to the user, since they are run."""
+    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    return pathlib.Path(base) / "astraea_jax" / "compiled"
+
+
+def keep_compiled_programs() -> None:
+    """Keeps compiled programs on disk; a folder that can't be written to is done without."""
+    folder = cache_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def bench() -> None:
+    """Measures speed (`bench denoise`), quality (`bench quality`); `bench sheet` draws videos."""
+    raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
+
+
+COMMANDS = {"generate": generate, "info": info, "bench": bench}
+BENCHES = {
+    "denoise": bench_denoise.command,
+    "quality": quality.command,
+    "sheet": sheet.command,
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    warnings.showwarning = _show_warning
+    try:
+        if arguments[:1] == ["bench"] and len(arguments) > 1:
+            _call(BENCHES, "astraea bench", arguments[1:])
+        else:
+            _call(COMMANDS, "astraea", arguments or ["--help"])
+    except ValueError as error:
+        return _refuse(str(error))
+    except KeyboardInterrupt:
+        return _refuse("stopped; nothing half-written is left")
+    return 0
+
+
+def _call(commands: Mapping[str, Callable], program: str, arguments: Sequence[str]) -> None:
+    """Parses a command line with tyro, then runs its command."""
+    errors = io.StringIO()
+    # Parsing only binds the arguments, so that stderr is the command's own again when it runs.
+    binders = {name: _binder(command) for name, command in commands.items()}
+    try:
+        with contextlib.redirect_stderr(errors):
+            bound = tyro.extras.subcommand_cli_from_dict(binders, prog=program, args=arguments)
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            return
+        raise ValueError(_one_line(errors.getvalue())) from None
+    bound()
+
+
+def _binder(command: Callable) -> Callable:
+    @functools.wraps(command)
+    def bind(*args, **kwargs):
+        return functools.partial(command, *args, **kwargs)
+
+    return bind
+
+
+def _one_line(panel: str) -> str:
+    """What tyro's panel of an error says, without its frame and its hints."""
+    lines = [line.strip("│╭╮╰╯ ") for line in panel.splitlines()]
+    said = []
+    for line in lines[1:]:
+        if line.startswith(("───", "Got errors")):
+            break
+        said.append(line)
+    return " ".join(part for part in said if part) or panel.strip()
+
+
+def _refuse(message: str) -> int:
+    """One line on stderr, and the exit code of a mistake."""
+    print(f"astraea: {' '.join(message.split())}", file=sys.stderr)
+    return 2
+
+
+def _show_warning(message, *_args, **_kwargs) -> None:
+    print(f"astraea: warning: {' '.join(str(message).split())}", file=sys.stderr)
+
+

@@ -1,0 +1,169 @@
+"""`astraea generate`: a video, and beside it what the acceleration saved and cost."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astraea_jax import flops, metrics, report, schedule, video
+from astraea_jax.methods import Astraea, Dense, Method, StepLevel
+from astraea_jax.schedule import LEVELS, Schedule
+from astraea_ports import wan
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the command was asked for; None is the model's default."""
+
+    prompt: str
+    model: str
+    budget: float | None
+    schedule: Schedule | None
+    method: Method | None
+    solver: str
+    steps: int | None
+    guidance: float | None
+    negative_prompt: str
+    seed: int
+    size: tuple[int | None, int | None, int | None]
+    compare: bool
+    show_selection: bool
+    output: pathlib.Path
+
+
+def run(request: Request, progress: report.Progress) -> list[dict]:
+    """Makes the video file; returns a table row for each run."""
+    if request.budget is not None and request.schedule is not None:
+        raise ValueError("expected a budget or a schedule file, got both: leave one out")
+    if request.steps is not None:
+        schedule.check_steps(request.steps)
+    if request.budget is not None:
+        schedule.check_budget(request.budget)
+    video.check_output(request.output)
+    with progress.stage("load the model"):
+        pipeline = wan.Pipeline.from_pretrained(request.model)
+    method, levels = plan(request, pipeline.defaults.steps)
+    runs = [(Dense(), Schedule.dense(levels.steps))] if request.compare else []
+    runs.append((method, levels))
+    results = [_run(request, pipeline, *chosen, progress) for chosen in runs]
+    videos = [metrics.to_uint8(np.asarray(result.video[0])) for result in results]
+    rows = [
+        _row(pipeline, *chosen, result) for chosen, result in zip(runs, results, strict=True)
+    ]
+    if request.compare:
+        dense, fast = (result.seconds["denoise"].run for result in results)
+        rows[0]["speedup"] = 1.0
+        rows[1]["speedup"] = dense / fast
+        rows[1]["psnr"] = metrics.psnr(*videos)
+        rows[1]["ssim"] = metrics.ssim(*videos)
+    with progress.stage("write the video"):
+        picture = _picture(request, pipeline, rows, videos, results[-1])
+        video.write_video(request.output, picture)
+    return rows
+
+
+def plan(request: Request, default_steps: int) -> tuple[Method, Schedule]:
+    """The method and schedule that a request asks for, or those that measured best.
+
+    With a budget and no method whole steps are skipped: the best of the table in the README. A
+    schedule file that holds levels between 0 and 10 needs ASTRAEA's selection.
+    """
+    levels, method, steps = request.schedule, request.method, request.steps
+    if levels is not None:
+        if steps not in (None, levels.steps):
+            raise ValueError(
+                f"the schedule has {levels.steps} levels, one a step; got {steps} steps: "
+                "leave --steps out"
+            )
+        whole = set(levels.levels) <= {0, LEVELS}
+        return method or (StepLevel() if whole else Astraea()), levels
+    steps = default_steps if steps is None else steps
+    if request.budget is None:
+        return method or Dense(), Schedule.dense(steps)
+    if isinstance(method, Dense) and request.budget < 1:
+        raise ValueError("the dense method computes every token: leave --budget or --method out")
+    method = method or StepLevel()
+    whole = isinstance(method, StepLevel)
+    return method, Schedule.for_budget(steps, request.budget, whole_steps=whole)
+
+
+def _run(request: Request, pipeline, method, levels, progress: report.Progress) -> wan.Result:
+    """One run with a bar for its steps."""
+    frames, height, width = request.size
+    with progress.stage(f"denoise, {method.name}", levels.steps) as bar:
+        return pipeline(
+            request.prompt,
+            frames=frames,
+            height=height,
+            width=width,
+            guidance=request.guidance,
+            negative_prompt=request.negative_prompt,
+            seed=request.seed,
+            method=method,
+            schedule=levels,
+            solver=request.solver,
+            trace=request.show_selection,
+            progress=lambda stage, done, total: (
+                bar.advance() if stage == "denoise" and done else None
+            ),
+        )
+
+
+def _row(pipeline, method: Method, levels: Schedule, result: wan.Result) -> dict:
+    """What a run computed, and how long it took."""
+    frames, height, width = result.video.shape[1:4]
+    workload = pipeline.workload(frames, height, width)
+    branches = result.branches
+    geometry = pipeline.transformer.geometry(result.latents.shape)
+    dtype = pipeline.transformer.dtype
+    state = jax.eval_shape(lambda: method.init(geometry, branches, dtype))
+    cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+    tokens = levels.realised_budget(workload.num_tokens)
+    return {
+        "name": method.name,
+        "steps": levels.steps,
+        "tokens": f"{100 * tokens:.1f} %",
+        "flops": report.human_flops(flops.run_flops(workload, levels.levels, branches=branches)),
+        "seconds": result.seconds["denoise"].run,
+        "compile": sum(watch.compile for watch in result.seconds.values()),
+        "decode": result.seconds["decode"].run,
+        "cache": report.human_bytes(cache),
+    }
+
+
+def _picture(
+    request: Request, pipeline, rows: Sequence[dict], videos: list[np.ndarray], result: wan.Result
+) -> np.ndarray:
+    """Panels: dense, accelerated, their difference, the selection; or the plain video."""
+    panels = [video.enlarge(frames) for frames in videos]
+    titles = [f"{row['name']}, {row['tokens']}" for row in rows]
+    if request.compare:
+        difference, gain = video.difference(*videos)
+        panels.append(video.enlarge(difference))
+        titles.append(f"difference x {gain:g}")
+    if request.show_selection:
+        panels.append(video.enlarge(_lit(pipeline, result, videos[-1])))
+        titles.append("tokens computed")
+    if len(panels) == 1:
+        return panels[0]
+    return video.side_by_side(panels, titles)
+
+
+def _lit(pipeline, result: wan.Result, frames: np.ndarray) -> np.ndarray:
+    """The video lit by how often each token was computed, over the steps that were not dense."""
+    computed = np.asarray(result.trace.computed)[:, 0]
+    sparse = [index for index, level in enumerate(result.schedule.levels) if level < LEVELS]
+    share = computed[sparse].mean(axis=0) if sparse else computed[-1]
+    grid = pipeline.transformer.geometry(result.latents.shape).grid
+    mask = jax.image.resize(
+        jnp.asarray(share / max(share.max(), 1e-6)).reshape(grid), (grid[0], *frames.shape[1:3]),
+        "nearest",
+    )  # fmt: skip
+    # A latent frame stands for four frames of the video, the first one for a single frame.
+    which = (np.arange(len(frames)) + pipeline.vae.config.temporal_factor - 1) // (
+        pipeline.vae.config.temporal_factor
+    )
+    return video.light_up(frames, np.asarray(mask)[which])
