@@ -275,15 +275,21 @@ class _Run:
         )
 
     def _each_chunk(self, compute, state, choice: Choice, level):
-        """Runs the selected rows at once when their number is known, else a tenth at a time."""
+        """Runs the selected rows at once when their number is known, else two tenths at a time."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, choice.indices[:, : level * rows])
 
-        def body(chunk, state):
-            return compute(state, lax.dynamic_slice_in_dim(choice.indices, chunk * rows, rows, 1))
+        def chunk(state, first, tenths):
+            indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
+            return compute(state, indices)
 
-        return lax.fori_loop(0, level, body, state)
+        # Small products run far below the machine's rate, so chunks are as large as can serve
+        # every level: pairs of tenths, and one more where the level is odd.
+        state = lax.fori_loop(0, level // 2, lambda pair, state: chunk(state, 2 * pair, 2), state)
+        return lax.cond(
+            level % 2 == 1, lambda state: chunk(state, level - 1, 1), lambda state: state, state
+        )
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
         """Selects the tokens of one block (or, with scope "step", of all)."""

@@ -162,17 +162,33 @@ class Block(nnx.Module):
         self.eps = config.eps
 
 
-class TextKeysValues(NamedTuple):
-    """Keys and values of the text for every block, [L, B, M, A, C]."""
+class KeysValues(NamedTuple):
+    """Keys and values head by head, [B, A, N, C]: the layout that the products read.
+
+    Stored so, they are laid out once a block; every tenth of the rows that the dynamic driver
+    computes would lay them out again.
+    """
 
     keys: Array
     values: Array
 
 
+def _by_head(keys: Float[Array, "B N A C"], values: Float[Array, "B N A C"]) -> KeysValues:
+    """Lays keys and values out head by head, and holds XLA to it."""
+    by_head = KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
+    return jax.lax.optimization_barrier(by_head)
+
+
+def _attend(queries: Float[Array, "B K A C"], keys_values: KeysValues):
+    """Query-only attention to what `_by_head` laid out; the swaps cancel out when compiled."""
+    keys, values = (x.swapaxes(1, 2) for x in keys_values)
+    return query_sparse_attention(queries, keys, values)
+
+
 class Prepared(NamedTuple):
     """What stays the same through a run."""
 
-    text: TextKeysValues
+    text: KeysValues  # of every block: a leading axis L
     rope: Rope
 
 
@@ -186,7 +202,7 @@ class TimeModulation(NamedTuple):
 class BoundBlock:
     """A block with its text, rotary tables and this step's modulation; see core.Block."""
 
-    def __init__(self, block: Block, text: TextKeysValues, rope: Rope, modulation: Array):
+    def __init__(self, block: Block, text: KeysValues, rope: Rope, modulation: Array):
         self.block, self.text, self.rope = block, text, rope
         total = block.scale_shift_table[...].astype(jnp.float32) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
@@ -196,18 +212,18 @@ class BoundBlock:
         self.mlp_shift, self.mlp_scale = mlp_shift, mlp_scale
         self.gates = core.Gates(gate, 1.0, mlp_gate)
 
-    def keys_values(self, tokens: Float[Array, "B N H"]) -> tuple[Array, Array]:
-        """Normed, rotated keys and plain values of every token, [B, N, A, C] each."""
+    def keys_values(self, tokens: Float[Array, "B N H"]) -> KeysValues:
+        """Normed, rotated keys and plain values of every token."""
         attention = self.block.attn1
         x = self._modulated(tokens)
         keys = attention.split(attention.norm_k(attention.to_k(x)))
-        return rotate(keys, self.rope), attention.split(attention.to_v(x))
+        return _by_head(rotate(keys, self.rope), attention.split(attention.to_v(x)))
 
     def self_attention(
         self,
         rows: Float[Array, "B K H"],
         indices: Int[Array, "B K"] | None,
-        keys_values: tuple[Array, Array],
+        keys_values: KeysValues,
     ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
         """Rows attend to every token; queries turn by their own position in the video."""
         attention = self.block.attn1
@@ -215,7 +231,7 @@ class BoundBlock:
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
         queries = attention.split(attention.norm_q(attention.to_q(self._modulated(rows))))
-        out, lse = query_sparse_attention(rotate(queries, rope), *keys_values)
+        out, lse = _attend(rotate(queries, rope), keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -223,7 +239,7 @@ class BoundBlock:
         attention, norm = self.block.attn2, self.block.norm2
         x = layer_norm(rows, self.block.eps) * norm.scale[...] + norm.bias[...]
         queries = attention.split(attention.norm_q(attention.to_q(x.astype(rows.dtype))))
-        out, _ = query_sparse_attention(queries, self.text.keys, self.text.values)
+        out, _ = _attend(queries, self.text)
         return attention.to_out(out.reshape(rows.shape))
 
     def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -305,10 +321,10 @@ class Transformer(nnx.Module):
         """Text keys and values of every block, and the rotary tables: once a run."""
         text = self.text_2(jax.nn.gelu(self.text_1(context.astype(self.dtype)), approximate=True))
 
-        def project(block: Block) -> TextKeysValues:
+        def project(block: Block) -> KeysValues:
             attention = block.attn2
             keys = attention.split(attention.norm_k(attention.to_k(text)))
-            return TextKeysValues(keys, attention.split(attention.to_v(text)))
+            return _by_head(keys, attention.split(attention.to_v(text)))
 
         rope = rope_tables(geometry.grid, self.config.attention_head_dim)
         return Prepared(jax.vmap(project)(self.blocks), rope)
@@ -333,13 +349,13 @@ class Transformer(nnx.Module):
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(latents.shape[0], int(np.prod(grid)), -1)
         return self.patch_embedding(x.astype(self.dtype))
 
-    def layers(self, prepared: Prepared) -> tuple[Block, TextKeysValues]:
+    def layers(self, prepared: Prepared) -> tuple[Block, KeysValues]:
         """Stacked parameters and text of the blocks."""
         return self.blocks, prepared.text
 
     def bind(
         self,
-        layer: tuple[Block, TextKeysValues],
+        layer: tuple[Block, KeysValues],
         prepared: Prepared,
         modulation: TimeModulation,
     ) -> tuple[BoundBlock]:
