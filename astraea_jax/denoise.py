@@ -131,9 +131,7 @@ def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, sett
     def step(state: LoopState, xs):
         solver_row, level, index = xs
         inputs = _inputs(state.latents, solver_row, level, index, key, settings)
-        runs = [
-            functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes
-        ]
+        runs = [functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes]
         if len(runs) == 1:
             # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
             # a bare forward pass with the loop, and its last bits would not be those of a branch.
@@ -230,9 +228,7 @@ def _advance(model, state, forward, solver_row, guidance, settings: Settings) ->
     return LoopState(latents, history, forward.state)
 
 
-def _check(
-    model, latents, context, solver, schedule, method, guidance, trace
-) -> Settings:
+def _check(model, latents, context, solver, schedule, method, guidance, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2

@@ -21,7 +21,7 @@ def psnr(reference: UInt8[np.ndarray, "F H W 3"], video: UInt8[np.ndarray, "F H 
     Raises:
       ValueError: no uint8 videos [F, H, W, 3] of equal shape.
 
-    Source: ASTRAEA 4.1 names the metric; per frame as in VBench's evaluation scripts.
+    Source: ASTRAEA 4.1 (frame by frame) and A.2 (scikit-image's function).
     """
     _check_videos(reference, video)
     errors = np.array([mse(*pair) for pair in zip(reference, video, strict=True)])
@@ -43,7 +43,7 @@ def ssim(reference: UInt8[np.ndarray, "F H W 3"], video: UInt8[np.ndarray, "F H 
     Raises:
       ValueError: no uint8 videos [F, H, W, 3] of equal shape, or frames smaller than a window.
 
-    Source: scikit-image, `structural_similarity`.
+    Source: as `psnr`.
     """
     _check_videos(reference, video)
     if min(reference.shape[1:3]) < _SSIM_WINDOW:

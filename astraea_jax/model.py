@@ -125,9 +125,7 @@ class VideoDiT(Protocol):
         """The blocks of one layer (a slice of `layers`), in order of computation."""
         ...
 
-    def head(
-        self, tokens: Float[Array, "B N H"], modulation: Modulation
-    ) -> Float[Array, "B N P"]:
+    def head(self, tokens: Float[Array, "B N H"], modulation: Modulation) -> Float[Array, "B N P"]:
         """Velocity of each token's patch, float32."""
         ...
 
@@ -141,7 +139,7 @@ class VideoDiT(Protocol):
 def add_gated(
     rows: Float[Array, "B K H"], gate: Array | float, out: Float[Array, "B K H"]
 ) -> Float[Array, "B K H"]:
-    """rows + gate * out, summed in float32 and rounded once to the dtype of `rows`."""
+    """Rows + gate * out, summed in float32 and rounded once to the dtype of `rows`."""
     total = rows.astype(jnp.float32) + gate * out.astype(jnp.float32)
     return total.astype(rows.dtype)
 

@@ -1,6 +1,7 @@
 """A schedule: what share of the tokens each denoising step computes."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -205,4 +206,4 @@ def _spread(total: int, steps: int) -> Sequence[int]:
     it computes and ends on a computed step.
     """
     marks = [total * index // steps for index in range(steps + 1)] if steps else [0]
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(marks)]

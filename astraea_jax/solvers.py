@@ -182,7 +182,7 @@ def _unipc_predict(sigmas, lam, i: int, order: int) -> np.ndarray:
     return row
 
 
-def _combine(weights: Float[Array, "M"], terms: tuple[Array, ...]) -> Array:
+def _combine(weights: Float[Array, "M"] | np.ndarray, terms: tuple[Array, ...]) -> Array:
     """Weighted sum; a weight of zero drops its term even where that is not finite."""
     total = jnp.zeros(terms[0].shape, jnp.float32)
     for index, term in enumerate(terms):

@@ -23,13 +23,13 @@ SMALL = TransformerConfig(
     text_dim=8,
     freq_dim=16,
     ffn_dim=48,
-    num_layers=3,
+    num_layers=2,
 )
 
 
 @functools.cache
 def small_model() -> Transformer:
-    """Three blocks of width 24 with random weights."""
+    """Two blocks of width 24 with random weights."""
     return Transformer(SMALL, nnx.Rngs(0))
 
 
@@ -40,8 +40,8 @@ class Inputs(NamedTuple):
     context: jax.Array
 
 
-def small_inputs(seed: int = 0, *, videos: int = 1, grid=(3, 4, 10)) -> Inputs:
-    """Latents whose tokens (3 x 4 x 10 = 120) tenths divide, and a text of 5 rows."""
+def small_inputs(seed: int = 0, *, videos: int = 1, grid=(3, 4, 5)) -> Inputs:
+    """Latents whose tokens (3 x 4 x 5 = 60) tenths divide, and a text of 5 rows."""
     frames, height, width = grid
     keys = jax.random.split(jax.random.key(seed))
     latents = jax.random.normal(keys[0], (videos, frames, 2 * height, 2 * width, 4))
@@ -74,7 +74,7 @@ class GroupedModel(nnx.Module):
         return context.mean(axis=1), jnp.zeros(geometry.grid[0])
 
     def modulation(self, timestep):
-        return jnp.sin(timestep)[:, None, None]
+        return (timestep / 1000)[:, None, None]
 
     def embed(self, latents):
         return self.enter(latents.reshape(latents.shape[0], -1, latents.shape[-1]))
@@ -105,6 +105,8 @@ class GroupedBlock:
 
     def _part(self, x, index):
         width = x.shape[-1]
+        # Normed, or the tokens grow from block to block until a last bit decides the video.
+        x = x / jnp.sqrt(1 + jnp.square(x).mean(axis=-1, keepdims=True))
         return x @ self.linear.kernel[...][:, index * width : (index + 1) * width]
 
     def keys_values(self, tokens):
@@ -151,5 +153,5 @@ def grouped_inputs(videos: int = 1) -> tuple[GroupedModel, Inputs]:
 
 
 def random_levels(rng: np.random.Generator, steps: int) -> tuple[int, ...]:
-    """A schedule's levels: dense first, then anything."""
-    return (10, *(int(level) for level in rng.integers(0, 11, steps - 1)))
+    """A schedule's levels: dense first, then any of a few, so that few programs are compiled."""
+    return (10, *(int(level) for level in rng.choice([0, 3, 8, 10], steps - 1)))

@@ -4,6 +4,8 @@ It shares the model's sub-layers and the scores with the library, and none of it
 scattering, chunking or caching in place.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -31,9 +33,7 @@ def denoise(model, latents, context, *, solver, levels, config, guidance, key):
         elif config.count_skipped:
             for name in [n for n in memory if n[0] == "age"]:
                 memory[name] = memory[name] + 1
-        conditional, unconditional = jnp.split(
-            model.unpatchify(memory["velocity"], geometry), 2
-        )
+        conditional, unconditional = jnp.split(model.unpatchify(memory["velocity"], geometry), 2)
         velocity = unconditional + guidance * (conditional - unconditional)
         latents, history = solvers.step(row, history, latents, velocity)
     return latents
@@ -45,9 +45,8 @@ def _velocity(model, latents, timestep, prepared, geometry, level, config, memor
     tokens = model.embed(latents)
     layers, index, fresh = model.layers(prepared), 0, None
     for layer in range(geometry.num_layers):
-        blocks = model.bind(jax.tree.map(lambda x, i=layer: x[i], layers), prepared, modulation)
-        for block, groups in zip(blocks, geometry.groups, strict=True):
-            out, lse = core.apply_block(block, tokens, None, block.keys_values(tokens))
+        for kind, groups in enumerate(geometry.groups):
+            out, lse = _whole_block(model, layers, layer, kind, prepared, modulation, tokens)
             if config.scope == "block" or index == 0:
                 fresh = _fresh(tokens, index, groups, level, config, memory, key)
                 new = selection.heads_reduced(lse, config)
@@ -61,6 +60,13 @@ def _velocity(model, latents, timestep, prepared, geometry, level, config, memor
     if config.velocity == "kept" and "velocity" in memory:
         velocity = jnp.where(fresh[..., None], velocity, memory["velocity"])
     memory["velocity"] = velocity
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _whole_block(model, layers, layer, kind, prepared, modulation, tokens):
+    """One block on every token."""
+    block = model.bind(jax.tree.map(lambda x: x[layer], layers), prepared, modulation)[kind]
+    return core.apply_block(block, tokens, None, block.keys_values(tokens))
 
 
 def _fresh(tokens, index, groups, level, config, memory, key):

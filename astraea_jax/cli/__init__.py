@@ -202,14 +202,16 @@ def _binder(command: Callable) -> Callable:
 
 
 def _one_line(panel: str) -> str:
-    """What tyro's panel of an error says, without its frame and its hints."""
-    lines = [line.strip("│╭╮╰╯ ") for line in panel.splitlines()]
+    """What tyro's panel of an error says, without its title, its frame and its hints."""
     said = []
-    for line in lines[1:]:
-        if line.startswith(("───", "Got errors")):
+    for line in panel.splitlines()[1:]:
+        text = line.strip("│╭╮╰╯|+ ")
+        ruled = not text.strip("─-")
+        if text.startswith("Got errors") or (said and ruled):
             break
-        said.append(line)
-    return " ".join(part for part in said if part) or panel.strip()
+        if text and not ruled:
+            said.append(text)
+    return " ".join(said) or panel.strip()
 
 
 def _refuse(message: str) -> int:
@@ -220,5 +222,3 @@ def _refuse(message: str) -> int:
 
 def _show_warning(message, *_args, **_kwargs) -> None:
     print(f"astraea: warning: {' '.join(str(message).split())}", file=sys.stderr)
-
-

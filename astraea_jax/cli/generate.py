@@ -46,13 +46,13 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
     with progress.stage("load the model"):
         pipeline = wan.Pipeline.from_pretrained(request.model)
     method, levels = plan(request, pipeline.defaults.steps)
-    runs = [(Dense(), Schedule.dense(levels.steps))] if request.compare else []
+    runs: list[tuple[Method, Schedule]] = []
+    if request.compare:
+        runs.append((Dense(), Schedule.dense(levels.steps)))
     runs.append((method, levels))
     results = [_run(request, pipeline, *chosen, progress) for chosen in runs]
     videos = [metrics.to_uint8(np.asarray(result.video[0])) for result in results]
-    rows = [
-        _row(pipeline, *chosen, result) for chosen, result in zip(runs, results, strict=True)
-    ]
+    rows = [_row(pipeline, *chosen, result) for chosen, result in zip(runs, results, strict=True)]
     if request.compare:
         dense, fast = (result.seconds["denoise"].run for result in results)
         rows[0]["speedup"] = 1.0
@@ -141,7 +141,7 @@ def _picture(
     panels = [video.enlarge(frames) for frames in videos]
     titles = [f"{row['name']}, {row['tokens']}" for row in rows]
     if request.compare:
-        difference, gain = video.difference(*videos)
+        difference, gain = video.difference(videos[0], videos[1])
         panels.append(video.enlarge(difference))
         titles.append(f"difference x {gain:g}")
     if request.show_selection:
@@ -154,6 +154,7 @@ def _picture(
 
 def _lit(pipeline, result: wan.Result, frames: np.ndarray) -> np.ndarray:
     """The video lit by how often each token was computed, over the steps that were not dense."""
+    assert result.trace, "the run was made with a trace"
     computed = np.asarray(result.trace.computed)[:, 0]
     sparse = [index for index, level in enumerate(result.schedule.levels) if level < LEVELS]
     share = computed[sparse].mean(axis=0) if sparse else computed[-1]

@@ -306,9 +306,7 @@ class _Run:
             scores = selection.score(cache.lse[index if per_block else 0], delta, age, config)
             if config.branches == "shared":
                 scores = selection.shared_score(scores, self.num_branches)
-        ordered = selection.order(
-            scores, age, groups=groups.number, contiguous=groups.contiguous
-        )
+        ordered = selection.order(scores, age, groups=groups.number, contiguous=groups.contiguous)
         count = level * (ordered.shape[1] // selection.LEVELS)
         return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))
 

@@ -210,7 +210,11 @@ class Pipeline:
                 videos.append(_decode(self.vae, denoised.latents[index : index + 1]))
                 jax.block_until_ready(videos[-1])
                 report("decode", index + 1, len(prompts))
-        seconds = {"text": text_watch, "denoise": denoise_watch, "decode": decode_watch}
+        seconds: dict[Stage, Stopwatch] = {
+            "text": text_watch,
+            "denoise": denoise_watch,
+            "decode": decode_watch,
+        }
         video = jnp.concatenate(videos)
         branches = 2 if guidance > 1 else 1
         return Result(video, denoised.latents, branches, schedule, denoised.trace, seconds)
@@ -262,9 +266,17 @@ class Pipeline:
     def size(
         self, frames: int | None, height: int | None, width: int | None
     ) -> tuple[int, int, int]:
-        """A video's frames, height and width, defaults filled in; ValueError for one it can't do."""
-        given = (frames, height, width)
-        size = tuple(d if g is None else g for g, d in zip(given, self.defaults[:3], strict=True))
+        """A video's frames, height and width, defaults filled in.
+
+        Raises:
+          ValueError: a size that the model can't do; the message says the nearest one.
+        """
+        default = self.defaults
+        size = (
+            default.frames if frames is None else frames,
+            default.height if height is None else height,
+            default.width if width is None else width,
+        )
         config, patch = self.vae.config, self.transformer.config.patch_size
         pixels = config.spatial_factor * patch[1], config.spatial_factor * patch[2]
         for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):

@@ -237,7 +237,7 @@ class BoundBlock:
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """Rows attend to the text, padding included, as the model was trained."""
         attention, norm = self.block.attn2, self.block.norm2
-        x = layer_norm(rows, self.block.eps) * norm.scale[...] + norm.bias[...]
+        x = norm(rows.astype(jnp.float32))
         queries = attention.split(attention.norm_q(attention.to_q(x.astype(rows.dtype))))
         out, _ = _attend(queries, self.text)
         return attention.to_out(out.reshape(rows.shape))

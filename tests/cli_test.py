@@ -1,0 +1,186 @@
+"""The command line: what it makes, and one clear line for every mistake."""
+
+import json
+import os
+import pathlib
+import sys
+import warnings
+
+import numpy as np
+import pytest
+
+from astraea_jax import cli, video
+from astraea_jax.cli.generate import Request, plan
+from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
+from astraea_jax.schedule import Schedule
+from astraea_ports import tiny
+
+PROMPT = "a red circle moving left over a blue background"
+SMALL = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "4"]
+SMALL += ["--no-compilation-cache"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+def refused(capsys, *arguments):
+    """The one line that a mistake ends in."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("astraea: ")]
+    return line
+
+
+def test_compare_writes_a_video_and_prints_what_was_saved(capsys):
+    arguments = [PROMPT, "--budget", "0.5", "--compare", "--show-selection", *SMALL]
+    assert cli.main(["generate", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for words in ("tokens computed", "50.0 %", "speed-up", "PSNR", "SSIM", "cache", "out.mp4"):
+        assert words in printed
+    frames = video.read_video("out.mp4")
+    assert frames.shape[0] == 5
+    # Four panels of 256 pixels a side, under their titles.
+    assert frames.shape[1] > 256 and frames.shape[2] >= 4 * 256
+    assert np.abs(np.diff(frames.astype(int), axis=2)).max() > 50
+    assert sorted(os.listdir()) == ["out.mp4"]
+
+
+def test_schedule_file_and_gif(capsys):
+    Schedule((10, 4, 0, 10)).save("chosen.json", note="by hand")
+    arguments = [PROMPT, "--schedule", "chosen.json", "-o", "clip.gif", *SMALL]
+    assert cli.main(["generate", *arguments]) == 0
+    assert os.path.getsize("clip.gif") > 100
+    assert "tokens computed" in capsys.readouterr().out
+
+
+def request(**changes):
+    asked = dict.fromkeys(Request.__dataclass_fields__)
+    asked |= {"prompt": PROMPT, "model": "tiny", "solver": "unipc", "negative_prompt": ""}
+    asked |= {"seed": 0, "size": (None, None, None), "compare": False, "show_selection": False}
+    asked |= {"output": pathlib.Path("out.mp4")}
+    return Request(**{**asked, **changes})
+
+
+def test_plan_takes_what_measured_best():
+    method, levels = plan(request(budget=0.5), 30)
+    assert method == StepLevel() and levels.budget == 0.5
+    assert levels.levels[:6] == (10,) * 6 and set(levels.levels) == {0, 10}
+    method, levels = plan(request(budget=0.5, method=Astraea()), 30)
+    assert levels.levels[:6] == (10,) * 6 and 0 < min(levels.levels) < 10
+    assert plan(request(), 7) == (Dense(), Schedule.dense(7))
+    assert plan(request(schedule=Schedule((10, 5))), 7)[0] == Astraea()
+    assert plan(request(schedule=Schedule((10, 0))), 7)[0] == StepLevel()
+    with pytest.raises(ValueError, match="leave --budget or --method out"):
+        plan(request(budget=0.5, method=Dense()), 7)
+    with pytest.raises(ValueError, match=r"2 levels.*got 7 steps"):
+        plan(request(schedule=Schedule((10, 5)), steps=7), 7)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["generate", ""], "prompt must say something"),
+        (["generate", PROMPT, "--budget", "0"], "budget must be a number above 0"),
+        (["generate", PROMPT, "--budget", "1.5"], "budget must be a number above 0"),
+        (["generate", PROMPT, "--budget", "half"], "half"),
+        (["generate", PROMPT, "--steps", "0"], "steps must be an integer of at least 1"),
+        (["generate", PROMPT, "--frames", "32"], "the nearest is 33"),
+        (["generate", PROMPT, "--height", "100"], "multiple of 16"),
+        (["generate", PROMPT, "-o", "nowhere/out.mp4"], "nowhere is none"),
+        (["generate", PROMPT, "-o", "out.txt"], ".mp4"),
+        (["generate", PROMPT, "--model", "."], "model_index.json"),
+        (["generate", PROMPT, "--model", "no such model"], "no such model"),
+        (["generate", PROMPT, "--schedule", "none.json"], "expected a schedule file"),
+        (["generate", PROMPT, "--method", "fast"], "fast"),
+        (["generate", PROMPT, "--seed", "-1"], "seed must be"),
+        (["generate", PROMPT, "--shape", "round"], "--shape"),
+        (["generate"], "What the video shows"),
+        (["bench"], "say what to measure"),
+        (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
+        (["bench", "quality", "--only", "nothing like it"], "no row's description"),
+        (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
+        (["paint"], "paint"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, words):
+    assert words in refused(capsys, *arguments)
+    assert os.listdir() == []
+
+
+def test_schedule_of_the_wrong_kind(capsys):
+    with open("wrong.json", "w") as file:
+        json.dump({"format": "astraea-schedule-1", "steps": 3, "levels": [10, 12, 0]}, file)
+    line = refused(capsys, "generate", PROMPT, "--schedule", "wrong.json")
+    assert "0..10" in line and "level 2 is 12" in line
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_read_only_folder(capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    assert "can't write" in refused(capsys, "generate", PROMPT)
+
+
+def test_truncated_weights(capsys, tmp_path):
+    folder = tmp_path / "model"
+    for source in tiny.FOLDER.rglob("*"):
+        if source.is_file() and source.suffix in (".json", ".safetensors"):
+            target = folder / source.relative_to(tiny.FOLDER)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            content = source.read_bytes()
+            cut = "transformer/" in source.as_posix() and source.suffix == ".safetensors"
+            target.write_bytes(content[: len(content) // 2] if cut else content)
+    line = refused(capsys, "generate", PROMPT, "--model", str(folder))
+    assert "diffusion_pytorch_model.safetensors" in line
+    assert os.listdir() == ["model"]
+
+
+def test_interrupted_run_leaves_nothing(capsys, monkeypatch):
+    def interrupt(*_args, **_kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(video, "_write_mp4", interrupt)
+    assert "stopped" in refused(capsys, "generate", PROMPT, *SMALL)
+    assert os.listdir() == []
+
+
+def test_unknown_words_are_named(capsys):
+    assert cli.main(["generate", "a red zebra moving left", *SMALL]) == 0
+    error = capsys.readouterr().err
+    assert "warning" in error and "zebra" in error and "red" not in error.split("zebra")[0]
+
+
+def test_info_says_what_runs(capsys):
+    assert cli.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    for words in ("jax", "devices", "xla", "runs", *METHODS):
+        assert words in printed
+
+
+def test_every_method_has_a_name_on_the_command_line():
+    hint = cli.generate.__annotations__["method"]
+    assert set(METHODS) <= {
+        name for part in hint.__args__ for name in getattr(part, "__args__", ())
+    }
+
+
+def test_compiled_programs_are_kept_in_a_folder_of_the_user(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cli.cache_folder() == tmp_path / "cache" / "astraea_jax" / "compiled"
+
+
+def test_bench_denoise_small(capsys):
+    small = ["--frames", "5", "--height", "32", "--width", "32", "--rounds", "2", "--levels", "5"]
+    assert cli.main(["bench", "denoise", *small, "--output", "times.json"]) == 0
+    rows = json.loads(pathlib.Path("times.json").read_text())["rows"]
+    kinds = {(row["driver"], row.get("method"), row.get("level")) for row in rows}
+    assert ("static", "astraea", 5) in kinds and ("dynamic", "dense", 10) in kinds
+    assert all(row["milliseconds"] > 0 for row in rows if row["driver"] != "dynamic")
+    assert "of the bound" in capsys.readouterr().out
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,89 @@
+"""Analytic operations: the paper's Table 1, and what a step's parts add up to."""
+
+import dataclasses
+import sys
+
+import pytest
+
+from astraea_jax.flops import (
+    Workload,
+    block_flops,
+    run_flops,
+    speedup_bound,
+    step_flops,
+    text_flops,
+)
+
+pytestmark = pytest.mark.core
+
+SHORT = Workload(
+    num_blocks=30, num_tokens=14_040, width=1536, ffn_width=8960, text_tokens=512, keys=14_040
+)
+LONG = dataclasses.replace(SHORT, num_tokens=26_520, keys=26_520)
+SMALL = Workload(num_blocks=2, num_tokens=20, width=4, ffn_width=12, text_tokens=3, keys=20)
+
+
+@pytest.mark.parametrize(
+    ("workload", "level", "published"),
+    [(SHORT, 10, 7.29e15), (LONG, 10, 19.87e15), (SHORT, 5, 3.85e15), (LONG, 5, 10.32e15)],
+)
+def test_table_1_of_the_paper(workload, level, published):
+    got = run_flops(workload, (level,) * 50, branches=2, text_every_step=True)
+    # Published to three or four digits: 0.1 %, as near as 3.85 can say.
+    assert got == pytest.approx(published, rel=max(1e-3, 0.005 / (published / 1e15)))
+
+
+def test_a_block_by_hand():
+    rows, tokens, width = 6, 20, 4
+    block = block_flops(SMALL, rows)
+    multiply_adds = {
+        "keys_values": 2 * tokens * width**2,
+        "self_attention": 2 * rows * width**2 + 2 * rows * tokens * width,
+        "cross_attention": 2 * rows * width**2 + 2 * rows * 3 * width,
+        "mlp": 2 * rows * width * 12,
+    }
+    assert block._asdict() == {name: 2 * number for name, number in multiply_adds.items()}
+    assert sum(block_flops(SMALL, 0)) == 0
+    assert step_flops(SMALL, rows) == 2 * sum(block)
+
+
+def test_groups_attend_to_their_own_keys():
+    grouped = dataclasses.replace(SMALL, keys=5)
+    fewer = block_flops(SMALL, 6).self_attention - block_flops(grouped, 6).self_attention
+    assert fewer == 4 * 6 * 4 * (20 - 5)
+
+
+def test_a_run_adds_its_steps():
+    levels = (10, 0, 5)
+    steps = step_flops(SMALL, 20) + step_flops(SMALL, 10)
+    text = text_flops(SMALL)
+    assert text == 2 * (2 * 2 * 3 * 4**2)
+    assert run_flops(SMALL, levels) == 2 * (steps + text)
+    assert run_flops(SMALL, levels, branches=1) == steps + text
+    assert run_flops(SMALL, levels, text_every_step=True) == 2 * (steps + 2 * text)
+
+
+def test_rows_are_rounded_as_the_loop_rounds_them():
+    uneven = dataclasses.replace(SMALL, num_tokens=23, keys=23)
+    assert run_flops(uneven, (3,), branches=1) == step_flops(uneven, 9) + text_flops(uneven)
+    assert run_flops(uneven, (10,)) == 2 * (step_flops(uneven, 23) + text_flops(uneven))
+
+
+def test_speedup_bound():
+    assert speedup_bound(SHORT, 10) == 1
+    bounds = [speedup_bound(SHORT, level) for level in range(1, 11)]
+    assert bounds == sorted(bounds, reverse=True)
+    dense, half = step_flops(SHORT, 14_040), step_flops(SHORT, 7_020)
+    assert speedup_bound(SHORT, 5) == pytest.approx(dense / half)
+    # Keys and values are those of every token, so half the rows is less than twice as fast.
+    assert 1.8 < speedup_bound(SHORT, 5) < 2
+
+
+@pytest.mark.parametrize("level", [0, -1, 11])
+def test_speedup_bound_refuses(level):
+    with pytest.raises(ValueError, match=rf"level must be in 1\.\.10; got {level}"):
+        speedup_bound(SHORT, level)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))

@@ -1,0 +1,151 @@
+"""Solvers against Diffusers' recorded grids and trajectories."""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import FIXTURES
+from safetensors.numpy import load_file
+
+from astraea_jax import solvers
+
+pytestmark = pytest.mark.core
+
+RUNS = {"n10_shift3": (10, 3.0), "n6_shift8": (6, 8.0)}
+RECORDED = {"unipc": "unipc_diffusers", "euler": "euler_diffusers"}
+TRAJECTORY = {"unipc": 2e-5, "euler": 1e-5}
+
+
+@pytest.fixture(scope="module")
+def recorded():
+    return load_file(FIXTURES / "wan/scheduler.safetensors")
+
+
+@jax.jit
+def trajectory(solver, start, velocities):
+    """Samples after every step."""
+
+    def step(carry, xs):
+        row, velocity = xs
+        latents, state = solvers.step(row, carry[1], carry[0], velocity)
+        return (latents, state), latents
+
+    return jax.lax.scan(step, (start, solvers.init(start)), (solver, velocities))[1]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("run", RUNS)
+def test_grid(recorded, run, name):
+    steps, shift = RUNS[run]
+    solver = solvers.make(name, steps, shift=shift)
+    prefix = f"{run}.{RECORDED[name]}."
+    assert solver.steps == steps
+    assert all(leaf.dtype == np.float32 for leaf in solver)
+    np.testing.assert_allclose(solver.sigma, recorded[prefix + "sigmas"][:-1], atol=1e-6)
+    timesteps = recorded[prefix + "timesteps"]
+    if np.issubdtype(timesteps.dtype, np.integer):
+        assert np.array_equal(solver.timestep, timesteps)
+    else:
+        np.testing.assert_allclose(solver.timestep, timesteps, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("run", RUNS)
+def test_trajectory(recorded, run, name):
+    steps, shift = RUNS[run]
+    solver = solvers.make(name, steps, shift=shift)
+    got = trajectory(solver, jnp.asarray(recorded[f"{run}.x0"]), recorded[f"{run}.model_out"])
+    expected = recorded[f"{run}.{RECORDED[name]}.traj"]
+    assert np.array_equal(expected[0], recorded[f"{run}.x0"])
+    np.testing.assert_allclose(got, expected[1:], atol=TRAJECTORY[name])
+
+
+def test_trajectories_tell_the_solvers_apart(recorded):
+    unipc, euler = (recorded[f"n10_shift3.{name}.traj"] for name in RECORDED.values())
+    assert np.abs(unipc - euler).max() > 1e-2
+
+
+@pytest.mark.parametrize("shift", [3, 5, 8])
+def test_grid_of_fifty_steps(recorded, shift):
+    solver = solvers.unipc(50, shift=float(shift))
+    prefix = f"table.n50_shift{shift}.unipc_diffusers."
+    np.testing.assert_allclose(solver.sigma, recorded[prefix + "sigmas"][:-1], atol=1e-6)
+    assert recorded[prefix + "sigmas"][-1] == 0
+    assert np.array_equal(solver.timestep, recorded[prefix + "timesteps"])
+
+
+@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize("steps", [1, 2, 3, 50])
+def test_last_step_gives_the_clean_sample_exactly(name, steps):
+    solver = solvers.make(name, steps)
+    rng = np.random.default_rng(steps)
+    x, x1, m1, m2, v = (jnp.asarray(a, jnp.float32) for a in rng.normal(size=(5, 3, 4)))
+    row = jax.tree.map(lambda leaf: leaf[-1], solver)
+    got, _ = solvers.step(row, solvers.SolverState(x1, m1, m2), x, v)
+    assert np.array_equal(solver.predict[-1], [0, 1, 0])
+    assert np.array_equal(got, x - row.sigma * v)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_straight_path_is_followed_exactly(name):
+    # A model that knows the clean sample: every step lands on the line to it.
+    rng = np.random.default_rng(0)
+    clean, noise = (jnp.asarray(a, jnp.float32) for a in rng.normal(size=(2, 5)))
+    solver = solvers.make(name, 12)
+    velocities = jnp.broadcast_to(noise - clean, (12, 5))
+    start = (1 - solver.sigma[0]) * clean + solver.sigma[0] * noise
+    got = trajectory(solver, start, velocities)
+    sigma = np.append(solver.sigma[1:], 0)[:, None]
+    np.testing.assert_allclose(got, (1 - sigma) * clean + sigma * noise, atol=5e-6)
+
+
+def test_history_of_the_first_step_is_not_read():
+    # The loop starts from zeros, but a reused buffer may hold anything.
+    row = jax.tree.map(lambda leaf: leaf[0], solvers.unipc(5))
+    x, v = jnp.ones(3), jnp.full(3, 0.5)
+    broken = jnp.full(3, jnp.nan)
+    got, _ = solvers.step(row, solvers.SolverState(broken, broken, broken), x, v)
+    expected, state = solvers.step(row, solvers.init(x), x, v)
+    assert np.array_equal(got, expected)
+    assert np.array_equal(state.corrected, x) and np.array_equal(state.clean_1, x - row.sigma * v)
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 17.0])
+@pytest.mark.parametrize("name", RECORDED)
+def test_tables_are_finite(name, shift):
+    for steps in (1, 2, 3, 5, 100):
+        solver = solvers.make(name, steps, shift=shift)
+        assert all(np.isfinite(leaf).all() for leaf in solver)
+        assert (np.diff(solver.sigma) < 0).all()
+        assert 0 < solver.sigma[-1] and solver.sigma[0] <= 1
+        assert 0 <= solver.timestep[-1] and solver.timestep[0] <= 1000
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: solvers.make("ddim", 4), "solver must be one of unipc, euler; got 'ddim'"),
+        (lambda: solvers.make("unipc", 0), "steps must be an integer of at least 1; got 0"),
+        (lambda: solvers.euler(-3), "steps must be an integer of at least 1; got -3"),
+        (lambda: solvers.euler(4, shift=0.0), "shift must be a number above 0; got 0.0"),
+        (lambda: solvers.unipc(4, shift=-1.0), "shift must be a number above 0; got -1.0"),
+        (lambda: solvers.unipc(4, shift=float("inf")), "shift must be a number above 0; got inf"),
+        (lambda: solvers.unipc(4, shift=float("nan")), "shift must be a number above 0; got nan"),
+    ],
+)
+def test_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_wrong_types_are_refused(as_a_user):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1; got 2.5"):
+        solvers.unipc(2.5)
+    with pytest.raises(ValueError, match="shift must be a number above 0; got '3'"):
+        solvers.euler(2, shift="3")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
