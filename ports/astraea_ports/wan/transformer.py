@@ -154,7 +154,7 @@ class Block(nnx.Module):
         width = config.width
         self.attn1 = Attention(config, rngs)
         self.attn2 = Attention(config, rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=config.eps, rngs=rngs)
+        self.norm2 = nnx.LayerNorm(width, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
         self.ffn_in = nnx.Linear(width, config.ffn_dim, rngs=rngs)
         self.ffn_out = nnx.Linear(config.ffn_dim, width, rngs=rngs)
         table = jax.random.normal(rngs.params(), (6, width)) / width**0.5

@@ -1,0 +1,125 @@
+"""Methods: their names, modes and states, and what they refuse."""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from astraea_jax import methods
+from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, Method, StepLevel, base
+from astraea_jax.model import Geometry, Groups
+from astraea_jax.selection import PUBLISHED, SelectionConfig
+
+GEOMETRY = Geometry((3, 4, 5), 24, 2, 16, (Groups(),))
+
+
+def test_make_gives_each_by_its_name():
+    assert list(METHODS) == [
+        "dense", "astraea", "astraea-published", "fixed-token", "step-level",
+        "step-level-residual",
+    ]  # fmt: skip
+    assert all(methods.make(name) is method for name, method in METHODS.items())
+    assert methods.make("astraea-published") == Astraea(PUBLISHED)
+    with pytest.raises(ValueError, match="method must be one of dense, astraea, .*; got 'asteria'"):
+        methods.make("asteria")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_a_hashable_value(name):
+    method = METHODS[name]
+    assert isinstance(method, Method)
+    assert method == dataclasses.replace(method)
+    assert hash(method) == hash(dataclasses.replace(method))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.selection = None
+
+
+def test_methods_differ():
+    assert len(set(METHODS.values())) == len(METHODS)
+    assert FixedToken() != Astraea(FixedToken().selection)
+
+
+def test_names():
+    assert [method.name for method in METHODS.values()] == [
+        "dense", "astraea", "astraea", "fixed-token", "step-level, velocity",
+        "step-level, residual",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_static_modes_agree_with_the_dynamic_choice(name):
+    method = METHODS[name]
+    state = method.init(GEOMETRY, 2, jnp.dtype(jnp.float32))
+    levels = (0, 10) if isinstance(method, StepLevel) else range(11)
+    for level in levels:
+        inputs = base.StepInputs(
+            jnp.zeros((2, 3, 8, 10, 4)), jnp.zeros(2), jnp.int32(level), jax.random.key(0)
+        )
+        mode = method.modes[int(method.decide(state, inputs))]
+        static = method.static_mode(level)
+        assert mode.kind == static.kind
+        assert static.level in (level, 10 if isinstance(method, Dense) else level)
+        hash(mode)
+
+
+@pytest.mark.parametrize("reuse", ["velocity", "residual"])
+@pytest.mark.parametrize("level", [1, 5, 9])
+def test_step_level_does_whole_steps(reuse, level):
+    with pytest.raises(
+        ValueError, match=rf"step-level, {reuse} computes whole steps, .* asks for level {level}"
+    ):
+        StepLevel(reuse).static_mode(level)
+
+
+def test_astraea_has_a_mode_for_each_level():
+    modes = [Astraea().static_mode(level) for level in range(11)]
+    assert modes[0] == base.SKIP and modes[10] == base.DENSE
+    assert [mode.level for mode in modes] == list(range(11)) and len(set(modes)) == 11
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_state_is_as_large_as_documented(dtype):
+    """Bytes by hand: B=2, N=60, H=24, P=16 and L=2."""
+    dtype = jnp.dtype(dtype)
+    tokens, size = 2 * 60, dtype.itemsize
+    velocity = tokens * 16 * 4
+    cases = {
+        Dense(): 0,
+        Astraea(): tokens * (2 * 24 * size + 5 + 24 * size) + velocity,
+        Astraea(PUBLISHED): tokens * (2 * 24 * size + 2 * 5 + 24 * size) + velocity,
+        Astraea(dataclasses.replace(PUBLISHED, reuse="residual")): (
+            tokens * (2 * 24 * size + 2 * 5 + 2 * 24 * size) + velocity
+        ),
+        Astraea(SelectionConfig(scope="block", reference="sketch", sketch_width=3)): (
+            tokens * (2 * 24 * size + 2 * 5 + 2 * 3 * 4) + velocity
+        ),
+        StepLevel(): velocity,
+        StepLevel("residual"): tokens * 24 * size,
+    }
+    for method, expected in cases.items():
+        state = jax.eval_shape(lambda method=method: method.init(GEOMETRY, 2, dtype))
+        total = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+        assert total == expected, method
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_state_starts_as_zeros(name):
+    state = METHODS[name].init(GEOMETRY, 2, jnp.dtype(jnp.float32))
+    assert all(not leaf.any() for leaf in jax.tree.leaves(state))
+
+
+def test_fixed_token_selects_once_a_step():
+    assert FixedToken().selection == dataclasses.replace(PUBLISHED, scope="step")
+    with pytest.raises(ValueError, match=r"fixed-token needs scope \"step\"; got 'block'.*Astraea"):
+        FixedToken(PUBLISHED)
+
+
+def test_step_level_refuses_other_reuse(as_a_user):
+    with pytest.raises(ValueError, match="reuse must be velocity or residual; got 'output'"):
+        StepLevel("output")
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
