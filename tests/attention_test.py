@@ -199,7 +199,7 @@ def test_wrong_dtype_count_and_implementation_are_refused(as_a_user):
         query_sparse_attention(q.astype(jnp.bfloat16), k, v)
     with pytest.raises(ValueError, match=r"expected count of shape \(2,\); got \(3,\)"):
         query_sparse_attention(q, k, v, count=jnp.zeros(3, jnp.int32))
-    with pytest.raises(ValueError, match="implementation must be None or one of .*xla.* 'magic'"):
+    with pytest.raises(ValueError, match=r"implementation must be None or one of .*xla.* 'magic'"):
         query_sparse_attention(q, k, v, implementation="magic")
 
 

@@ -126,7 +126,7 @@ def test_load_refuses(tmp_path, content, message):
 
 
 def test_load_and_save_name_the_path(tmp_path):
-    with pytest.raises(ValueError, match="expected a schedule file .*missing.json"):
+    with pytest.raises(ValueError, match=r"expected a schedule file .*missing.json"):
         Schedule.load(tmp_path / "missing.json")
     with pytest.raises(ValueError, match="json"):
         Schedule((10,)).save(tmp_path / "schedule.txt")
@@ -164,7 +164,7 @@ def test_a_level_that_is_no_integer_is_refused(as_a_user, level):
 
 @pytest.mark.parametrize("budget", ["half", None])
 def test_a_budget_that_is_no_number_is_refused(as_a_user, budget):
-    with pytest.raises(ValueError, match="budget must be a number above 0 and at most 1, as 0.5"):
+    with pytest.raises(ValueError, match=r"budget must be a number above 0 and at most 1, as 0.5"):
         check_budget(budget)
 
 
