@@ -110,9 +110,10 @@ def heads_reduced(lse: Float[Array, "B A K"], config: SelectionConfig) -> Float[
 
 
 def sketch_matrix(width: int, config: SelectionConfig) -> Float[np.ndarray, "H R"]:
-    """A fixed random projection under which squared distances keep their expectation / H * R."""
+    """A fixed random projection; the mean square over R of a sketch expects that over H."""
     rng = np.random.default_rng(0)
-    return rng.standard_normal((width, config.sketch_width)).astype(np.float32)
+    matrix = rng.standard_normal((width, config.sketch_width)) / np.sqrt(width)
+    return matrix.astype(np.float32)
 
 
 def view(tokens: Float[Array, "B N H"], config: SelectionConfig) -> Float[Array, "B N R"]:

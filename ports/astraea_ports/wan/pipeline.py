@@ -1,6 +1,7 @@
 """Prompts to videos with a Wan model: encode the text, denoise, decode."""
 
 import dataclasses
+import math
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -178,7 +179,15 @@ class Pipeline:
             steps = self.defaults.steps if schedule is None else schedule.steps
         table = solvers.make(solver, steps, shift=self.shift if shift is None else shift)
         schedule = Schedule.dense(steps) if schedule is None else schedule
+        if schedule.steps != steps:
+            raise ValueError(
+                f"expected a schedule of {steps} levels, one a step; got {schedule.steps}"
+            )
         guidance = self.defaults.guidance if guidance is None else guidance
+        if not math.isfinite(guidance):
+            raise ValueError(
+                f"guidance must be a finite number, 1 or less for none; got {guidance}"
+            )
         noise = self._noise(len(prompts), size, seed, latents)
         report = progress or (lambda stage, done, total: None)
 
