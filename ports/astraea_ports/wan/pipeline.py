@@ -181,7 +181,7 @@ class Pipeline:
         schedule = Schedule.dense(steps) if schedule is None else schedule
         if schedule.steps != steps:
             raise ValueError(
-                f"expected a schedule of {steps} levels, one a step; got {schedule.steps}"
+                f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
             )
         guidance = self.defaults.guidance if guidance is None else guidance
         if not math.isfinite(guidance):
