@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report
+from astraea_jax.bench import attention as bench_attention
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
 from astraea_jax.cli.generate import Request, run
@@ -150,12 +151,13 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench denoise`), quality (`bench quality`); `bench sheet` draws videos."""
+    """Measures speed (`bench attention`, `denoise`) and quality (`quality`); `sheet` draws."""
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
 COMMANDS = {"generate": generate, "info": info, "bench": bench}
 BENCHES = {
+    "attention": bench_attention.command,
     "denoise": bench_denoise.command,
     "quality": quality.command,
     "sheet": sheet.command,
