@@ -53,9 +53,10 @@ def gpu() -> Gpu | None:
     if device.platform not in ("gpu", "cuda"):
         return None
     known = next((value for name, value in KINDS.items() if name in device.device_kind), None)
-    major, minor, processors = known or (0, 0, 0)
+    major, minor, processors = known or (0, 0, 1)
     stated = getattr(device, "compute_capability", None)
     if stated:
         major, minor = (int(part) for part in str(stated).split("."))
-    processors = getattr(device, "core_count", None) or processors or 108
+    for name in ("core_count", "num_cores"):  # of a device, of the description of one
+        processors = getattr(device, name, None) or processors
     return Gpu((major, minor), processors, device.device_kind)
