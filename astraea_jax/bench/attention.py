@@ -274,11 +274,13 @@ def time_runs(runs: dict[Any, Callable], rounds: int) -> tuple[dict[Any, float],
     return {key: float(np.median(values)) for key, values in seconds.items()}, failed
 
 
-def tune_shape(shape: Shape, shares, rounds: int) -> list[dict[str, Any]]:
+def tune_shape(
+    shape: Shape, shares, rounds: int, names: Iterable[str] = ("mosaic", "triton")
+) -> list[dict[str, Any]]:
     """Times every tiling of the kernels that run here; the fastest go to the user's table."""
     here = machine.gpu()
     found = []
-    for name in ("mosaic", "triton"):
+    for name in names:
         if attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
             continue
         module = attention.kernel_module(name)

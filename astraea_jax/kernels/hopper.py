@@ -29,6 +29,7 @@ BLOCK_Q = 64  # queries of a compute warpgroup: the rows of one wgmma
 ROWS = COMPUTE * BLOCK_Q
 LARGEST_GRID_AXIS = 65535
 WIDEST = 128
+SHARED_MEMORY = 227 * 1024 - 2048  # bytes of a program, less barriers and the like
 SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 
 
@@ -40,11 +41,13 @@ class Tiling:
       width: channels of a head in shared memory, in steps of 16; heads are padded to it with zeros.
       block_kv: keys of a tile, in steps of 16.
       stages: tiles of keys and values in flight.
+      overlap: multiply the weights of a tile by its values while the softmax of the next one runs.
     """
 
     width: int
     block_kv: int
     stages: int
+    overlap: bool = False
 
 
 def refusal(here: Gpu, width: int, dtype) -> str | None:
@@ -59,15 +62,17 @@ def refusal(here: Gpu, width: int, dtype) -> str | None:
 
 
 def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
-    """Tilings worth timing for a head width; those that don't fit are refused when compiled."""
+    """Tilings worth timing for a head width."""
     del num_queries
-    widths = [padded for padded in (64, 80, 96, 128) if width <= padded < width + 64]
     return [
-        Tiling(padded, block_kv, stages)
-        for padded in widths
-        for block_kv in (64, 96, 128, 160, 192, 256)
+        Tiling(padded, block_kv, stages, overlap)
+        for padded in (64, 80, 96, 128)
+        for block_kv in (64, 128, 192)
         for stages in (2, 3, 4)
-        if block_kv < num_keys + 64 and 2 * block_kv % _swizzle(padded, 2) == 0
+        for overlap in (False, True)
+        if width <= padded < width + 64
+        and block_kv < num_keys + 64
+        and 4 * padded * (stages * block_kv + BLOCK_Q) < SHARED_MEMORY
     ]
 
 
@@ -244,7 +249,8 @@ def _program(
         q_tile, ready = scratch["q_smem"].at[warpgroup], scratch["q_ready"].at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile, ready)
         plgpu.barrier_wait(ready)
-        out, lse = _attend_tiles(q_tile, warpgroup, tiles, scale, interpret, scratch)
+        attend_tiles = _attend_tiles_overlapped if tiling.overlap else _attend_tiles
+        out, lse = attend_tiles(q_tile, warpgroup, tiles, scale, interpret, scratch)
         row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
         out = jnp.where(row < count - mine, out, 0.0)
         row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
@@ -333,6 +339,105 @@ def _attend_tiles(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
         masked = functools.partial(add_tile, masked=True)
         carry = lax.fori_loop(jnp.maximum(tiles.first, full), tiles.last, masked, carry)
     total, normaliser, largest = carry
+    pl.when(warpgroup == 0)(take_turn)
+    out = total / _over_columns(normaliser, total.shape)
+    return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
+
+
+def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
+    """The same, with a tile's product with its values behind the next tile's softmax."""
+    k_smem, v_smem, turn = scratch["k_smem"], scratch["v_smem"], scratch["turn"]
+    k_ready, v_ready = scratch["k_ready"], scratch["v_ready"]
+    block_kv = tiles.tiling.block_kv
+
+    def take_turn():
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    def softmax(tile, scores, normaliser, largest, masked):
+        if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            scores = jnp.where(key < tiles.num_keys - tile * block_kv, scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, scores.max(axis=1) * scale)
+        keep = jnp.exp2(largest - new_largest)
+        weights = jnp.exp2(scores * scale - _over_columns(new_largest, scores.shape))
+        normaliser = normaliser * keep + weights.sum(axis=1)
+        return weights.astype(v_smem.dtype), normaliser, new_largest, keep
+
+    def first_products(scores_ref):
+        plgpu.wgmma(scores_ref, q_tile, k_smem.at[0].T)
+        take_turn()
+        return scores_ref[...]
+
+    def add_tile(tile, carry, masked=False):
+        total, normaliser, largest, weights16 = carry
+        slot, before = tiles.slot(tile), tiles.slot(tile - 1)
+        plgpu.barrier_wait(k_ready.at[slot])
+        plgpu.barrier_wait(v_ready.at[before])
+
+        def step(refs):
+            total_ref, normaliser_ref, largest_ref, weights_ref, keep_ref = refs
+
+            def products(scores_ref):
+                plgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].T)
+                plgpu.wgmma(total_ref, weights16, v_smem.at[before])
+                take_turn()
+                return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
+
+            scores = pl.run_scoped(products, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(scratch["k_used"].at[slot])
+            weights_ref[...], normaliser_ref[...], largest_ref[...], keep_ref[...] = softmax(
+                tile, scores, normaliser, largest, masked
+            )
+
+        if interpret:
+            scores = pl.run_scoped(
+                lambda ref: (plgpu.wgmma(ref, q_tile, k_smem.at[slot].T), take_turn(), ref[...])[
+                    -1
+                ],
+                plgpu.ACC((BLOCK_Q, block_kv), jnp.float32),
+            )
+            total += jnp.dot(weights16, v_smem[before], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(scratch["k_used"].at[slot])
+            weights16, normaliser, largest, keep = softmax(
+                tile, scores, normaliser, largest, masked
+            )
+        else:
+            total, normaliser, largest, weights16, keep = pl.run_state(step)(
+                (plgpu.ACC.init(total), normaliser, largest, weights16, largest)
+            )
+        plgpu.barrier_arrive(scratch["v_used"].at[before])
+        total *= _over_columns(keep, total.shape)
+        take_turn()
+        return total, normaliser, largest, weights16
+
+    plgpu.barrier_wait(k_ready.at[0])
+    pl.when(warpgroup == 1)(take_turn)
+    scores = pl.run_scoped(first_products, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
+    plgpu.barrier_arrive(scratch["k_used"].at[0])
+    start = (_filled((BLOCK_Q,), 0, ROW_LAYOUT), _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT))
+    ragged = tiles.num_keys % block_kv > 0
+    weights16, *stats, _ = softmax(tiles.first, scores, *start, ragged)
+    take_turn()
+    total = _filled((BLOCK_Q, tiles.tiling.width), 0, plgpu.Layout.WGMMA)
+    carry = (total, *stats, weights16)
+    full = tiles.num_keys // block_kv
+    carry = lax.fori_loop(tiles.first + 1, jnp.minimum(tiles.last, full), add_tile, carry)
+    if ragged:
+        masked = functools.partial(add_tile, masked=True)
+        carry = lax.fori_loop(jnp.maximum(tiles.first + 1, full), tiles.last, masked, carry)
+    total, normaliser, largest, weights16 = carry
+    slot = tiles.slot(tiles.last - 1)
+    plgpu.barrier_wait(v_ready.at[slot])
+    if interpret:
+        total += jnp.dot(weights16, v_smem[slot], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+    else:
+        total = pl.run_state(lambda ref: plgpu.wgmma(ref, weights16, v_smem.at[slot]))(
+            plgpu.ACC.init(total)
+        )
+    plgpu.barrier_arrive(scratch["v_used"].at[slot])
     pl.when(warpgroup == 0)(take_turn)
     out = total / _over_columns(normaliser, total.shape)
     return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
