@@ -90,21 +90,21 @@ def query_sparse_attention(
             f"implementation must be None or one of {', '.join(get_args(Implementation))}; "
             f"got {implementation!r}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
     here = gpu()
     if implementation is None:
         num_queries = q.shape[1] if indices is None else indices.shape[1]
         names = preferred(here, num_queries, k.shape[1])
         chosen = _first_that_runs(names, here, q.shape[-1], jnp.dtype(k.dtype))
-        settings = Settings(chosen, scale, by_platform=True)
+        settings = Settings(chosen, factor, by_platform=True)
     else:
         reason = refusal(implementation, here, q.shape[-1], k.dtype)
         if reason is not None:
             raise ValueError(f"implementation {implementation!r} can't run: it {reason}")
-        settings = Settings(implementation, scale, by_platform=False)
+        settings = Settings(implementation, factor, by_platform=False)
     if settings.name == "xla":
         # Not through the custom gradient: XLA differentiates its own.
-        return _xla(q, k, v, count, indices, scale)
+        return _xla(q, k, v, count, indices, factor)
     return _attend(settings, q, k, v, count, indices)
 
 

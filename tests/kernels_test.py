@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_test import assert_close, by_hand, new_seed, random_inputs
+from attention_oracle import assert_close, by_hand, new_seed, random_inputs
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from astraea_jax import attention

@@ -10,7 +10,7 @@ PROGRAM = """
 import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
-from attention_test import assert_close, by_hand, new_seed, random_inputs
+from attention_oracle import assert_close, by_hand, new_seed, random_inputs
 from astraea_jax import attention
 from astraea_jax.kernels import ampere
 from astraea_jax.parallel import attention_by_heads, attention_by_queries

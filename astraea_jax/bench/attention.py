@@ -10,7 +10,7 @@ import functools
 import itertools
 import pathlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, get_args
 
@@ -63,7 +63,7 @@ def command(
         raise ValueError("expected shares above 0 and at most 1, and rounds of at least 1")
     if output is not None:
         files.check_output(output, (".json",))
-    names = implementations or get_args(attention.Implementation)
+    names: Sequence[Any] = implementations or get_args(attention.Implementation)
     states = attention.implementations()
     for name in names:
         if states[name] != "runs":
@@ -111,7 +111,9 @@ def _cases(name: str) -> Iterable[tuple[str, tuple]]:
     return itertools.product(dtypes, CHECKED)
 
 
-def inputs(batch: int, queries: int, keys: int, heads: int, width: int, dtype) -> list[jax.Array]:
+def inputs(
+    batch: int, queries: int, keys: int, heads: int, width: int, dtype: str = "bfloat16"
+) -> list[jax.Array]:
     """Normal q, k, v that nobody has seen before."""
     seed = int.from_bytes(np.random.default_rng().bytes(4), "little")
     sizes = [(batch, length, heads, width) for length in (queries, keys, keys)]
@@ -140,9 +142,8 @@ def check_all(names: Iterable[attention.Implementation]) -> list[dict[str, Any]]
     problems = {}
     for name in names:
         for dtype, case in _cases(name):
-            *sizes, count = case
-            arguments = (*inputs(*sizes, jnp.dtype(dtype)), jnp.asarray(count, jnp.int32))
-            problems[name, dtype, case] = arguments
+            arrays = inputs(*case[:-1], dtype=dtype)
+            problems[name, dtype, case] = (*arrays, jnp.asarray(case[-1], jnp.int32))
 
     def maker(key):
         attend = functools.partial(query_sparse_attention, implementation=key[0])
@@ -193,7 +194,7 @@ def compile_all(makers: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
 
 def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list[dict[str, Any]]:
     """A row for each share of the queries and each implementation."""
-    q, k, v = inputs(shape.batch, shape.tokens, *shape[1:], jnp.bfloat16)
+    q, k, v = inputs(shape.batch, shape.tokens, *shape[1:])
     queries = {share: q[:, : rows(shape, share)] for share in sorted({1.0, *shares}, reverse=True)}
 
     def maker(implementation, share, lse):
@@ -281,12 +282,12 @@ def tune_shape(
     here = machine.gpu()
     found = []
     for name in names:
-        if attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
+        if here is None or attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
             continue
         module = attention.kernel_module(name)
         for share in shares:
             used = rows(shape, share)
-            q, k, v = inputs(shape.batch, used, *shape[1:], jnp.bfloat16)
+            q, k, v = inputs(shape.batch, used, *shape[1:])
 
             def maker(tiling, module=module, arguments=(q, k, v)):
                 attend = functools.partial(

@@ -200,7 +200,7 @@ def _attend_tiles(q, k_ref, v_ref, place, span, scale, block_kv):
             scores += pltriton.dot(rows, _load(k_ref, place, keys, piece, inside).T)
         # Everything is in base 2, so that a weight is one multiply-add and one ex2.
         scores *= scale
-        if masked:
+        if inside is not None:
             scores = jnp.where(inside[None, :], scores, -jnp.inf)
         new_largest = jnp.maximum(largest, scores.max(axis=1))
         keep = jnp.exp2(largest - new_largest)

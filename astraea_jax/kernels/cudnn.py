@@ -5,6 +5,8 @@ to the dtype of the output, which for bfloat16 leaves two decimal digits; the fl
 be had from the function beneath, which JAX keeps private.
 """
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -44,9 +46,10 @@ def attend(
         # cuDNN has no empty row of the batch: it computes one query, and it is masked here.
         keys = jnp.full_like(count, k.shape[1])
         lengths, mask_type = (jnp.maximum(count, 1), keys), fused.MaskType.PADDING
-    out, lse = fused.dot_product_attention(
+    results: Any = fused.dot_product_attention(
         q, k, v, None, None, *lengths, scale=scale, mask_type=mask_type, return_residual=True
     )
+    out, lse = results
     if count is not None:
         used = jnp.arange(q.shape[1]) < count[:, None]
         out = jnp.where(used[:, :, None, None], out, 0)

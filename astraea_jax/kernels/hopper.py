@@ -166,7 +166,8 @@ def _shared(shape, dtype):
     """Shared memory as wgmma reads it and TMA writes it; `shape` ends with (rows, channels)."""
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = _swizzle(shape[-1], itemsize)
-    transforms = (plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle))
+    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
+    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -286,7 +287,9 @@ def _attend_tiles(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
             take_turn()
             return scores_ref[...]
 
-        scores = pl.run_scoped(products, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
+        scores = pl.run_scoped(
+            products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
+        )
         plgpu.barrier_arrive(scratch["k_used"].at[slot])
         if masked:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
@@ -322,7 +325,7 @@ def _attend_tiles(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
                 plgpu.wgmma(total_ref, weights16, v_smem.at[slot])
                 wait_for_next_keys()
 
-            total = pl.run_state(add_values)(plgpu.ACC.init(total))
+            total: Any = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(total))
         plgpu.barrier_arrive(scratch["v_used"].at[slot])
         return total, normaliser, largest
 
@@ -370,6 +373,7 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
         return scores_ref[...]
 
     def add_tile(tile, carry, masked=False):
+        total: Any
         total, normaliser, largest, weights16 = carry
         slot, before = tiles.slot(tile), tiles.slot(tile - 1)
         plgpu.barrier_wait(k_ready.at[slot])
@@ -384,7 +388,9 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
                 take_turn()
                 return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
 
-            scores = pl.run_scoped(products, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
+            scores = pl.run_scoped(
+                products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
+            )
             plgpu.barrier_arrive(scratch["k_used"].at[slot])
             weights_ref[...], normaliser_ref[...], largest_ref[...], keep_ref[...] = softmax(
                 tile, scores, normaliser, largest, masked
@@ -395,7 +401,7 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
                 lambda ref: (plgpu.wgmma(ref, q_tile, k_smem.at[slot].T), take_turn(), ref[...])[
                     -1
                 ],
-                plgpu.ACC((BLOCK_Q, block_kv), jnp.float32),
+                plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32),
             )
             total += jnp.dot(weights16, v_smem[before], preferred_element_type=jnp.float32)
             plgpu.commit_smem()
@@ -405,7 +411,7 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
             )
         else:
             total, normaliser, largest, weights16, keep = pl.run_state(step)(
-                (plgpu.ACC.init(total), normaliser, largest, weights16, largest)
+                (plgpu.WGMMAAccumulatorRef.init(total), normaliser, largest, weights16, largest)
             )
         plgpu.barrier_arrive(scratch["v_used"].at[before])
         total *= _over_columns(keep, total.shape)
@@ -414,14 +420,16 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
 
     plgpu.barrier_wait(k_ready.at[0])
     pl.when(warpgroup == 1)(take_turn)
-    scores = pl.run_scoped(first_products, plgpu.ACC((BLOCK_Q, block_kv), jnp.float32))
+    scores = pl.run_scoped(
+        first_products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
+    )
     plgpu.barrier_arrive(scratch["k_used"].at[0])
     start = (_filled((BLOCK_Q,), 0, ROW_LAYOUT), _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT))
     ragged = tiles.num_keys % block_kv > 0
     weights16, *stats, _ = softmax(tiles.first, scores, *start, ragged)
     take_turn()
     total = _filled((BLOCK_Q, tiles.tiling.width), 0, plgpu.Layout.WGMMA)
-    carry = (total, *stats, weights16)
+    carry: Any = (total, *stats, weights16)
     full = tiles.num_keys // block_kv
     carry = lax.fori_loop(tiles.first + 1, jnp.minimum(tiles.last, full), add_tile, carry)
     if ragged:
@@ -435,7 +443,7 @@ def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, 
         plgpu.commit_smem()
     else:
         total = pl.run_state(lambda ref: plgpu.wgmma(ref, weights16, v_smem.at[slot]))(
-            plgpu.ACC.init(total)
+            plgpu.WGMMAAccumulatorRef.init(total)
         )
     plgpu.barrier_arrive(scratch["v_used"].at[slot])
     pl.when(warpgroup == 0)(take_turn)

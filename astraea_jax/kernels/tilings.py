@@ -20,7 +20,7 @@ def user_table() -> pathlib.Path:
 
 def find(
     implementation: str, capability: str, width: int, num_queries: int, num_keys: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The tiling of the first row that fits, the user's rows before the shipped ones.
 
     A row fits the implementation, the compute capability ("any" fits all), and head widths,
