@@ -133,6 +133,9 @@ def test_operations_and_bytes():
     shape = SHAPES["wan-33"]
     assert shape.flops(shape.tokens) == pytest.approx(1.21e12, rel=1e-2)
     assert shape.bytes(0) == 2 * 2 * 14_040 * 12 * 128
+    assert shape.floor(14_040) == shape.flops(14_040) / 790e12
+    temporal = SHAPES["opensora-temporal-15"]
+    assert temporal.floor(15) == temporal.bytes(15) / 4.3e12
     assert rows(shape, 0.1) == 1404 and rows(Shape(1, 3, 1, 8), 0.1) == 1
 
 

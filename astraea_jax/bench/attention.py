@@ -99,6 +99,7 @@ COLUMNS = {
     "teraflops": "TFLOP/s",
     "ratio": "time(K)/time(N)",
     "share": "K/N",
+    "floor": "ms, floor of an H200",
     "without_lse": "ms, no LSE",
     "out": "error of out",
     "lse": "error of lse",
@@ -224,7 +225,7 @@ def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list
         key = (implementation, share, True)
         used = queries[share].shape[1]
         row = {"shape": name, "queries": used, "implementation": implementation}
-        row["share"] = used / shape.tokens
+        row |= {"share": used / shape.tokens, "floor": 1e3 * shape.floor(used)}
         if key in failed:
             result.append(row | {"failed": _short(failed[key])})
             continue

@@ -26,6 +26,14 @@ class Shape(NamedTuple):
         """Bytes that must be moved at two a number: queries, keys and values in, rows out."""
         return 4.0 * self.batch * self.heads * (queries + self.tokens) * self.width
 
+    def floor(self, queries: int) -> float:
+        """Seconds below which no kernel can be on an H200: operations or bytes, the slower."""
+        return max(self.flops(queries) / H200_FLOPS, self.bytes(queries) / H200_BYTES)
+
+
+# What an H200 sustains in bfloat16 products and in copies, a second.
+H200_FLOPS = 790e12
+H200_BYTES = 4.3e12
 
 SHAPES = {
     # Wan 2.1 1.3B, 480 x 832: 30 x 52 tokens for each of 9, 17 and 21 latent frames.

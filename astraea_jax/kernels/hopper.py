@@ -83,16 +83,19 @@ def attend(
         processors = here.processors if here else 1
         num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
         splits = split.num_splits(batch * heads * num_tiles, num_kv_tiles, processors)
-    while splits > 1 and shared_memory(tiling, parts=True) > SHARED_MEMORY:
+    # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows.
+    plain = splits == 1 and width % 16 == 8
+    out_shape = (num_queries, heads, width) if plain else _padded(q.shape, tiling.width)
+    own_rows = plain or splits > 1
+    out_dtype = jnp.dtype(v.dtype if splits == 1 else jnp.float32)
+    out_bytes = own_rows * ROWS * out_shape[-1] * out_dtype.itemsize
+    while shared_memory(tiling) + out_bytes > SHARED_MEMORY:
         tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
     if count is None:
         count = jnp.full((batch,), num_queries, jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
     q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
-    out_type = jax.ShapeDtypeStruct(
-        (splits * batch, *q.shape[1:]), v.dtype if splits == 1 else jnp.float32
-    )
     body = functools.partial(
         program,
         scale=scale * LOG2_E,
@@ -104,7 +107,7 @@ def attend(
     call = plgpu.kernel(
         body,
         out_type=(
-            out_type,
+            jax.ShapeDtypeStruct((splits * batch, *out_shape), out_dtype),
             # Rows of the log-sum-exp start at multiples of 16 bytes, as copies must.
             jax.ShapeDtypeStruct(
                 (splits * batch, heads, num_queries + -num_queries % 4), jnp.float32
@@ -115,7 +118,9 @@ def attend(
         grid_names=("batch", "heads", "tiles"),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
-        scratch_types=scratch_types(q.dtype, out_type.dtype, tiling),
+        scratch_types=scratch_types(
+            q.dtype, tiling, (out_shape[-1], out_dtype) if own_rows else None
+        ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True, lowering_semantics=SEMANTICS, reduction_scratch_bytes=512
         ),
@@ -130,6 +135,12 @@ def attend(
     return out.astype(v.dtype), lse
 
 
+def _padded(shape, width: int) -> tuple[int, int, int]:
+    """Rows, heads and channels once padded: to the 8 rows of a tile, and to the tiling's width."""
+    return shape[1] + -shape[1] % 8, shape[2], width
+
+
 def _pad(x, width: int):
-    """Zeros to the padded width, and to the 8 rows that a tiled copy moves at once."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, width - x.shape[3])))
+    """The same, with zeros."""
+    rows, _, width = _padded(x.shape, width)
+    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, width - x.shape[3])))

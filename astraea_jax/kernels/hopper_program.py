@@ -28,8 +28,15 @@ def _swizzle(width: int, itemsize: int) -> int:
     return math.gcd(width * itemsize, 128)
 
 
-def scratch_types(dtype, out_dtype, tiling: Tiling) -> dict:
-    """Shared memory and barriers of a program, by the names that `program` knows them by."""
+def scratch_types(dtype, tiling: Tiling, out=None) -> dict:
+    """Shared memory and barriers of a program, by the names that `program` knows them by.
+
+    Args:
+      dtype: of queries, keys and values.
+      tiling: how the work is cut.
+      out: width and dtype of the output, if it needs rows of its own; otherwise it takes the place
+        of the queries.
+    """
     keys = (tiling.stages, tiling.block_kv, tiling.width)
     queries = (COMPUTE, BLOCK_Q, tiling.width)
     scratch = dict(
@@ -44,8 +51,9 @@ def scratch_types(dtype, out_dtype, tiling: Tiling) -> dict:
         v_used=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
         turn=plgpu.Barrier(num_arrivals=COMPUTE),
     )
-    if out_dtype != dtype:  # otherwise the output takes the place of the queries
-        scratch["out_smem"] = _shared(queries, out_dtype)
+    if out is not None:
+        shape = (COMPUTE, BLOCK_Q, out[0])
+        scratch["out_smem"] = plgpu.SMEM(shape, out[1]) if out[0] % 16 else _shared(shape, out[1])
     return scratch
 
 
@@ -90,7 +98,7 @@ def program(
     def write(out, lse):
         out_tile = scratch.get("out_smem", scratch["q_smem"]).at[warpgroup]
         lse_tile = scratch["lse_smem"].at[warpgroup]
-        out_tile[...] = out.astype(out_tile.dtype)
+        out_tile[...] = out[:, : out_ref.shape[-1]].astype(out_tile.dtype)
         lse_tile[...] = lse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_tile, out_ref.at[target, rows, head])

@@ -29,10 +29,12 @@ class Tiling:
     overlap: bool = False
 
 
-def shared_memory(tiling: Tiling, *, parts: bool) -> int:
-    """Bytes of a program: queries, keys, values, and the float32 rows of a part of the keys."""
-    buffers = 2 * (COMPUTE * BLOCK_Q + 2 * tiling.stages * tiling.block_kv)
-    return tiling.width * (buffers + parts * 4 * COMPUTE * BLOCK_Q) + OVERHEAD
+def shared_memory(tiling: Tiling) -> int:
+    """Bytes of a program: queries, keys and values at two bytes a number, and what goes with them.
+
+    An output that can't take the place of the queries comes on top.
+    """
+    return 2 * tiling.width * (ROWS + 2 * tiling.stages * tiling.block_kv) + OVERHEAD
 
 
 def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
@@ -46,5 +48,5 @@ def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
         for overlap in (False, True)
         if width <= padded < width + 64
         and block_kv < num_keys + 64
-        and shared_memory(Tiling(padded, block_kv, stages), parts=False) <= SHARED_MEMORY
+        and shared_memory(Tiling(padded, block_kv, stages)) <= SHARED_MEMORY
     ]
