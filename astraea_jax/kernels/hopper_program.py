@@ -111,8 +111,12 @@ def program(
         q_tile, ready = scratch["q_smem"].at[warpgroup], scratch["q_ready"].at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile, ready)
         plgpu.barrier_wait(ready)
-        attend_tiles = _attend_tiles_overlapped if tiling.overlap else _attend_tiles
-        out, lse = attend_tiles(q_tile, warpgroup, tiles, scale, interpret, scratch)
+        schedule = _overlapped if tiling.overlap else _in_turns
+        total, normaliser, largest = schedule(
+            Warpgroup(warpgroup, q_tile, tiles, scale, interpret, scratch)
+        )
+        out = total / _over_columns(normaliser, total.shape)
+        lse = (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
         row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
         out = jnp.where(row < count - mine, out, 0.0)
         row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
@@ -129,187 +133,178 @@ def program(
         _load_tiles(k_ref, v_ref, (batch, head), tiles, scratch)
 
 
-def _attend_tiles(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
-    """What a compute warpgroup does: (out, lse) of its queries against the tiles of keys."""
-    k_smem, v_smem, turn = scratch["k_smem"], scratch["v_smem"], scratch["turn"]
-    k_ready, v_ready = scratch["k_ready"], scratch["v_ready"]
-    block_kv = tiles.tiling.block_kv
+class Warpgroup(NamedTuple):
+    """What a compute warpgroup works with.
 
-    def take_turn():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+    Attributes:
+      index: 0 or 1.
+      q_tile: its queries, in shared memory.
+      tiles: the tiles of keys.
+      scale: factor on the logits, times log2(e).
+      interpret: whether the interpreter runs it. It knows no accumulator that outlives a scope, nor
+        wgmma from registers: values are then multiplied by a plain product.
+      scratch: shared memory and barriers.
+    """
+
+    index: Any
+    q_tile: Any
+    tiles: Tiles
+    scale: float
+    interpret: bool
+    scratch: dict
+
+    def take_turn(self) -> None:
+        """Hands the tensor cores to the other warpgroup, or takes them back."""
+        plgpu.barrier_arrive(self.scratch["turn"])
+        plgpu.barrier_wait(self.scratch["turn"])
+
+    def scores(self, slot, meanwhile=lambda: None, in_flight: int = 0):
+        """Products of the queries with a tile of keys; `in_flight` of what `meanwhile` starts."""
+
+        def products(scores_ref):
+            plgpu.wgmma(scores_ref, self.q_tile, self.scratch["k_smem"].at[slot].T)
+            meanwhile()
+            self.take_turn()
+            return plgpu.wgmma_accumulator_load(scores_ref, wait_n=in_flight)
+
+        shape = (BLOCK_Q, self.tiles.tiling.block_kv)
+        scores = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+        plgpu.barrier_arrive(self.scratch["k_used"].at[slot])
+        return scores
+
+    def softmax(self, tile, scores, normaliser, largest, masked: bool):
+        """Weights of a tile, the running normaliser and maximum, and what to keep of the total.
+
+        Everything is in base 2, so that a weight is one multiply-add and one ex2.
+        """
+        if masked:
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            inside = key < self.tiles.num_keys - tile * self.tiles.tiling.block_kv
+            scores = jnp.where(inside, scores, -jnp.inf)
+        new_largest = jnp.maximum(largest, scores.max(axis=1) * self.scale)
+        keep = jnp.exp2(largest - new_largest)
+        weights = jnp.exp2(scores * self.scale - _over_columns(new_largest, scores.shape))
+        normaliser = normaliser * keep + weights.sum(axis=1)
+        return weights.astype(self.scratch["v_smem"].dtype), normaliser, new_largest, keep
+
+    def add_values(self, total, weights, slot, meanwhile=lambda: None) -> Any:
+        """The total with the values of a tile, by their weights."""
+        v_tile = self.scratch["v_smem"].at[slot]
+        if self.interpret:
+            total += jnp.dot(weights, v_tile[...], preferred_element_type=jnp.float32)
+            plgpu.commit_smem()  # a plain read is fenced off from the copy that overwrites it
+            meanwhile()
+        else:
+
+            def add(total_ref):
+                plgpu.wgmma(total_ref, weights, v_tile)
+                meanwhile()
+
+            total = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(total))
+        plgpu.barrier_arrive(self.scratch["v_used"].at[slot])
+        return total
+
+    def loop(self, add_tile, first, carry):
+        """Folds the tiles from `first` on into `carry`; only the last of all may need a mask."""
+        full, rest = divmod(self.tiles.num_keys, self.tiles.tiling.block_kv)
+        last = self.tiles.last
+        carry = lax.fori_loop(first, jnp.minimum(last, full), add_tile, carry)
+        if rest:
+            masked = functools.partial(add_tile, masked=True)
+            carry = lax.fori_loop(jnp.maximum(first, full), last, masked, carry)
+        return carry
+
+    def start(self):
+        """A total, its normaliser and its maximum before any tile."""
+        return (
+            _filled((BLOCK_Q, self.tiles.tiling.width), 0, plgpu.Layout.WGMMA),
+            _filled((BLOCK_Q,), 0, ROW_LAYOUT),
+            _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT),
+        )
+
+
+def _in_turns(warpgroup: Warpgroup):
+    """Attention to the tiles, one after another: (total, normaliser, largest)."""
+    tiles, scratch = warpgroup.tiles, warpgroup.scratch
 
     def add_tile(tile, carry, masked=False):
         total, normaliser, largest = carry
         slot = tiles.slot(tile)
-
-        def products(scores_ref):
-            plgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].T)
-            take_turn()
-            return scores_ref[...]
-
-        scores = pl.run_scoped(
-            products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
+        scores = warpgroup.scores(slot)
+        weights, normaliser, largest, keep = warpgroup.softmax(
+            tile, scores, normaliser, largest, masked
         )
-        plgpu.barrier_arrive(scratch["k_used"].at[slot])
-        if masked:
-            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            scores = jnp.where(key < tiles.num_keys - tile * block_kv, scores, -jnp.inf)
-        # Everything is in base 2, so that a weight is one multiply-add and one ex2.
-        new_largest = jnp.maximum(largest, scores.max(axis=1) * scale)
-        keep = jnp.exp2(largest - new_largest)
-        weights = jnp.exp2(scores * scale - _over_columns(new_largest, scores.shape))
         total *= _over_columns(keep, total.shape)
-        normaliser = normaliser * keep + weights.sum(axis=1)
-        weights16 = weights.astype(v_smem.dtype)
-        total, normaliser, largest, weights16 = lax.optimization_barrier(
-            (total, normaliser, new_largest, weights16)
+        total, normaliser, largest, weights = lax.optimization_barrier(
+            (total, normaliser, largest, weights)
         )
-        plgpu.barrier_arrive(turn)  # the softmax is done
-        plgpu.barrier_wait(v_ready.at[slot])
-        plgpu.barrier_wait(turn)  # the tensor cores are free
+        plgpu.barrier_arrive(scratch["turn"])  # the softmax is done
+        plgpu.barrier_wait(scratch["v_ready"].at[slot])
+        plgpu.barrier_wait(scratch["turn"])  # the tensor cores are free
 
         def wait_for_next_keys():
             @pl.when(tile + 1 < tiles.last)
             def _():
-                plgpu.barrier_wait(k_ready.at[tiles.slot(tile + 1)])
+                plgpu.barrier_wait(scratch["k_ready"].at[tiles.slot(tile + 1)])
 
-        if interpret:
-            # The interpreter knows no accumulator that outlives a scope, nor wgmma from registers.
-            # A plain read must be fenced off from the copy that overwrites what it read.
-            total += jnp.dot(weights16, v_smem[slot], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()
-            wait_for_next_keys()
-        else:
-
-            def add_values(total_ref):
-                plgpu.wgmma(total_ref, weights16, v_smem.at[slot])
-                wait_for_next_keys()
-
-            total: Any = pl.run_state(add_values)(plgpu.WGMMAAccumulatorRef.init(total))
-        plgpu.barrier_arrive(scratch["v_used"].at[slot])
+        total = warpgroup.add_values(total, weights, slot, wait_for_next_keys)
         return total, normaliser, largest
 
-    carry = (
-        _filled((BLOCK_Q, tiles.tiling.width), 0, plgpu.Layout.WGMMA),
-        _filled((BLOCK_Q,), 0, ROW_LAYOUT),
-        _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT),
-    )
-    plgpu.barrier_wait(k_ready.at[0])
-    pl.when(warpgroup == 1)(take_turn)
-    full = tiles.num_keys // block_kv
-    carry = lax.fori_loop(tiles.first, jnp.minimum(tiles.last, full), add_tile, carry)
-    if tiles.num_keys % block_kv:
-        masked = functools.partial(add_tile, masked=True)
-        carry = lax.fori_loop(jnp.maximum(tiles.first, full), tiles.last, masked, carry)
-    total, normaliser, largest = carry
-    pl.when(warpgroup == 0)(take_turn)
-    out: Any = total / _over_columns(normaliser, total.shape)
-    return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
+    plgpu.barrier_wait(scratch["k_ready"].at[0])
+    pl.when(warpgroup.index == 1)(warpgroup.take_turn)
+    carry = warpgroup.loop(add_tile, tiles.first, warpgroup.start())
+    pl.when(warpgroup.index == 0)(warpgroup.take_turn)
+    return carry
 
 
-def _attend_tiles_overlapped(q_tile, warpgroup, tiles: Tiles, scale, interpret, scratch):
-    """The same, with a tile's product with its values behind the next tile's softmax."""
-    k_smem, v_smem, turn = scratch["k_smem"], scratch["v_smem"], scratch["turn"]
-    k_ready, v_ready = scratch["k_ready"], scratch["v_ready"]
-    block_kv = tiles.tiling.block_kv
-
-    def take_turn():
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
-
-    def softmax(tile, scores, normaliser, largest, masked):
-        if masked:
-            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            scores = jnp.where(key < tiles.num_keys - tile * block_kv, scores, -jnp.inf)
-        new_largest = jnp.maximum(largest, scores.max(axis=1) * scale)
-        keep = jnp.exp2(largest - new_largest)
-        weights = jnp.exp2(scores * scale - _over_columns(new_largest, scores.shape))
-        normaliser = normaliser * keep + weights.sum(axis=1)
-        return weights.astype(v_smem.dtype), normaliser, new_largest, keep
-
-    def first_products(scores_ref):
-        plgpu.wgmma(scores_ref, q_tile, k_smem.at[0].T)
-        take_turn()
-        return scores_ref[...]
+def _overlapped(warpgroup: Warpgroup):
+    """The same, each tile's product with its values behind the next tile's softmax."""
+    tiles, scratch = warpgroup.tiles, warpgroup.scratch
 
     def add_tile(tile, carry, masked=False):
-        total: Any
-        total, normaliser, largest, weights16 = carry
+        total, normaliser, largest, weights = carry
         slot, before = tiles.slot(tile), tiles.slot(tile - 1)
-        plgpu.barrier_wait(k_ready.at[slot])
-        plgpu.barrier_wait(v_ready.at[before])
-
-        def step(refs):
-            total_ref, normaliser_ref, largest_ref, weights_ref, keep_ref = refs
-
-            def products(scores_ref):
-                plgpu.wgmma(scores_ref, q_tile, k_smem.at[slot].T)
-                plgpu.wgmma(total_ref, weights16, v_smem.at[before])
-                take_turn()
-                return plgpu.wgmma_accumulator_load(scores_ref, wait_n=1)
-
-            scores = pl.run_scoped(
-                products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
-            )
-            plgpu.barrier_arrive(scratch["k_used"].at[slot])
-            weights_ref[...], normaliser_ref[...], largest_ref[...], keep_ref[...] = softmax(
-                tile, scores, normaliser, largest, masked
-            )
-
-        if interpret:
-            scores = pl.run_scoped(
-                lambda ref: (plgpu.wgmma(ref, q_tile, k_smem.at[slot].T), take_turn(), ref[...])[
-                    -1
-                ],
-                plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32),
-            )
-            total += jnp.dot(weights16, v_smem[before], preferred_element_type=jnp.float32)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(scratch["k_used"].at[slot])
-            weights16, normaliser, largest, keep = softmax(
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+        plgpu.barrier_wait(scratch["v_ready"].at[before])
+        if warpgroup.interpret:
+            scores = warpgroup.scores(slot)
+            total = warpgroup.add_values(total, weights, before)
+            weights, normaliser, largest, keep = warpgroup.softmax(
                 tile, scores, normaliser, largest, masked
             )
         else:
-            total, normaliser, largest, weights16, keep = pl.run_state(step)(
-                (plgpu.WGMMAAccumulatorRef.init(total), normaliser, largest, weights16, largest)
-            )
-        plgpu.barrier_arrive(scratch["v_used"].at[before])
-        total *= _over_columns(keep, total.shape)
-        take_turn()
-        return total, normaliser, largest, weights16
 
-    plgpu.barrier_wait(k_ready.at[0])
-    pl.when(warpgroup == 1)(take_turn)
-    scores = pl.run_scoped(
-        first_products, plgpu.WGMMAAccumulatorRef((BLOCK_Q, block_kv), jnp.float32)
-    )
-    plgpu.barrier_arrive(scratch["k_used"].at[0])
-    start = (_filled((BLOCK_Q,), 0, ROW_LAYOUT), _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT))
-    ragged = tiles.num_keys % block_kv > 0
-    weights16, *stats, _ = softmax(tiles.first, scores, *start, ragged)
-    take_turn()
-    total = _filled((BLOCK_Q, tiles.tiling.width), 0, plgpu.Layout.WGMMA)
-    carry: Any = (total, *stats, weights16)
-    full = tiles.num_keys // block_kv
-    carry = lax.fori_loop(tiles.first + 1, jnp.minimum(tiles.last, full), add_tile, carry)
-    if ragged:
-        masked = functools.partial(add_tile, masked=True)
-        carry = lax.fori_loop(jnp.maximum(tiles.first + 1, full), tiles.last, masked, carry)
-    total, normaliser, largest, weights16 = carry
+            def step(refs):
+                total_ref, *stats = refs
+                v_tile = scratch["v_smem"].at[before]
+                add_values = functools.partial(plgpu.wgmma, total_ref, weights, v_tile)
+                scores = warpgroup.scores(slot, add_values, in_flight=1)
+                news = warpgroup.softmax(tile, scores, normaliser, largest, masked)
+                for ref, new in zip(stats, news, strict=True):
+                    ref[...] = new
+
+            total_ref: Any = plgpu.WGMMAAccumulatorRef.init(total)
+            total, weights, normaliser, largest, keep = pl.run_state(step)(
+                (total_ref, weights, normaliser, largest, largest)
+            )
+            plgpu.barrier_arrive(scratch["v_used"].at[before])
+        total *= _over_columns(keep, total.shape)
+        warpgroup.take_turn()
+        return total, normaliser, largest, weights
+
+    plgpu.barrier_wait(scratch["k_ready"].at[0])
+    pl.when(warpgroup.index == 1)(warpgroup.take_turn)
+    total, *stats = warpgroup.start()
+    ragged = tiles.num_keys % tiles.tiling.block_kv > 0  # the first may be the last
+    weights, *stats, _ = warpgroup.softmax(tiles.first, warpgroup.scores(0), *stats, ragged)
+    warpgroup.take_turn()
+    carry = warpgroup.loop(add_tile, tiles.first + 1, (total, *stats, weights))
+    total, normaliser, largest, weights = carry
     slot = tiles.slot(tiles.last - 1)
-    plgpu.barrier_wait(v_ready.at[slot])
-    if interpret:
-        total += jnp.dot(weights16, v_smem[slot], preferred_element_type=jnp.float32)
-        plgpu.commit_smem()
-    else:
-        total = pl.run_state(lambda ref: plgpu.wgmma(ref, weights16, v_smem.at[slot]))(
-            plgpu.WGMMAAccumulatorRef.init(total)
-        )
-    plgpu.barrier_arrive(scratch["v_used"].at[slot])
-    pl.when(warpgroup == 0)(take_turn)
-    out: Any = total / _over_columns(normaliser, total.shape)
-    return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
+    plgpu.barrier_wait(scratch["v_ready"].at[slot])
+    total = warpgroup.add_values(total, weights, slot)
+    pl.when(warpgroup.index == 0)(warpgroup.take_turn)
+    return total, normaliser, largest
 
 
 def _load_tiles(k_ref, v_ref, place, tiles: Tiles, scratch) -> None:
