@@ -100,6 +100,7 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
         (["bench"], "say what to measure"),
+        (["bench", "attention", "--shapes", "moon"], "shapes must be of"),
         (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
         (["bench", "quality", "--only", "nothing like it"], "no row's description"),
         (["bench", "sheet", "--output", "sheet.mp4"], ".png"),

@@ -52,6 +52,7 @@ def assert_right(got, q, k, v, count, seed):
 
 
 # Tiles that are whole, cut off and dead; more tiles than buffers; every width and its padding.
+# The interpreter looks for races, and fills what is not written with NaN.
 HOPPER = [  # B, K, N, A, C, count, tiling, splits, dtype
     ((1, 130, 200, 2, 72), (129,), hopper.Tiling(80, 64, 2), 1, jnp.bfloat16),
     ((2, 20, 150, 1, 128), (20, 0), hopper.Tiling(128, 64, 2), 2, jnp.float16),

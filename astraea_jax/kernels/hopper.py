@@ -83,14 +83,16 @@ def attend(
         processors = here.processors if here else 1
         num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
         splits = split.num_splits(batch * heads * num_tiles, num_kv_tiles, processors)
-    # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows.
-    plain = splits == 1 and width % 16 == 8
+    # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows. (Those of a
+    # single head are contiguous: a copy of them would not stop at the last.)
+    plain = splits == 1 and width % 16 == 8 and heads > 1
     out_shape = (num_queries, heads, width) if plain else _padded(q.shape, tiling.width)
     own_rows = plain or splits > 1
     out_dtype = jnp.dtype(v.dtype if splits == 1 else jnp.float32)
     out_bytes = own_rows * ROWS * out_shape[-1] * out_dtype.itemsize
     while shared_memory(tiling) + out_bytes > SHARED_MEMORY:
-        tiling = dataclasses.replace(tiling, stages=tiling.stages - 1)
+        smaller = {"stages": tiling.stages - 1} if tiling.block_kv <= 128 else {"block_kv": 128}
+        tiling = dataclasses.replace(tiling, **smaller)
     if count is None:
         count = jnp.full((batch,), num_queries, jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
@@ -108,10 +110,8 @@ def attend(
         body,
         out_type=(
             jax.ShapeDtypeStruct((splits * batch, *out_shape), out_dtype),
-            # Rows of the log-sum-exp start at multiples of 16 bytes, as copies must.
-            jax.ShapeDtypeStruct(
-                (splits * batch, heads, num_queries + -num_queries % 4), jnp.float32
-            ),
+            # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
+            jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * ROWS), jnp.float32),
         ),
         # The last axis is the fastest: neighbours share keys and values, and find them in L2.
         grid=(batch, heads, num_tiles * splits),

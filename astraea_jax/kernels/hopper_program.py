@@ -84,7 +84,12 @@ def program(
     """One tile of queries of one head against one part of the keys."""
     batch, head, tile = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
     warpgroup = lax.axis_index("warpgroup")
-    first_row, first, last, target = tile * ROWS, 0, pl.cdiv(num_keys, tiling.block_kv), batch
+    first_row, first, last, target = (
+        tile * ROWS,
+        0,
+        pl.cdiv(num_keys, tiling.block_kv),
+        batch,
+    )
     if splits > 1:
         part, first_row = lax.rem(tile, splits), lax.div(tile, splits) * ROWS
         first, last = lax.div(part * last, splits), lax.div((part + 1) * last, splits)
@@ -111,8 +116,7 @@ def program(
         q_tile, ready = scratch["q_smem"].at[warpgroup], scratch["q_ready"].at[warpgroup]
         plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile, ready)
         plgpu.barrier_wait(ready)
-        schedule = _overlapped if tiling.overlap else _in_turns
-        total, normaliser, largest = schedule(
+        total, normaliser, largest = _attend_tiles(
             Warpgroup(warpgroup, q_tile, tiles, scale, interpret, scratch)
         )
         out = total / _over_columns(normaliser, total.shape)
@@ -158,14 +162,13 @@ class Warpgroup(NamedTuple):
         plgpu.barrier_arrive(self.scratch["turn"])
         plgpu.barrier_wait(self.scratch["turn"])
 
-    def scores(self, slot, meanwhile=lambda: None, in_flight: int = 0):
-        """Products of the queries with a tile of keys; `in_flight` of what `meanwhile` starts."""
+    def scores(self, slot):
+        """Products of the queries with a tile of keys."""
 
         def products(scores_ref):
             plgpu.wgmma(scores_ref, self.q_tile, self.scratch["k_smem"].at[slot].T)
-            meanwhile()
             self.take_turn()
-            return plgpu.wgmma_accumulator_load(scores_ref, wait_n=in_flight)
+            return scores_ref[...]
 
         shape = (BLOCK_Q, self.tiles.tiling.block_kv)
         scores = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
@@ -187,7 +190,7 @@ class Warpgroup(NamedTuple):
         normaliser = normaliser * keep + weights.sum(axis=1)
         return weights.astype(self.scratch["v_smem"].dtype), normaliser, new_largest, keep
 
-    def add_values(self, total, weights, slot, meanwhile=lambda: None) -> Any:
+    def add_values(self, total, weights, slot, meanwhile) -> Any:
         """The total with the values of a tile, by their weights."""
         v_tile = self.scratch["v_smem"].at[slot]
         if self.interpret:
@@ -223,7 +226,7 @@ class Warpgroup(NamedTuple):
         )
 
 
-def _in_turns(warpgroup: Warpgroup):
+def _attend_tiles(warpgroup: Warpgroup):
     """Attention to the tiles, one after another: (total, normaliser, largest)."""
     tiles, scratch = warpgroup.tiles, warpgroup.scratch
 
@@ -255,56 +258,6 @@ def _in_turns(warpgroup: Warpgroup):
     carry = warpgroup.loop(add_tile, tiles.first, warpgroup.start())
     pl.when(warpgroup.index == 0)(warpgroup.take_turn)
     return carry
-
-
-def _overlapped(warpgroup: Warpgroup):
-    """The same, each tile's product with its values behind the next tile's softmax."""
-    tiles, scratch = warpgroup.tiles, warpgroup.scratch
-
-    def add_tile(tile, carry, masked=False):
-        total, normaliser, largest, weights = carry
-        slot, before = tiles.slot(tile), tiles.slot(tile - 1)
-        plgpu.barrier_wait(scratch["k_ready"].at[slot])
-        plgpu.barrier_wait(scratch["v_ready"].at[before])
-        if warpgroup.interpret:
-            scores = warpgroup.scores(slot)
-            total = warpgroup.add_values(total, weights, before)
-            weights, normaliser, largest, keep = warpgroup.softmax(
-                tile, scores, normaliser, largest, masked
-            )
-        else:
-
-            def step(refs):
-                total_ref, *stats = refs
-                v_tile = scratch["v_smem"].at[before]
-                add_values = functools.partial(plgpu.wgmma, total_ref, weights, v_tile)
-                scores = warpgroup.scores(slot, add_values, in_flight=1)
-                news = warpgroup.softmax(tile, scores, normaliser, largest, masked)
-                for ref, new in zip(stats, news, strict=True):
-                    ref[...] = new
-
-            total_ref: Any = plgpu.WGMMAAccumulatorRef.init(total)
-            total, weights, normaliser, largest, keep = pl.run_state(step)(
-                (total_ref, weights, normaliser, largest, largest)
-            )
-            plgpu.barrier_arrive(scratch["v_used"].at[before])
-        total *= _over_columns(keep, total.shape)
-        warpgroup.take_turn()
-        return total, normaliser, largest, weights
-
-    plgpu.barrier_wait(scratch["k_ready"].at[0])
-    pl.when(warpgroup.index == 1)(warpgroup.take_turn)
-    total, *stats = warpgroup.start()
-    ragged = tiles.num_keys % tiles.tiling.block_kv > 0  # the first may be the last
-    weights, *stats, _ = warpgroup.softmax(tiles.first, warpgroup.scores(0), *stats, ragged)
-    warpgroup.take_turn()
-    carry = warpgroup.loop(add_tile, tiles.first + 1, (total, *stats, weights))
-    total, normaliser, largest, weights = carry
-    slot = tiles.slot(tiles.last - 1)
-    plgpu.barrier_wait(scratch["v_ready"].at[slot])
-    total = warpgroup.add_values(total, weights, slot)
-    pl.when(warpgroup.index == 0)(warpgroup.take_turn)
-    return total, normaliser, largest
 
 
 def _load_tiles(k_ref, v_ref, place, tiles: Tiles, scratch) -> None:

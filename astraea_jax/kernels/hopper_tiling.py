@@ -20,13 +20,11 @@ class Tiling:
       width: channels of a head in shared memory, in steps of 16; heads are padded to it with zeros.
       block_kv: keys of a tile, in steps of 16.
       stages: tiles of keys and values in flight.
-      overlap: multiply the weights of a tile by its values while the softmax of the next one runs.
     """
 
     width: int
     block_kv: int
     stages: int
-    overlap: bool = False
 
 
 def shared_memory(tiling: Tiling) -> int:
@@ -41,11 +39,10 @@ def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
     """Tilings worth timing for a head width."""
     del num_queries
     return [
-        Tiling(padded, block_kv, stages, overlap)
+        Tiling(padded, block_kv, stages)
         for padded in (64, 80, 96, 128)
         for block_kv in (64, 128, 192)
         for stages in (2, 3, 4)
-        for overlap in (False, True)
         if width <= padded < width + 64
         and block_kv < num_keys + 64
         and shared_memory(Tiling(padded, block_kv, stages)) <= SHARED_MEMORY
