@@ -24,7 +24,6 @@ from astraea_jax.kernels.hopper_tiling import candidates as candidates
 from astraea_jax.kernels.machine import Gpu, gpu
 
 WIDEST = 128
-LARGEST_GRID_AXIS = 65535
 SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 
 
@@ -61,17 +60,9 @@ def attend(
       tiling: None means by the table.
       splits: parts of the keys that go to programs of their own; None means as many as fill a chip.
       interpret: run on a CPU, under the interpreter, with race detection.
-
-    Raises:
-      ValueError: more rows of the batch, or heads, than a grid has.
     """
     batch, num_queries, heads, width = q.shape
     num_keys = k.shape[1]
-    if max(batch, heads) > LARGEST_GRID_AXIS:
-        raise ValueError(
-            f"mosaic takes at most {LARGEST_GRID_AXIS} rows of the batch and heads; "
-            f"got {batch} and {heads}: split the batch"
-        )
     here = gpu()
     if tiling is None:
         found = tilings.find(
@@ -79,8 +70,8 @@ def attend(
         )
         tiling = Tiling(**found)
     num_tiles = pl.cdiv(num_queries, ROWS)
+    processors = here.processors if here else 1
     if splits is None:
-        processors = here.processors if here else 1
         num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
         splits = split.num_splits(batch * heads * num_tiles, num_kv_tiles, processors)
     # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows. (Those of a
@@ -98,11 +89,14 @@ def attend(
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
     q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
+    num_items = batch * heads * num_tiles * splits
     body = functools.partial(
         program,
         scale=scale * LOG2_E,
         num_keys=num_keys,
         splits=splits,
+        num_items=num_items,
+        num_programs=min(num_items, processors),
         tiling=tiling,
         interpret=interpret,
     )
@@ -113,9 +107,9 @@ def attend(
             # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
             jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * ROWS), jnp.float32),
         ),
-        # The last axis is the fastest: neighbours share keys and values, and find them in L2.
-        grid=(batch, heads, num_tiles * splits),
-        grid_names=("batch", "heads", "tiles"),
+        # One for each processor: what one item of work leaves over, the next takes up at once.
+        grid=(min(num_items, processors),),
+        grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types(

@@ -58,83 +58,113 @@ def scratch_types(dtype, tiling: Tiling, out=None) -> dict:
 
 
 class Tiles(NamedTuple):
-    """The tiles of keys that a program goes through.
+    """The tiles of keys that an item of work goes through.
 
     Attributes:
       first: the first one; traced where the keys are split.
       last: one past the last one.
+      before: tiles of the program's earlier items, by which buffers go on in turn.
       num_keys: keys of the whole, without padding.
       tiling: how the work is cut.
     """
 
     first: Any
     last: Any
+    before: Any
     num_keys: int
     tiling: Tiling
 
     def slot(self, tile):
         """Where a tile stands in shared memory."""
-        return lax.rem(tile - self.first, jnp.int32(self.tiling.stages))
+        return lax.rem(self.before + tile - self.first, jnp.int32(self.tiling.stages))
+
+
+class Item(NamedTuple):
+    """An item of work: a tile of queries of one head against one part of the keys.
+
+    Attributes:
+      batch: row of the batch.
+      head: head.
+      target: row of the output's batch: parts of the keys one after another.
+      first_row: the first of its queries.
+      count: queries of this row of the batch that are in use.
+    """
+
+    batch: Any
+    head: Any
+    target: Any
+    first_row: Any
+    count: Any
+
+    @property
+    def live(self):
+        """Whether any of its queries is in use."""
+        return self.first_row < self.count
 
 
 def program(
     q_ref, k_ref, v_ref, count_ref, out_ref, lse_ref, *,
-    scale, num_keys, splits, tiling, interpret, **scratch,
+    scale, num_keys, splits, num_items, num_programs, tiling, interpret, **scratch,
 ):  # fmt: skip
-    """One tile of queries of one head against one part of the keys."""
-    batch, head, tile = (lax.axis_index(name) for name in ("batch", "heads", "tiles"))
-    warpgroup = lax.axis_index("warpgroup")
-    first_row, first, last, target = (
-        tile * ROWS,
-        0,
-        pl.cdiv(num_keys, tiling.block_kv),
-        batch,
-    )
-    if splits > 1:
-        part, first_row = lax.rem(tile, splits), lax.div(tile, splits) * ROWS
-        first, last = lax.div(part * last, splits), lax.div((part + 1) * last, splits)
-        target = part * k_ref.shape[0] + batch
-    tiles = Tiles(first, last, num_keys, tiling)
-    count = count_ref[batch]
-    live = first_row < count
-    mine = first_row + warpgroup * BLOCK_Q
-    rows = pl.ds(mine, BLOCK_Q)
+    """A program: every so many items of work, one after another."""
+    first_item, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
+    num_batch, heads = k_ref.shape[0], k_ref.shape[2]
+    tiles_a_head = num_items // (num_batch * heads)
+    num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
 
-    def write(out, lse):
-        out_tile = scratch.get("out_smem", scratch["q_smem"]).at[warpgroup]
-        lse_tile = scratch["lse_smem"].at[warpgroup]
-        out_tile[...] = out[:, : out_ref.shape[-1]].astype(out_tile.dtype)
-        lse_tile[...] = lse
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[target, rows, head])
-        plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[target, head, rows])
+    def find(index, before) -> tuple[Item, Tiles]:
+        tile, rest = lax.rem(index, tiles_a_head), lax.div(index, tiles_a_head)
+        batch, head = lax.div(rest, heads), lax.rem(rest, heads)
+        first, last, target = 0, num_kv_tiles, batch
+        if splits > 1:
+            part, tile = lax.rem(tile, splits), lax.div(tile, splits)
+            first = lax.div(part * num_kv_tiles, splits)
+            last = lax.div((part + 1) * num_kv_tiles, splits)
+            target = part * num_batch + batch
+        item = Item(batch, head, target, tile * ROWS, count_ref[batch])
+        return item, Tiles(first, last, before, num_keys, tiling)
+
+    def for_each_item(work):
+        """Does `work(item, tiles)`, which skips the keys of what is not live; tiles not skipped."""
+
+        def one(turn, before):
+            item, tiles = find(first_item + turn * num_programs, before)
+            work(item, tiles)
+            return before + jnp.where(item.live, tiles.last - tiles.first, 0)
+
+        turns = lax.div(num_items - first_item + num_programs - 1, num_programs)
+        return lax.fori_loop(0, turns, one, jnp.int32(0))
+
+    @pl.when(warpgroup < COMPUTE)
+    def _compute_warpgroup():
+        plgpu.set_max_registers(240, action="increase")
+
+        def work(item, tiles):
+            worker = Warpgroup(warpgroup, item, tiles, scale, interpret, scratch)
+
+            @pl.when(item.live)
+            def _():
+                worker.load_queries(q_ref)
+                worker.write(*_attend_tiles(worker), out_ref, lse_ref)
+
+            @pl.when(jnp.logical_not(item.live))
+            def _():
+                total, *_, nothing = worker.start()
+                worker.write(total, nothing, out_ref, lse_ref)
+
+        for_each_item(work)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(jnp.logical_and(warpgroup < COMPUTE, live))
-    def _compute_warpgroup():
-        plgpu.set_max_registers(232, action="increase")
-        q_tile, ready = scratch["q_smem"].at[warpgroup], scratch["q_ready"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(q_ref.at[batch, rows, head], q_tile, ready)
-        plgpu.barrier_wait(ready)
-        total, normaliser, largest = _attend_tiles(
-            Warpgroup(warpgroup, q_tile, tiles, scale, interpret, scratch)
-        )
-        out = total / _over_columns(normaliser, total.shape)
-        lse = (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
-        row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
-        out = jnp.where(row < count - mine, out, 0.0)
-        row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
-        write(out, jnp.where(row < count - mine, lse, -jnp.inf))
-
-    @pl.when(jnp.logical_and(warpgroup < COMPUTE, jnp.logical_not(live)))
-    def _dead_tile():
-        out = _filled((BLOCK_Q, tiling.width), 0, plgpu.Layout.WGMMA)
-        write(out, _filled((BLOCK_Q,), -jnp.inf, ROW_LAYOUT))
-
-    @pl.when(jnp.logical_and(warpgroup == MEMORY, live))
+    @pl.when(warpgroup == MEMORY)
     def _memory_warpgroup():
-        plgpu.set_max_registers(40, action="decrease")
-        _load_tiles(k_ref, v_ref, (batch, head), tiles, scratch)
+        plgpu.set_max_registers(24, action="decrease")
+        loaded = for_each_item(lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch))
+
+        def drain(tile, _):  # no barrier may be left with an arrival that nobody has seen
+            for name in ("k_used", "v_used"):
+                plgpu.barrier_wait(scratch[name].at[lax.rem(tile, jnp.int32(tiling.stages))])
+
+        lax.fori_loop(jnp.maximum(loaded - tiling.stages, 0), loaded, drain, None)
 
 
 class Warpgroup(NamedTuple):
@@ -142,7 +172,7 @@ class Warpgroup(NamedTuple):
 
     Attributes:
       index: 0 or 1.
-      q_tile: its queries, in shared memory.
+      item: its work.
       tiles: the tiles of keys.
       scale: factor on the logits, times log2(e).
       interpret: whether the interpreter runs it. It knows no accumulator that outlives a scope, nor
@@ -151,11 +181,41 @@ class Warpgroup(NamedTuple):
     """
 
     index: Any
-    q_tile: Any
+    item: Item
     tiles: Tiles
     scale: float
     interpret: bool
     scratch: dict
+
+    @property
+    def rows(self):
+        """Its queries."""
+        return pl.ds(self.item.first_row + self.index * BLOCK_Q, BLOCK_Q)
+
+    def load_queries(self, q_ref) -> None:
+        """Loads its queries, and waits for them."""
+        ready = self.scratch["q_ready"].at[self.index]
+        source = q_ref.at[self.item.batch, self.rows, self.item.head]
+        if "out_smem" not in self.scratch:  # the last output has been read from their place
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_gmem_to_smem(source, self.scratch["q_smem"].at[self.index], ready)
+        plgpu.barrier_wait(ready)
+
+    def write(self, out, lse, out_ref, lse_ref) -> None:
+        """Starts to write its rows; 0 and -inf for those that are not in use."""
+        used = self.item.count - self.item.first_row - self.index * BLOCK_Q
+        row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
+        out = jnp.where(row < used, out, 0.0)[:, : out_ref.shape[-1]]
+        row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
+        out_tile = self.scratch.get("out_smem", self.scratch["q_smem"]).at[self.index]
+        lse_tile = self.scratch["lse_smem"].at[self.index]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_tile[...] = out.astype(out_tile.dtype)
+        lse_tile[...] = jnp.where(row < used, lse, -jnp.inf)
+        plgpu.commit_smem()
+        target, head = self.item.target, self.item.head
+        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[target, self.rows, head])
+        plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[target, head, self.rows])
 
     def take_turn(self) -> None:
         """Hands the tensor cores to the other warpgroup, or takes them back."""
@@ -164,9 +224,10 @@ class Warpgroup(NamedTuple):
 
     def scores(self, slot):
         """Products of the queries with a tile of keys."""
+        q_tile = self.scratch["q_smem"].at[self.index]
 
         def products(scores_ref):
-            plgpu.wgmma(scores_ref, self.q_tile, self.scratch["k_smem"].at[slot].T)
+            plgpu.wgmma(scores_ref, q_tile, self.scratch["k_smem"].at[slot].T)
             self.take_turn()
             return scores_ref[...]
 
@@ -207,10 +268,10 @@ class Warpgroup(NamedTuple):
         plgpu.barrier_arrive(self.scratch["v_used"].at[slot])
         return total
 
-    def loop(self, add_tile, first, carry):
-        """Folds the tiles from `first` on into `carry`; only the last of all may need a mask."""
+    def loop(self, add_tile, carry):
+        """Folds the tiles into `carry`; only the last of all may need a mask."""
         full, rest = divmod(self.tiles.num_keys, self.tiles.tiling.block_kv)
-        last = self.tiles.last
+        first, last = self.tiles.first, self.tiles.last
         carry = lax.fori_loop(first, jnp.minimum(last, full), add_tile, carry)
         if rest:
             masked = functools.partial(add_tile, masked=True)
@@ -227,7 +288,7 @@ class Warpgroup(NamedTuple):
 
 
 def _attend_tiles(warpgroup: Warpgroup):
-    """Attention to the tiles, one after another: (total, normaliser, largest)."""
+    """Attention to the tiles, one after another: (out, lse)."""
     tiles, scratch = warpgroup.tiles, warpgroup.scratch
 
     def add_tile(tile, carry, masked=False):
@@ -253,16 +314,16 @@ def _attend_tiles(warpgroup: Warpgroup):
         total = warpgroup.add_values(total, weights, slot, wait_for_next_keys)
         return total, normaliser, largest
 
-    plgpu.barrier_wait(scratch["k_ready"].at[0])
+    plgpu.barrier_wait(scratch["k_ready"].at[tiles.slot(tiles.first)])
     pl.when(warpgroup.index == 1)(warpgroup.take_turn)
-    carry = warpgroup.loop(add_tile, tiles.first, warpgroup.start())
+    total, normaliser, largest = warpgroup.loop(add_tile, warpgroup.start())
     pl.when(warpgroup.index == 0)(warpgroup.take_turn)
-    return carry
+    out = total / _over_columns(normaliser, total.shape)
+    return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
 
 
-def _load_tiles(k_ref, v_ref, place, tiles: Tiles, scratch) -> None:
-    """What the memory warpgroup does: keeps the buffers of keys and values full."""
-    batch, head = place
+def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch) -> None:
+    """What the memory warpgroup does for an item: keeps the buffers of keys and values full."""
     streams = [
         (ref, *(scratch[f"{name}_{part}"] for part in ("smem", "ready", "used")))
         for name, ref in (("k", k_ref), ("v", v_ref))
@@ -273,20 +334,16 @@ def _load_tiles(k_ref, v_ref, place, tiles: Tiles, scratch) -> None:
         keys = pl.ds(tile * tiles.tiling.block_kv, tiles.tiling.block_kv)
         for source, target, ready, used in streams:
 
-            @pl.when(tile - tiles.first >= tiles.tiling.stages)
+            @pl.when(tiles.before + tile - tiles.first >= tiles.tiling.stages)
             def _(used=used):
                 plgpu.barrier_wait(used.at[slot])
 
-            plgpu.copy_gmem_to_smem(source.at[batch, keys, head], target.at[slot], ready.at[slot])
+            source = source.at[item.batch, keys, item.head]
+            plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
 
-    lax.fori_loop(tiles.first, tiles.last, load, None)
-
-    def drain(tile, _):  # no barrier may be left with an arrival that nobody has seen
-        for *_, used in streams:
-            plgpu.barrier_wait(used.at[tiles.slot(tile)])
-
-    undrained = jnp.maximum(tiles.last - tiles.tiling.stages, tiles.first)
-    lax.fori_loop(undrained, tiles.last, drain, None)
+    @pl.when(item.live)
+    def _():
+        lax.fori_loop(tiles.first, tiles.last, load, None)
 
 
 def _filled(shape, value, layout):
