@@ -13,7 +13,7 @@ from astraea_jax import attention, report
 from astraea_jax.bench import attention as bench
 from astraea_jax.bench import compile_report
 from astraea_jax.bench.shapes import SHAPES, Shape, rows
-from astraea_jax.kernels import machine, tilings
+from astraea_jax.kernels import dispatch, machine, tilings
 
 SMALL = Shape(2, 20, 2, 8)
 GPU = machine.Gpu((9, 0), 132, "NVIDIA H200")
@@ -40,8 +40,8 @@ def fake_kernels(monkeypatch, *, spoil=lambda out, lse: (out, lse)):
         refusal=lambda *_: None,
         candidates=lambda *_: [Tiling(1), Tiling(2), Tiling(3)],
     )
-    monkeypatch.setattr(attention, "kernel_module", lambda name: module)
-    for user in (attention, machine):
+    monkeypatch.setattr(dispatch, "kernel_module", lambda name: module)
+    for user in (dispatch, machine):
         monkeypatch.setattr(user, "gpu", lambda: GPU)
 
 

@@ -12,10 +12,9 @@ import pytest
 from attention_oracle import assert_close, by_hand, new_seed, random_inputs
 from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
-from astraea_jax import attention
 from astraea_jax.attention import gather_rows, query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, rows
-from astraea_jax.kernels import ampere, backward, hopper, splits, tilings
+from astraea_jax.kernels import ampere, backward, dispatch, hopper, splits, tilings
 from astraea_jax.kernels.machine import Gpu, gpu
 
 pytestmark = pytest.mark.core
@@ -217,8 +216,8 @@ def interpreted(monkeypatch):
             ampere.attend, tiling=ampere.Tiling(16, 16, 1, 1), splits=1, interpret=True
         ),
     )
-    monkeypatch.setattr(attention, "gpu", lambda: A100)
-    monkeypatch.setattr(attention, "kernel_module", lambda name: module)
+    monkeypatch.setattr(dispatch, "gpu", lambda: A100)
+    monkeypatch.setattr(dispatch, "kernel_module", lambda name: module)
 
 
 @pytest.mark.parametrize("form", ["rows", "indices"])
@@ -282,13 +281,13 @@ def test_named_ones_that_cannot_run_say_why(monkeypatch, name):
     attend = functools.partial(query_sparse_attention, implementation=name)
     with pytest.raises(ValueError, match=rf"'{name}' can't run: it needs an NVIDIA GPU"):
         attend(q, k, v)
-    monkeypatch.setattr(attention, "gpu", lambda: H200)
+    monkeypatch.setattr(dispatch, "gpu", lambda: H200)
     with pytest.raises(ValueError, match="takes bfloat16 and float16; got float32: cast"):
         attend(q, k, v)
     wide = random_inputs(0, (1, 4, 4, 1, 136), jnp.bfloat16)
     with pytest.raises(ValueError, match=r"takes head widths to 128.*got 136"):
         attend(*wide)
-    monkeypatch.setattr(attention, "gpu", lambda: OLD)
+    monkeypatch.setattr(dispatch, "gpu", lambda: OLD)
     with pytest.raises(ValueError, match=r"needs compute capability .*Tesla T4 has 7\.5"):
         attend(q.astype(jnp.bfloat16), k.astype(jnp.bfloat16), v.astype(jnp.bfloat16))
 
@@ -297,14 +296,14 @@ def test_a_backend_that_is_gone_is_named(monkeypatch):
     def gone(name):
         raise ImportError("cannot import name 'triton'")
 
-    monkeypatch.setattr(attention, "kernel_module", gone)
-    reason = attention.refusal("triton", A100, 128, jnp.bfloat16)
+    monkeypatch.setattr(dispatch, "kernel_module", gone)
+    reason = dispatch.refusal("triton", A100, 128, jnp.bfloat16)
     assert reason == "this JAX has no such back end (cannot import name 'triton')"
 
 
 def test_falling_back_is_said_once(monkeypatch):
-    attention._first_that_runs.cache_clear()
-    choose = functools.partial(attention._first_that_runs, ("mosaic", "triton", "xla"), H200)
+    dispatch._first_that_runs.cache_clear()
+    choose = functools.partial(dispatch._first_that_runs, ("mosaic", "triton", "xla"), H200)
     with pytest.warns(UserWarning, match="falls back to xla: mosaic takes head widths to 128"):
         assert choose(160, jnp.dtype(jnp.bfloat16)) == "xla"
     # Not again, and not for float32, which no kernel is meant for: a warning would be an error.
@@ -314,11 +313,9 @@ def test_falling_back_is_said_once(monkeypatch):
 
 
 def test_preferences():
-    assert attention.preferred(None, 1000, 1000) == ("xla",)
-    assert attention.preferred(H200, 1000, 1000)[0] == "mosaic"
-    assert (
-        attention.preferred(H200, 15, 15)[0] == attention.preferred(A100, 500, 500)[0] == "triton"
-    )
+    assert dispatch.preferred(None, 1000, 1000) == ("xla",)
+    assert dispatch.preferred(H200, 1000, 1000)[0] == "mosaic"
+    assert dispatch.preferred(H200, 15, 15)[0] == dispatch.preferred(A100, 500, 500)[0] == "triton"
 
 
 def test_the_gpu_is_that_of_the_mesh(with_gpu):
@@ -334,7 +331,7 @@ def test_every_width_and_length_has_a_tiling(with_gpu):
         lengths = rows(shape, share), shape.tokens
         for name, version in (("mosaic", "9.0"), ("triton", "8.0"), ("triton", "9.0")):
             tiling = tilings.find(name, version, width, *lengths)
-            attention.kernel_module(name).Tiling(**tiling)
+            dispatch.kernel_module(name).Tiling(**tiling)
             if name == "mosaic":
                 assert tiling["width"] >= width
 

@@ -21,7 +21,7 @@ import numpy as np
 from astraea_jax import attention, files, report
 from astraea_jax.attention import query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
-from astraea_jax.kernels import machine, tilings
+from astraea_jax.kernels import dispatch, machine, tilings
 
 SECONDS_A_RUN = 0.02  # calls are queued for about so long before the clock is read
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
@@ -283,9 +283,9 @@ def tune_shape(
     here = machine.gpu()
     found = []
     for name in names:
-        if here is None or attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
+        if here is None or dispatch.refusal(name, here, shape.width, jnp.bfloat16) is not None:
             continue
-        module = attention.kernel_module(name)
+        module = dispatch.kernel_module(name)
         for share in shares:
             used = rows(shape, share)
             q, k, v = inputs(shape.batch, used, *shape[1:])
