@@ -90,13 +90,14 @@ def attend(
         q, scale = -q, -scale
     q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
     num_items = batch * heads * num_tiles * splits
+    num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
         program,
         scale=scale * LOG2_E,
         num_keys=num_keys,
         splits=splits,
         num_items=num_items,
-        num_programs=min(num_items, processors),
+        num_programs=num_programs,
         tiling=tiling,
         interpret=interpret,
     )
@@ -107,8 +108,8 @@ def attend(
             # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
             jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * ROWS), jnp.float32),
         ),
-        # One for each processor: what one item of work leaves over, the next takes up at once.
-        grid=(min(num_items, processors),),
+        # Neighbours in the grid share keys and values, and find them in L2.
+        grid=(num_programs,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",

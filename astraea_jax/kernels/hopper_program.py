@@ -76,7 +76,10 @@ class Tiles(NamedTuple):
 
     def slot(self, tile):
         """Where a tile stands in shared memory."""
-        return lax.rem(self.before + tile - self.first, jnp.int32(self.tiling.stages))
+        turn = self.before + tile - self.first
+        if isinstance(turn, int):
+            return turn % self.tiling.stages
+        return lax.rem(turn, jnp.int32(self.tiling.stages))
 
 
 class Item(NamedTuple):
@@ -132,6 +135,10 @@ def program(
             work(item, tiles)
             return before + jnp.where(item.live, tiles.last - tiles.first, 0)
 
+        if num_programs == num_items:  # without the loop it takes fewer registers
+            item, tiles = find(first_item, 0)
+            work(item, tiles)
+            return jnp.where(item.live, tiles.last - tiles.first, 0)
         turns = lax.div(num_items - first_item + num_programs - 1, num_programs)
         return lax.fori_loop(0, turns, one, jnp.int32(0))
 
