@@ -163,26 +163,10 @@ class Block(nnx.Module):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values head by head, [B, A, N, C]: the layout that the products read.
-
-    Stored so, they are laid out once a block; every tenth of the rows that the dynamic driver
-    computes would lay them out again.
-    """
+    """Keys and values of every token, or of the text, [B, N, A, C]."""
 
     keys: Array
     values: Array
-
-
-def _by_head(keys: Float[Array, "B N A C"], values: Float[Array, "B N A C"]) -> KeysValues:
-    """Lays keys and values out head by head, and holds XLA to it."""
-    by_head = KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
-    return jax.lax.optimization_barrier(by_head)
-
-
-def _attend(queries: Float[Array, "B K A C"], keys_values: KeysValues):
-    """Query-only attention to what `_by_head` laid out; the swaps cancel out when compiled."""
-    keys, values = (x.swapaxes(1, 2) for x in keys_values)
-    return query_sparse_attention(queries, keys, values)
 
 
 class Prepared(NamedTuple):
@@ -204,7 +188,10 @@ class BoundBlock:
 
     def __init__(self, block: Block, text: KeysValues, rope: Rope, modulation: Array):
         self.block, self.text, self.rope = block, text, rope
-        total = block.scale_shift_table[...].astype(jnp.float32) + modulation
+        # Held as a value of its own: fused into the rows' loops it is added again for every row.
+        total = jax.lax.optimization_barrier(
+            block.scale_shift_table[...].astype(jnp.float32) + modulation
+        )
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             total[:, index, None] for index in range(6)
         )
@@ -217,7 +204,7 @@ class BoundBlock:
         attention = self.block.attn1
         x = self._modulated(tokens)
         keys = attention.split(attention.norm_k(attention.to_k(x)))
-        return _by_head(rotate(keys, self.rope), attention.split(attention.to_v(x)))
+        return KeysValues(rotate(keys, self.rope), attention.split(attention.to_v(x)))
 
     def self_attention(
         self,
@@ -231,7 +218,7 @@ class BoundBlock:
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
         queries = attention.split(attention.norm_q(attention.to_q(self._modulated(rows))))
-        out, lse = _attend(rotate(queries, rope), keys_values)
+        out, lse = query_sparse_attention(rotate(queries, rope), *keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -239,7 +226,7 @@ class BoundBlock:
         attention, norm = self.block.attn2, self.block.norm2
         x = norm(rows.astype(jnp.float32))
         queries = attention.split(attention.norm_q(attention.to_q(x.astype(rows.dtype))))
-        out, _ = _attend(queries, self.text)
+        out, _ = query_sparse_attention(queries, *self.text)
         return attention.to_out(out.reshape(rows.shape))
 
     def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -324,7 +311,7 @@ class Transformer(nnx.Module):
         def project(block: Block) -> KeysValues:
             attention = block.attn2
             keys = attention.split(attention.norm_k(attention.to_k(text)))
-            return _by_head(keys, attention.split(attention.to_v(text)))
+            return KeysValues(keys, attention.split(attention.to_v(text)))
 
         rope = rope_tables(geometry.grid, self.config.attention_head_dim)
         return Prepared(jax.vmap(project)(self.blocks), rope)
