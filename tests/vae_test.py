@@ -1,6 +1,5 @@
 """The Wan VAE against upstream's recorded tensors, at both sizes and full-size shapes."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import FIXTURES, LAYOUTS, full_size
 from safetensors.numpy import load_file
 
 from astraea_ports import checkpoints
+from astraea_ports.matching import match_tensors
 from astraea_ports.wan import vae as wan_vae
-from astraea_ports.wan import vae_layers
-from astraea_ports.wan.vae import VAE, VAEConfig, load_vae
+from astraea_ports.wan import vae_layers, vae_weights
+from astraea_ports.wan.vae import VAE, VAEConfig
+from astraea_ports.wan.vae_weights import load_vae
 
-FIXTURES = Path(__file__).parent / "fixtures"
 TINY = Path(wan_vae.__file__).parents[1] / "tiny" / "vae"
 TOLERANCE = 2e-5  # the recordings' README; upstream's two versions differ by 3e-6
 
@@ -86,6 +87,14 @@ def test_decode(small, recorded):
     np.testing.assert_allclose(video, recorded["dec_unclamped"], atol=TOLERANCE)
     assert np.abs(recorded["dec_unclamped"]).max() > 1
     np.testing.assert_array_equal(clamped, np.clip(video, -1, 1))
+
+
+def test_the_original_layout_is_the_same_model(small):
+    same = load_vae(FIXTURES / "wan/vae_original.safetensors", config=dev_config())
+    jax.tree.map(np.testing.assert_array_equal, same, small)
+    recorded = load_file(FIXTURES / "wan/vae_io.safetensors")
+    for name in ("latents_mean", "latents_std"):
+        np.testing.assert_allclose(vae_weights.WAN_VAE[name], recorded[name], rtol=1e-6)
 
 
 def test_encode(small, recorded):
@@ -159,15 +168,15 @@ def test_bfloat16_weights_give_float32_results(smallest):
     assert features.dtype == jnp.bfloat16
 
 
-def test_full_size_keys():
-    shapes = json.loads((FIXTURES / "wan/full_size_shapes.json").read_text())["vae"]
-    config = VAEConfig.from_dict(
-        dev_config(base_dim=96, dim_mult=[1, 2, 4, 4], attn_scales=[], dropout=0.0)
-    )
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_size_keys(layout):
+    shapes = full_size("vae", layout)
+    config = VAEConfig.from_dict(vae_weights.WAN_VAE)
+    table = vae_weights.TABLE if layout == "diffusers" else vae_weights.original_table(config)
     template = jax.eval_shape(lambda: VAE(config, nnx.Rngs(0)))
     slots = checkpoints.parameter_shapes(template)
     tensors = [checkpoints.Tensor(k, "F32", tuple(s), Path("x")) for k, s in shapes.items()]
-    matches = checkpoints.match_tensors(tensors, slots, wan_vae.TABLE)
+    matches = match_tensors(tensors, slots, table)
     assert sorted(m.tensor.key for found in matches.values() for m in found) == sorted(shapes)
     assert sum(np.prod(slot.shape) for slot in slots.values()) == 126_892_531
     decoded = jax.eval_shape(VAE.decode, template, jax.ShapeDtypeStruct((1, 21, 60, 104, 16), "f4"))

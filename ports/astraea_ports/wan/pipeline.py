@@ -20,7 +20,7 @@ from astraea_jax.methods import Dense, Method, Trace
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
 from astraea_ports import checkpoints, t5, tiny
-from astraea_ports.wan import transformer_weights, vae
+from astraea_ports.wan import transformer_weights, vae, vae_weights
 from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.transformer import Transformer
 
@@ -121,7 +121,7 @@ class Pipeline:
             tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
             text_encoder=t5.load_text_encoder(folder / "text_encoder", dtype=dtype),
             transformer=transformer_weights.load_transformer(folder / "transformer", dtype=dtype),
-            vae=vae.load_vae(folder / "vae"),
+            vae=vae_weights.load_vae(folder / "vae"),
             shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
             defaults=_defaults(folder),
         )

@@ -5,16 +5,39 @@ Source: Wan-Video/Wan2.1 wan/modules/model.py; Diffusers transformer_wan (key na
 
 import dataclasses
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from astraea_jax import model as core
 from astraea_jax.attention import query_sparse_attention
+
+Precision = Literal["reference", "fast"]
+"""What weights of bfloat16 leave in float32.
+
+"reference": the tokens between sub-layers (the residual stream), time embedding, modulation, norms
+and head, as the original's autocast does. "fast": the same but for the tokens, which are rounded
+to the weights' dtype after each sub-layer, as in Diffusers; half the cache, half the traffic.
+"""
+
+WIDE = ("time_1", "time_2", "time_proj", "scale_shift_table", "norm", "proj_out")
+"""Parameters that stay float32 under either policy: 1 % of the model, by parts of their paths."""
+
+_ORIGINAL = {
+    "num_heads": "num_attention_heads",
+    "in_dim": "in_channels",
+    "out_dim": "out_channels",
+    "ffn_dim": "ffn_dim",
+    "freq_dim": "freq_dim",
+    "num_layers": "num_layers",
+    "eps": "eps",
+}
+"""The original config.json's names, and Diffusers'."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +77,13 @@ class TransformerConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping) -> "TransformerConfig":
-        """Reads Diffusers' config.json.
+        """Reads a config.json of Diffusers or of the original (`dim`, `num_heads`, ...).
 
         Raises:
           ValueError: a key that is missing, or a variant of Wan that is not text-to-video.
         """
+        if "dim" in values:
+            values = _from_original(values)
         fields = {field.name: field for field in dataclasses.fields(cls)}
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
         missing = [name for name in required if values.get(name) is None]
@@ -72,6 +97,34 @@ class TransformerConfig:
         chosen = {name: values[name] for name in fields if values.get(name) is not None}
         chosen["patch_size"] = tuple(chosen.get("patch_size", cls.patch_size))
         return cls(**chosen)
+
+
+def _from_original(values: Mapping) -> dict:
+    """The original's config under Diffusers' names."""
+    kind, dim, heads = values.get("model_type", "t2v"), values["dim"], values.get("num_heads")
+    if kind != "t2v":
+        raise ValueError(f"model_type must be t2v (text-to-video); got {kind!r}")
+    if not isinstance(heads, int) or heads < 1 or dim % heads:
+        raise ValueError(f"expected num_heads that divide dim ({dim}); got {heads!r}")
+    named = {new: values[old] for old, new in _ORIGINAL.items() if old in values}
+    named |= {"attention_head_dim": dim // heads, "text_dim": values.get("text_dim", 4096)}
+    return named
+
+
+T2V_1_3B = TransformerConfig(
+    num_attention_heads=12,
+    attention_head_dim=128,
+    in_channels=16,
+    out_channels=16,
+    text_dim=4096,
+    freq_dim=256,
+    ffn_dim=8960,
+    num_layers=30,
+)
+T2V_14B = dataclasses.replace(T2V_1_3B, num_attention_heads=40, ffn_dim=13824, num_layers=40)
+
+CONFIGS = {"1.3B": T2V_1_3B, "14B": T2V_14B}
+"""The two sizes of Wan 2.1 text-to-video, by name."""
 
 
 class RMSNorm(nnx.Module):
@@ -204,6 +257,7 @@ class BoundBlock:
 
     def __init__(self, block: Block, text: KeysValues, rope: Rope, modulation: Array):
         self.block, self.text, self.rope = block, text, rope
+        self.dtype = block.ffn_in.kernel.dtype  # of the products; rows may be wider
         total = block.scale_shift_table[...].astype(jnp.float32) + modulation
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             total[:, index, None] for index in range(6)
@@ -238,37 +292,41 @@ class BoundBlock:
         """Rows attend to the text, padding included, as the model was trained."""
         attention, norm = self.block.attn2, self.block.norm2
         x = norm(rows.astype(jnp.float32))
-        queries = attention.split(attention.norm_q(attention.to_q(x.astype(rows.dtype))))
+        queries = attention.split(attention.norm_q(attention.to_q(x.astype(self.dtype))))
         out, _ = _attend(queries, self.text)
         return attention.to_out(out.reshape(rows.shape))
 
     def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """Feed-forward with the tanh GELU."""
         x = layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
-        hidden = self.block.ffn_in(x.astype(rows.dtype))
+        hidden = self.block.ffn_in(x.astype(self.dtype))
         return self.block.ffn_out(jax.nn.gelu(hidden, approximate=True))
 
     def _modulated(self, x: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """What the self-attention reads: normed, scaled and shifted by the step."""
         y = layer_norm(x, self.block.eps) * (1 + self.attention_scale) + self.attention_shift
-        return y.astype(x.dtype)
+        return y.astype(self.dtype)
 
 
 class Transformer(nnx.Module):
     """Wan 2.1: patches of a noised video latent and a text in, velocity out; a core.VideoDiT."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TransformerConfig, rngs: nnx.Rngs, *, precision: Precision = "reference"
+    ):
         width, patch = config.width, int(np.prod(config.patch_size))
-        self.config = config
+        self.config, self.precision = config, precision
+        exact = jax.lax.Precision.HIGHEST  # a GPU's default rounds float32 products to 10 bits
         self.patch_embedding = nnx.Linear(patch * config.in_channels, width, rngs=rngs)
         self.text_1 = nnx.Linear(config.text_dim, width, rngs=rngs)
         self.text_2 = nnx.Linear(width, width, rngs=rngs)
-        self.time_1 = nnx.Linear(config.freq_dim, width, rngs=rngs)
-        self.time_2 = nnx.Linear(width, width, rngs=rngs)
-        self.time_proj = nnx.Linear(width, 6 * width, rngs=rngs)
+        self.time_1 = nnx.Linear(config.freq_dim, width, precision=exact, rngs=rngs)
+        self.time_2 = nnx.Linear(width, width, precision=exact, rngs=rngs)
+        self.time_proj = nnx.Linear(width, 6 * width, precision=exact, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
-        self.proj_out = nnx.Linear(width, patch * config.out_channels, rngs=rngs)
+        num_out = patch * config.out_channels
+        self.proj_out = nnx.Linear(width, num_out, precision=exact, rngs=rngs)
         table = jax.random.normal(rngs.params(), (2, width)) / width**0.5
         self.scale_shift_table = nnx.Param(table)
 
@@ -283,8 +341,10 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the parameters, and of the tokens."""
-        return self.proj_out.kernel.dtype
+        """Dtype of the tokens, and of what is cached of them."""
+        if self.precision == "reference":
+            return jnp.dtype(jnp.float32)
+        return self.patch_embedding.kernel.dtype
 
     def geometry(self, latents_shape: tuple[int, ...]) -> core.Geometry:
         """Token grid for latents [B, F, H, W, C].
@@ -319,7 +379,8 @@ class Transformer(nnx.Module):
 
     def prepare(self, context: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
         """Text keys and values of every block, and the rotary tables: once a run."""
-        text = self.text_2(jax.nn.gelu(self.text_1(context.astype(self.dtype)), approximate=True))
+        context = context.astype(self.text_1.kernel.dtype)
+        text = self.text_2(jax.nn.gelu(self.text_1(context), approximate=True))
 
         def project(block: Block) -> KeysValues:
             attention = block.attn2
@@ -334,12 +395,10 @@ class Transformer(nnx.Module):
         half = self.config.freq_dim // 2
         frequency = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angle = timestep.astype(jnp.float32)[:, None] * frequency
-        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1).astype(self.dtype)
+        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         embedding = self.time_2(jax.nn.silu(self.time_1(features)))
-        projected = self.time_proj(jax.nn.silu(embedding)).astype(jnp.float32)
-        return TimeModulation(
-            embedding.astype(jnp.float32), projected.reshape(-1, 6, self.config.width)
-        )
+        projected = self.time_proj(jax.nn.silu(embedding))
+        return TimeModulation(embedding, projected.reshape(-1, 6, self.config.width))
 
     def embed(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B N H"]:
         """Patches, flattened as (frame, row, column, channel), projected to tokens."""
@@ -347,7 +406,7 @@ class Transformer(nnx.Module):
         steps = tuple(n for pair in zip(grid, self.config.patch_size, strict=True) for n in pair)
         x = latents.reshape(latents.shape[0], *steps, latents.shape[-1])
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(latents.shape[0], int(np.prod(grid)), -1)
-        return self.patch_embedding(x.astype(self.dtype))
+        return self.patch_embedding(x.astype(self.patch_embedding.kernel.dtype)).astype(self.dtype)
 
     def layers(self, prepared: Prepared) -> tuple[Block, KeysValues]:
         """Stacked parameters and text of the blocks."""
@@ -370,7 +429,7 @@ class Transformer(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + modulation.embedding[:, None]
         shift, scale = table[:, 0, None], table[:, 1, None]
         x = layer_norm(tokens, self.config.eps) * (1 + scale) + shift
-        return self.proj_out(x.astype(self.dtype)).astype(jnp.float32)
+        return self.proj_out(x)
 
     def unpatchify(
         self, patches: Float[Array, "B N P"], geometry: core.Geometry
@@ -381,3 +440,17 @@ class Transformer(nnx.Module):
         x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         sizes = (n * p for n, p in zip(geometry.grid, patch, strict=True))
         return x.reshape(patches.shape[0], *sizes, channels)
+
+
+def with_policy(model: Transformer, dtype: DTypeLike) -> Transformer:
+    """The model (or its template) with the dtype that each parameter has under its policy."""
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        wide = any(part.startswith(WIDE) for part in name.split("."))
+        target = jnp.float32 if wide else dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, target)
+        return leaf.astype(target)
+
+    return jax.tree_util.tree_map_with_path(cast, model)

@@ -8,61 +8,15 @@ Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/vae.py`; Diffusers' `Au
 """
 
 import itertools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from astraea_ports import checkpoints
-from astraea_ports.checkpoints import Entry
 from astraea_ports.wan.vae_layers import Convolution, Down, Middle, Residual, Up, norm_silu
-
-_PART = r"(encoder|decoder)\."
-
-
-def _conv(key: str, path: str, transform: checkpoints.Transform) -> tuple[Entry, Entry]:
-    kernel = Entry(key + r"\.weight", path + ".kernel", transform)
-    return kernel, Entry(key + r"\.bias", path + ".bias")
-
-
-def _residual(key: str, path: str) -> tuple[Entry, ...]:
-    return (
-        Entry(key + r"\.(?P<n>norm[12])\.gamma", path + r".\g<n>", checkpoints.vector),
-        *_conv(key + r"\.(?P<n>conv[12])", path + r".\g<n>", checkpoints.conv3d),
-        *_conv(key + r"\.conv_shortcut", path + ".shortcut", checkpoints.linear),
-    )
-
-
-def _resample(key: str, path: str) -> tuple[Entry, ...]:
-    return (
-        *_conv(key + r"\.resample\.1", path + ".spatial", checkpoints.conv2d),
-        *_conv(key + r"\.time_conv", path + ".time", checkpoints.time_conv),
-    )
-
-
-_ATTENTION = _PART + r"mid_block\.attentions\.0\."
-TABLE = (
-    *_conv("quant_conv", "quant", checkpoints.linear),
-    *_conv("post_quant_conv", "post_quant", checkpoints.linear),
-    *_conv(_PART + r"(conv_in|conv_out)", r"\1.\2", checkpoints.conv3d),
-    Entry(_PART + r"norm_out\.gamma", r"\1.norm_out", checkpoints.vector),
-    *_residual(_PART + r"mid_block\.resnets\.(\d)", r"\1.mid.blocks.\2"),
-    Entry(_ATTENTION + r"norm\.gamma", r"\1.mid.attention.norm", checkpoints.vector),
-    *_conv(_ATTENTION + r"to_qkv", r"\1.mid.attention.qkv", checkpoints.linear),
-    *_conv(_ATTENTION + r"proj", r"\1.mid.attention.out", checkpoints.linear),
-    *_residual(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
-    *_resample(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
-    *_residual(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", r"decoder.stages.\1.blocks.\2"),
-    *_resample(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", r"decoder.stages.\1.up"),
-)
-
 
 # What the keys of config.json must hold that have no default.
 _KINDS = {
@@ -306,30 +260,3 @@ class VAE(nnx.Module):
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.config.latents_mean, self.config.latents_std
-
-
-def load_vae(
-    source: str | os.PathLike[str],
-    *,
-    config: Mapping[str, Any] | None = None,
-    dtype: DTypeLike | None = None,
-) -> VAE:
-    """Loads a VAE in the Diffusers layout.
-
-    Args:
-      source: a folder with config.json and the weights, or a single .safetensors file.
-      config: what config.json holds; needed with a single file.
-      dtype: of the parameters and of the computation; None is float32, as upstream runs it.
-
-    Raises:
-      ValueError: the config or the weights are missing, broken, or don't fit.
-    """
-    if config is None:
-        if Path(source).is_file():
-            raise ValueError(
-                f"{source} has no config.json beside it; pass config={{...}} or a folder"
-            )
-        config = checkpoints.read_config(source, expected="AutoencoderKLWan")
-    parsed = VAEConfig.from_dict(config)
-    template = jax.eval_shape(lambda: VAE(parsed, nnx.Rngs(0)))
-    return checkpoints.load_parameters(source, template, TABLE, dtype=dtype)

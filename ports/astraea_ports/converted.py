@@ -1,0 +1,98 @@
+"""Weights as Orbax keeps them: in the layout and dtype that they run in, quick to load."""
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+from astraea_ports.matching import parameter_shapes
+
+FOLDER = "orbax"
+"""Name of the checkpoint within a part's folder."""
+
+
+def is_converted(source: str | os.PathLike[str]) -> bool:
+    """Whether a part's folder holds converted weights."""
+    return (Path(source) / FOLDER).is_dir()
+
+
+class Converted[M](NamedTuple):
+    """A converted module that is not read yet; see `checkpoints.Loadable`."""
+
+    template: M
+    folder: Path
+
+    def load(self) -> M:
+        """The module with jax arrays for leaves, in the template's dtypes.
+
+        Raises:
+          ValueError: the checkpoint is broken, or of another model.
+        """
+        slots = parameter_shapes(self.template)
+        path = (self.folder / FOLDER).resolve()
+        orbax = _orbax()
+        try:
+            stored = orbax.StandardCheckpointer().metadata(path).item_metadata
+            shapes = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
+        except Exception as error:  # tensorstore, JSON and the file system, each in its own words
+            raise ValueError(_broken(path, error)) from error
+        wrong = [
+            f"{name}: expected {list(slots[name].shape) if name in slots else 'nothing'}, got "
+            f"{list(shapes[name]) if name in shapes else 'nothing'}"
+            for name in sorted(slots.keys() | shapes.keys())
+            if name not in slots or shapes.get(name) != tuple(slots[name].shape)
+        ]
+        if wrong:
+            raise ValueError(
+                f"{path} does not fit this model: {len(wrong)} wrong; convert it again\n  "
+                + "\n  ".join(wrong[:20])
+            )
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        targets = {
+            name: jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=here)
+            for name, slot in slots.items()
+        }
+        try:
+            arrays = orbax.StandardCheckpointer().restore(path, targets)
+        except Exception as error:
+            raise ValueError(_broken(path, error)) from error
+        leaves = [arrays[name] for name in slots]
+        return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
+
+
+def save(module: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a module's parameters into a part's folder.
+
+    Raises:
+      ValueError: Orbax is not installed.
+    """
+    arrays = dict(zip(parameter_shapes(module), jax.tree.leaves(module), strict=True))
+    with _orbax().StandardCheckpointer() as checkpointer:
+        checkpointer.save((Path(folder) / FOLDER).resolve(), arrays)
+
+
+def copy_small_files(source: Path, target: Path) -> None:
+    """Copies configs and vocabularies: whatever is no weight, folder by folder."""
+    for path in sorted(source.rglob("*")):
+        small = path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json")
+        if path.is_file() and small and FOLDER not in path.relative_to(source).parts:
+            destination = target / path.relative_to(source)
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, destination)
+
+
+def _orbax() -> Any:
+    try:
+        import orbax.checkpoint  # seconds to import, and needed for converted weights only
+    except ImportError as error:
+        raise ValueError(
+            "converted checkpoints need Orbax: pip install 'astraea-jax[convert]'"
+        ) from error
+    return orbax.checkpoint
+
+
+def _broken(path: Path, error: Exception) -> str:
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return f"{path} is not a readable checkpoint ({reason}): convert the model again"
