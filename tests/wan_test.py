@@ -142,7 +142,7 @@ def test_half_precision(recorded):
     assert errors["reference"] < errors["fast"] < 5e-3
 
 
-def test_the_policy_is_named():
+def test_the_policy_is_named(as_a_user):
     with pytest.raises(ValueError, match="precision must be reference or fast; got 'half'"):
         load_transformer(WEIGHTS, config=CONFIG, precision="half")
 
@@ -395,7 +395,7 @@ def test_defaults_are_the_folders():
         (PROMPT, {"guidance": float("nan")}, "guidance must be .*; got nan"),
         (PROMPT, {"guidance": float("inf")}, "guidance must be .*; got inf"),
         (PROMPT, {"shift": 0.0}, "shift must be a number above 0; got 0.0"),
-        (PROMPT, {"solver": "ddim"}, "solver must be one of unipc, euler; got 'ddim'"),
+        (PROMPT, {"solver": "ddim"}, "solver must be one of unipc, dpm.*, euler; got 'ddim'"),
         (PROMPT, {"seed": -1}, r"seed must be an integer in 0\.\.2\^32-1; got -1"),
         (PROMPT, {"seed": 2**32}, r"seed must be an integer in 0\.\.2\^32-1; got 4294967296"),
         (
