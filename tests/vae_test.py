@@ -1,5 +1,6 @@
 """The Wan VAE against upstream's recorded tensors, at both sizes and full-size shapes."""
 
+import functools
 import sys
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.numpy import load_file
 from astraea_ports import checkpoints
 from astraea_ports.matching import match_tensors
 from astraea_ports.wan import vae as wan_vae
-from astraea_ports.wan import vae_layers, vae_weights
+from astraea_ports.wan import vae_layers, vae_tiles, vae_weights
 from astraea_ports.wan.vae import VAE, VAEConfig
 from astraea_ports.wan.vae_weights import load_vae
 
@@ -58,15 +59,15 @@ def shipped():
 def test_decoder_intermediates(small, recorded):
     @jax.jit
     def run(vae, z):
-        config = vae.config
+        config, past = vae.config, vae_layers.Past()
         x = vae.post_quant.pointwise(
             z * jnp.asarray(config.latents_std) + jnp.asarray(config.latents_mean)
         )
         out = {"post_quant": x}
-        x = out["conv_in"] = vae.decoder.conv_in.causal(x)
-        x = out["mid"] = vae.decoder.mid(x)
-        x = out["up0"] = vae.decoder.stages[0](x)
-        out["up1"] = vae.decoder.stages[1](x)
+        x = out["conv_in"] = vae.decoder.conv_in.causal(x, past)
+        x = out["mid"] = vae.decoder.mid(x, past)
+        x = out["up0"] = vae.decoder.stages[0](x, past)
+        out["up1"] = vae.decoder.stages[1](x, past)
         return out
 
     got = run(small, recorded["z"])
@@ -153,6 +154,50 @@ def test_one_frame_and_batch(smallest):
     np.testing.assert_allclose(encoded_alone[0, 0], encoded[1, 0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("tile", "frames"), [(None, 1), (None, 2), ((6, 40), 1), ((6, 7), 4)], ids=str
+)
+def test_pieces_give_what_the_whole_gives(smallest, tile, frames):
+    latents = jax.random.normal(jax.random.key(1), (1, 5, 20, 22, 2))
+    whole = jax.jit(VAE.decode)(smallest, latents)
+    pieces = vae_tiles.decode(smallest, latents, tile=tile, frames=frames)
+    np.testing.assert_allclose(pieces, whole, atol=TOLERANCE)
+    encoded = jax.jit(VAE.encode)(smallest, whole)
+    pieces = vae_tiles.encode(smallest, whole, tile=tile, frames=frames)
+    np.testing.assert_allclose(pieces, encoded, atol=TOLERANCE)
+
+
+def test_a_thinner_rim_is_seen(smallest, monkeypatch):
+    # The rim is what the layers see: one position less, and the seams show.
+    latents = jax.random.normal(jax.random.key(1), (1, 1, 20, 22, 2))
+    video = jax.jit(VAE.decode)(smallest, latents)
+    assert vae_tiles.decode_rim(smallest.config) == 7 and vae_tiles.encode_rim(smallest.config) == 5
+    for name, run, expected in (
+        ("decode_rim", functools.partial(vae_tiles.decode, smallest, latents), video),
+        (
+            "encode_rim",
+            functools.partial(vae_tiles.encode, smallest, video),
+            jax.jit(VAE.encode)(smallest, video),
+        ),
+    ):
+        rim = getattr(vae_tiles, name)(smallest.config)
+        monkeypatch.setattr(vae_tiles, name, lambda config, rim=rim: rim - 2)
+        assert np.abs(run(tile=(6, 6)) - np.asarray(expected)).max() > 10 * TOLERANCE
+
+
+def test_pieces_keep_to_the_memory():
+    config = VAEConfig.from_dict(vae_weights.WAN_VAE)
+    assert vae_tiles.decode_rim(config) == 13 and vae_tiles.encode_rim(config) == 10
+    assert vae_tiles.pieces(config, (9, 16, 16)) is None
+    for grid, tile in (((21, 60, 104), None), ((21, 90, 160), (45, 80))):
+        cut = vae_tiles.pieces(config, grid)
+        assert cut == (tile, 1)
+        rows, columns = tile or grid[1:]
+        rim = 2 * vae_tiles.decode_rim(config) if tile else 0
+        pixels = 4 * 64 * min(rows + rim, grid[1]) * min(columns + rim, grid[2])
+        assert pixels <= vae_tiles.MOST_PIXELS * 2
+
+
 def test_gradient_of_the_norm_is_finite_at_zero():
     gradient = jax.grad(lambda x: vae_layers.rms_norm(x, jnp.ones(4)).sum())(jnp.zeros(4))
     assert np.isfinite(gradient).all()
@@ -164,7 +209,9 @@ def test_bfloat16_weights_give_float32_results(smallest):
     video = jax.eval_shape(VAE.decode, narrow, latents)
     assert video.dtype == jnp.float32
     assert jax.eval_shape(VAE.encode, narrow, video).dtype == jnp.float32
-    features = jax.eval_shape(lambda vae, x: vae.decoder(x), narrow, latents)
+    features = jax.eval_shape(
+        lambda vae, x: vae.decode_enter(x, vae_layers.Past()), narrow, latents
+    )
     assert features.dtype == jnp.bfloat16
 
 

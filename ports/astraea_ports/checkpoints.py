@@ -5,6 +5,7 @@ it together, before a single weight is read. Weights then come one tensor at a t
 holds more than the parameters and a copy or two of one tensor.
 """
 
+import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,11 +22,12 @@ from astraea_ports.folders import read_config as read_config
 from astraea_ports.matching import Entry as Entry
 from astraea_ports.matching import Match as Match
 from astraea_ports.matching import Transform as Transform
-from astraea_ports.matching import best_table, match_tensors, parameter_shapes
+from astraea_ports.matching import best_table, match_tensors
 from astraea_ports.matching import conv2d as conv2d
 from astraea_ports.matching import conv3d as conv3d
 from astraea_ports.matching import identity as identity
 from astraea_ports.matching import linear as linear
+from astraea_ports.matching import parameter_shapes as parameter_shapes
 from astraea_ports.matching import time_conv as time_conv
 from astraea_ports.matching import vector as vector
 from astraea_ports.tensor_files import Tensor as Tensor
@@ -198,9 +200,32 @@ def find_part(
     if (path / "model_index.json").is_file():
         path = path / folder
     named = next((path / name for name in single if (path / name).is_file()), None)
-    if named is not None:
+    if named is not None and single_config is not None:
         return Place(named, single_config if config is None else config)
     return Place(path, read_config(path, expected=kinds) if config is None else config)
+
+
+def fingerprint(loadable: Loadable) -> str:
+    """Stands for a checkpoint's content: a hash of its headers and of samples of its numbers.
+
+    Of each file the first 64 KiB (a safetensors header lies there) and 64 KiB at fifteen more
+    places, its size and name, and the dtype asked for; a whole text encoder takes a minute to read.
+    """
+    content = hashlib.sha256()
+    for path, slot in parameter_shapes(loadable.template).items():
+        content.update(f"{path} {slot.shape} {slot.dtype}\n".encode())
+    if isinstance(loadable, Checkpoint):
+        paths = list(loadable.files.files)
+    else:
+        paths = converted.files(loadable)
+    for path in sorted(paths):
+        size = path.stat().st_size
+        content.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(16):
+                file.seek(place * size // 16)
+                content.update(file.read(1 << 16))
+    return content.hexdigest()
 
 
 def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:

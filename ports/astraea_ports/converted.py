@@ -73,6 +73,11 @@ def save(module: Any, folder: str | os.PathLike[str]) -> None:
         checkpointer.save((Path(folder) / FOLDER).resolve(), arrays)
 
 
+def files(loadable: Any) -> list[Path]:
+    """The files of a converted module's numbers."""
+    return [path for path in (loadable.folder / FOLDER).rglob("*") if path.is_file()]
+
+
 def copy_small_files(source: Path, target: Path) -> None:
     """Copies configs and vocabularies: whatever is no weight, folder by folder."""
     for path in sorted(source.rglob("*")):

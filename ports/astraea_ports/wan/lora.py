@@ -176,4 +176,5 @@ def _delta(files: TensorFiles, change: _Change, entry: Entry, strength: float) -
 
 
 def _sum(parts) -> np.ndarray:
-    return sum(part() for part in parts)
+    """All that files add to one parameter."""
+    return np.sum([part() for part in parts], axis=0)
