@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from astraea_jax import cli, video
+from astraea_jax.bench.models import ModelChoice
 from astraea_jax.cli.generate import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
@@ -59,7 +60,7 @@ def test_schedule_file_and_gif(capsys):
 
 def request(**changes):
     asked = dict.fromkeys(Request.__dataclass_fields__)
-    asked |= {"prompt": PROMPT, "model": "tiny", "solver": "unipc", "negative_prompt": ""}
+    asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "negative_prompt": ""}
     asked |= {"seed": 0, "size": (None, None, None), "compare": False, "show_selection": False}
     asked |= {"output": pathlib.Path("out.mp4")}
     return Request(**{**asked, **changes})

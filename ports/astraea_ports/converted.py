@@ -1,7 +1,6 @@
 """Weights as Orbax keeps them: in the layout and dtype that they run in, quick to load."""
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,16 +75,6 @@ def save(module: Any, folder: str | os.PathLike[str]) -> None:
 def files(loadable: Any) -> list[Path]:
     """The files of a converted module's numbers."""
     return [path for path in (loadable.folder / FOLDER).rglob("*") if path.is_file()]
-
-
-def copy_small_files(source: Path, target: Path) -> None:
-    """Copies configs and vocabularies: whatever is no weight, folder by folder."""
-    for path in sorted(source.rglob("*")):
-        small = path.suffix in (".json", ".model", ".txt") and not path.name.endswith(".index.json")
-        if path.is_file() and small and FOLDER not in path.relative_to(source).parts:
-            destination = target / path.relative_to(source)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, destination)
 
 
 def _orbax() -> Any:

@@ -94,7 +94,7 @@ def open_parts(
     else:
         checkpoints.read_config(folder, "model_index.json", expected="WanPipeline")
         scheduler = checkpoints.read_config(folder / "scheduler", "scheduler_config.json")
-        grid = "diffusers"
+        grid = _settings(folder).get("grid", "diffusers")
         shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
         tokenizer = folder / "tokenizer"
     text_encoder = t5.open_text_encoder(folder, dtype=dtype)
@@ -187,10 +187,13 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return Tokenizer.from_pretrained(folder, length=None if known else TEXT_LENGTH)
 
 
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """What a folder's astraea.json says, if it is there."""
+    path = folder / "astraea.json"
+    return checkpoints.read_config(folder, path.name) if path.is_file() else {}
+
+
 def _defaults(folder: Path) -> Defaults:
-    """Wan's own, or what the folder's astraea.json says."""
-    if not (folder / "astraea.json").is_file():
-        return Defaults()
-    values: Mapping[str, Any] = checkpoints.read_config(folder, "astraea.json")
-    known = {name: values[name] for name in Defaults._fields if name in values}
-    return Defaults(**known)
+    """Wan's own, or what the folder's settings say."""
+    values = _settings(folder)
+    return Defaults(**{name: values[name] for name in Defaults._fields if name in values})

@@ -124,6 +124,22 @@ class VAEConfig:
             image_channels=config.get("in_channels", 3),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads."""
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": self.encoder_width,
+            "decoder_base_dim": self.decoder_width,
+            "z_dim": self.latent_channels,
+            "dim_mult": list(self.multipliers),
+            "num_res_blocks": self.num_blocks,
+            "temperal_downsample": list(self.temporal),
+            "latents_mean": list(self.latents_mean),
+            "latents_std": list(self.latents_std),
+            "in_channels": self.image_channels,
+            "out_channels": self.image_channels,
+        }
+
 
 class Encoder(nnx.Module):
     """Pixels to the mean and log variance of the latents, before the last 1x1x1 convolution."""
