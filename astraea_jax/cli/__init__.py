@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
+from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
@@ -172,7 +173,10 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench denoise`), quality (`bench quality`); `bench sheet` draws videos."""
+    """Measures speed (`bench denoise`) and quality (`bench quality`).
+
+    `bench compile` compiles for a GPU that need not be there; `bench sheet` draws videos.
+    """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
@@ -184,6 +188,7 @@ COMMANDS = {
 }
 BENCHES = {
     "denoise": bench_denoise.command,
+    "compile": bench_compile.command,
     "quality": quality.command,
     "sheet": sheet.command,
 }

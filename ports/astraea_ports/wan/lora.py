@@ -103,9 +103,7 @@ def _changes(tensors: Sequence[Tensor]) -> tuple[list[_Change], list[str]]:
     for tensor in tensors:
         hits = [(m[1], kind) for regex, kind in _KINDS if (m := regex.fullmatch(tensor.key))]
         if len(hits) != 1:
-            problems.append(
-                f"{tensor.key}: expected a name that ends in lora_A, lora_up, diff, ..."
-            )
+            problems.append(f"{tensor.key}: expected a name ending in lora_A, lora_up, diff, ...")
             continue
         name, kind = hits[0]
         parts[_plain(name) + (".bias" if kind == "diff_b" else ".weight")][kind] = tensor

@@ -79,6 +79,10 @@ class Plan(NamedTuple):
     seed: int
 
 
+def _quiet(stage: Stage, done: int, total: int) -> None:
+    """No progress is asked for."""
+
+
 @timed_jit()
 def _decode(model: vae.VAE, latents):
     return (model.decode(latents) + 1) / 2
@@ -239,7 +243,7 @@ class Pipeline:
             context = self.encode_text(plan.prompts, plan.negative_prompt)
         report("text", 1, 1)
         denoised = self._denoise(plan, context, driver, trace, report, seconds)
-        video = self._decode(denoised.latents, report, seconds)
+        video = self.decode(denoised.latents, report, seconds)
         branches = 1 if plan.guidance is None else 2
         return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)
 
@@ -314,10 +318,23 @@ class Pipeline:
                 )
             )
 
-    def _decode(self, latents, report, seconds) -> Float[Array, "B F height width 3"]:
-        """The decoding stage, one video at a time, in pieces where it is large."""
+    def decode(
+        self,
+        latents: Float[Array, "B f h w 16"],
+        report: Progress = _quiet,
+        seconds: dict[Stage, Stopwatch] | None = None,
+    ) -> Float[Array, "B F height width 3"]:
+        """Latents to videos in [0, 1], one video at a time, in pieces where it is large.
+
+        Args:
+          latents: denoised, normalised.
+          report: takes progress.
+          seconds: gets those of loading and decoding.
+        """
+        seconds = {} if seconds is None else seconds
         model = self._resident("vae", report, seconds)
-        cut = vae_tiles.pieces(model.config, latents.shape[1:4])
+        frames, rows, columns = latents.shape[1:4]
+        cut = vae_tiles.pieces(model.config, (frames, rows, columns))
         report("decode", 0, len(latents))
         videos = []
         with stopwatch() as seconds["decode"]:
@@ -455,7 +472,3 @@ class Pipeline:
             raise ValueError(f"seed must be an integer in 0..2^32-1; got {seed!r}")
         keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
         return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
-
-
-def _quiet(stage: Stage, done: int, total: int) -> None:
-    """No progress is asked for."""
