@@ -19,8 +19,9 @@ from astraea_jax.methods import Astraea, Dense
 from astraea_jax.schedule import Schedule
 from astraea_ports import t5, tiny
 from astraea_ports.wan import convert, embeddings, lora, parts, vae_weights
+from astraea_ports.wan.config import T2V_1_3B, TransformerConfig
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.transformer import T2V_1_3B, Transformer, TransformerConfig
+from astraea_ports.wan.transformer import Transformer
 from astraea_ports.wan.transformer_weights import load_transformer
 from astraea_ports.wan.vae import VAE
 from astraea_ports.wan.vae_weights import load_vae

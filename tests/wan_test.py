@@ -23,8 +23,9 @@ from astraea_jax.schedule import Schedule
 from astraea_ports import checkpoints, tiny
 from astraea_ports.matching import best_table, match_tensors
 from astraea_ports.wan import transformer_weights
+from astraea_ports.wan.config import CONFIGS
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.transformer import CONFIGS, Transformer
+from astraea_ports.wan.transformer import Transformer
 from astraea_ports.wan.transformer_weights import load_transformer
 
 pytestmark = pytest.mark.core

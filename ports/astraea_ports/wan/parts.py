@@ -16,8 +16,9 @@ from astraea_ports import checkpoints, t5, tiny
 from astraea_ports.checkpoints import Loadable
 from astraea_ports.wan import lora as lora_files
 from astraea_ports.wan import transformer_weights, vae, vae_weights
+from astraea_ports.wan.config import CONFIGS
 from astraea_ports.wan.text import LONGEST, Tokenizer
-from astraea_ports.wan.transformer import CONFIGS, Precision, Transformer
+from astraea_ports.wan.transformer import Precision, Transformer
 
 SHIPPED = {"tiny": tiny.FOLDER}
 """Models inside the package, by name."""

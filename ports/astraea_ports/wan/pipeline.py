@@ -1,12 +1,10 @@
 """Prompts to videos with a Wan model: encode the text, denoise, decode."""
 
 import dataclasses
-import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +14,13 @@ from jaxtyping import Array, Float
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.flops import Workload
-from astraea_jax.methods import Dense, Method, Trace
+from astraea_jax.methods import Method, Trace
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
 from astraea_ports import t5
 from astraea_ports.checkpoints import Loadable
 from astraea_ports.wan import embeddings, parts, vae, vae_tiles
+from astraea_ports.wan import plan as plans
 from astraea_ports.wan.lora import Lora
 from astraea_ports.wan.parts import Defaults
 from astraea_ports.wan.text import Tokenizer
@@ -53,30 +52,6 @@ class Result:
     schedule: Schedule
     trace: Trace | tuple[()]
     seconds: Mapping[Stage, Stopwatch]
-
-
-class Plan(NamedTuple):
-    """A call, checked and with its defaults filled in.
-
-    Attributes:
-      prompts: P of them.
-      negative_prompt: what the unconditional branch reads, or None for no such branch.
-      noise: to start from.
-      solver: the table of T steps.
-      schedule: a level for each.
-      method: how steps are computed.
-      guidance: scale of classifier-free guidance, or None.
-      seed: for methods that draw.
-    """
-
-    prompts: list[str]
-    negative_prompt: str | None
-    noise: Float[Array, "P f h w 16"]
-    solver: solvers.Solver
-    schedule: Schedule
-    method: Method
-    guidance: float | None
-    seed: int
 
 
 def _quiet(stage: Stage, done: int, total: int) -> None:
@@ -230,12 +205,24 @@ class Pipeline:
         Raises:
           ValueError: any of these out of range, before any long work.
         """
-        plan = self.plan(
-            [prompts] if isinstance(prompts, str) else list(prompts),
-            size=(frames, height, width), steps=steps, guidance=guidance,
-            negative_prompt=negative_prompt, seed=seed, latents=latents, method=method,
-            schedule=schedule, solver=solver, shift=shift, grid=grid,
-        )  # fmt: skip
+        shape = self.latents_shape(*self.size(frames, height, width))
+        if steps is None:
+            steps = self.defaults.steps if schedule is None else schedule.steps
+        plan = plans.make(
+            [prompts] if isinstance(prompts, str) else prompts,
+            self.tokenizer,
+            shape,
+            steps=steps,
+            solver=solver,
+            shift=self.shift if shift is None else shift,
+            grid=self.grid if grid is None else grid,
+            schedule=schedule,
+            method=method,
+            guidance=self.defaults.guidance if guidance is None else guidance,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            latents=latents,
+        )
         report = progress or _quiet
         seconds: dict[Stage, Stopwatch] = {}
         report("text", 0, 1)
@@ -247,56 +234,7 @@ class Pipeline:
         branches = 1 if plan.guidance is None else 2
         return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)
 
-    def plan(
-        self,
-        prompts: list[str],
-        *,
-        size: tuple[int | None, int | None, int | None],
-        steps: int | None,
-        guidance: float | None,
-        negative_prompt: str,
-        seed: int,
-        latents: Float[Array, "B f h w 16"] | None,
-        method: Method | None,
-        schedule: Schedule | None,
-        solver: str,
-        shift: float | None,
-        grid: solvers.Grid | None,
-    ) -> Plan:
-        """Checks a call and fills in the defaults; arguments as of the call."""
-        frames, height, width = self.size(*size)
-        self._check_prompts(prompts)
-        if steps is None:
-            steps = self.defaults.steps if schedule is None else schedule.steps
-        table = solvers.make(
-            solver,
-            steps,
-            shift=self.shift if shift is None else shift,
-            grid=self.grid if grid is None else grid,
-        )
-        schedule = Schedule.dense(steps) if schedule is None else schedule
-        if schedule.steps != steps:
-            raise ValueError(
-                f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
-            )
-        guidance = self.defaults.guidance if guidance is None else guidance
-        if not math.isfinite(guidance):
-            raise ValueError(
-                f"guidance must be a finite number, 1 or less for none; got {guidance}"
-            )
-        guided = guidance > 1
-        return Plan(
-            prompts=prompts,
-            negative_prompt=negative_prompt if guided else None,
-            noise=self._noise(len(prompts), (frames, height, width), seed, latents),
-            solver=table,
-            schedule=schedule,
-            method=Dense() if method is None else method,
-            guidance=guidance if guided else None,
-            seed=seed,
-        )
-
-    def _denoise(self, plan: Plan, context, driver, trace, report, seconds) -> loop.Denoised:
+    def _denoise(self, plan: plans.Plan, context, driver, trace, report, seconds) -> loop.Denoised:
         """The denoising stage; a transformer that was loaded for it is gone when it ends."""
         transformer = self._resident("transformer", report, seconds)
         steps = plan.solver.steps
@@ -426,49 +364,6 @@ class Pipeline:
             default.height if height is None else height,
             default.width if width is None else width,
         )
-        config, patch = self.vae.config, self.transformer.config.patch_size
-        pixels = config.spatial_factor * patch[1], config.spatial_factor * patch[2]
-        for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):
-            if not isinstance(value, int) or value < unit or value % unit:
-                raise ValueError(
-                    f"{name} must be a multiple of {unit} pixels; got {value!r}: the nearest is "
-                    f"{max(unit, unit * round(float(value) / unit))}"
-                )
-        time = config.temporal_factor
-        if not isinstance(size[0], int) or size[0] < 1 or (size[0] - 1) % time:
-            nearest = max(1, time * round((float(size[0]) - 1) / time) + 1)
-            raise ValueError(
-                f"frames must be a multiple of {time} plus 1; got {size[0]!r}: "
-                f"the nearest is {nearest}"
-            )
+        plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size
-
-    def _check_prompts(self, prompts: Sequence[str]) -> None:
-        if not prompts:
-            raise ValueError("expected at least one prompt; got none")
-        for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(
-                    f"a prompt must say something; got {prompt!r}: describe the video to make"
-                )
-        unknown = [word for prompt in prompts for word in self.tokenizer.unknown_words(prompt)]
-        if unknown:
-            warnings.warn(
-                f"the model does not know: {', '.join(dict.fromkeys(unknown))}; "
-                "it can only spell such words, and the video may not show them",
-                stacklevel=3,
-            )
-
-    def _noise(self, count: int, size, seed: int, latents) -> Float[Array, "B f h w 16"]:
-        shape = self.latents_shape(*size)
-        if latents is not None:
-            if tuple(latents.shape) != (count, *shape):
-                raise ValueError(
-                    f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
-                )
-            return jnp.asarray(latents, jnp.float32)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be an integer in 0..2^32-1; got {seed!r}")
-        keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
-        return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
