@@ -5,6 +5,7 @@ import shutil
 import sys
 import types
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -135,6 +136,26 @@ def test_an_original_folder(tmp_path, monkeypatch):
     (folder / vae_weights.ORIGINAL_FILES[0]).unlink()
     with pytest.raises(ValueError, match=r"to describe AutoencoderKLWan .* got 'WanModel'"):
         Pipeline.from_pretrained(folder)
+
+
+def test_an_original_model_of_the_hub(tmp_path, monkeypatch):
+    folder, asked = original_folder(tmp_path, monkeypatch), []
+
+    def fetch(name, allow_patterns):
+        asked.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    Pipeline.from_pretrained("owner/wan", staged=True)
+    # Pickles are fetched only once the model is known to have the original layout.
+    assert [("*.pth" in patterns, "google/*" in patterns) for _, patterns in asked] == [
+        (False, False), (True, True),
+    ]  # fmt: skip
+    load_transformer("owner/wan")
+    assert asked[-1] == (
+        "owner/wan",
+        ["*.json", "transformer/*.safetensors", "diffusion_pytorch_model*", "tokenizer/*"],
+    )
 
 
 def test_converted(tmp_path):

@@ -4,8 +4,10 @@ It needs JAX's CUDA plugin and ptxas on the path, no device: XLA compiles for a 
 Set JAX_PLATFORMS=cpu and XLA_FLAGS=--xla_gpu_cuda_data_dir=<folder with bin/ptxas>.
 """
 
+import contextlib
 import re
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -87,13 +89,14 @@ def command(
     with _described_gpu() as place:
         inputs = _inputs(transformer, shape, settings)
         for level in levels:
-            rows.append(_compile(place(inputs), settings, level, place))
+            rows.append(_compile(place(inputs), settings, level))
     print(f"{geometry.num_tokens} tokens, {geometry.num_blocks} blocks, {dtype}, {precision}")
     print(report.markdown(rows, COLUMNS))
 
 
-def _described_gpu():
-    """A context, and in it a function that places a pytree of shapes on the described GPU."""
+@contextlib.contextmanager
+def _described_gpu() -> Iterator[Callable[[Any], Any]]:
+    """Gives a function that places a pytree of shapes on the described GPU."""
     try:
         topology = topologies.get_topology_desc(
             platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
@@ -105,21 +108,11 @@ def _described_gpu():
     mesh = topologies.make_mesh(topology, (1,), ("gpu",))
     sharding = NamedSharding(mesh, PartitionSpec())
 
-    def place(tree):
-        return jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree
-        )
+    def place(leaf):
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
-    class Context:
-        def __enter__(self):
-            self.mesh = jax.set_mesh(mesh)
-            self.mesh.__enter__()
-            return place
-
-        def __exit__(self, *stop):
-            return self.mesh.__exit__(*stop)
-
-    return Context()
+    with jax.set_mesh(mesh):
+        yield lambda tree: jax.tree.map(place, tree)
 
 
 def _inputs(transformer, shape, settings) -> tuple[Any, ...]:
@@ -142,7 +135,7 @@ def _inputs(transformer, shape, settings) -> tuple[Any, ...]:
     return transformer, prepared, state, row, level, index, guidance, key
 
 
-def _compile(inputs, settings, level: int, place) -> dict[str, Any]:
+def _compile(inputs, settings, level: int) -> dict[str, Any]:
     """Compiles one step; a table row."""
     state = inputs[2]
     began = time.perf_counter()

@@ -86,7 +86,7 @@ def open_parts(
     """
     folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
     original = _is_original(folder)
-    if original and not folder.samefile(Path(source).expanduser()):
+    if original and not Path(source).expanduser().is_dir():
         # From the hub, where the original's text encoder and VAE are pickles: fetched only now.
         folder = checkpoints.model_folder(source, ["*.safetensors", "*.pth", "google/*"])
     if original:
