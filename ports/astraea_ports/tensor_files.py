@@ -94,7 +94,8 @@ def _unpickle(file: Path) -> Mapping[str, Any]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # pickle, zip and torch each have errors of their own
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        # The first sentence: torch's next ones advise to load it without this safety.
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
         raise ValueError(
             f"{file} is no file of weights alone ({reason}): do not trust it, or fetch it again"
         ) from error
