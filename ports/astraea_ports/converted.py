@@ -1,6 +1,8 @@
 """Weights as Orbax keeps them: in the layout and dtype that they run in, quick to load."""
 
+import math
 import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,9 @@ from astraea_ports.matching import parameter_shapes
 
 FOLDER = "orbax"
 """Name of the checkpoint within a part's folder."""
+
+PIECE = 1 << 26
+"""Bytes of a piece that is read or written at once."""
 
 
 def is_converted(source: str | os.PathLike[str]) -> bool:
@@ -53,8 +58,13 @@ class Converted[M](NamedTuple):
             name: jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=here)
             for name, slot in slots.items()
         }
+        arrays: dict[str, jax.Array] = {}
         try:
-            arrays = orbax.StandardCheckpointer().restore(path, targets)
+            with _checkpointer() as checkpointer:
+                for some in _groups(targets):
+                    how = orbax.checkpoint_utils.construct_restore_args(some)
+                    wanted = orbax.args.PyTreeRestore(some, how, partial_restore=True)
+                    arrays |= checkpointer.restore(path, args=wanted)
         except Exception as error:
             raise ValueError(_broken(path, error)) from error
         leaves = [arrays[name] for name in slots]
@@ -68,8 +78,33 @@ def save(module: Any, folder: str | os.PathLike[str]) -> None:
       ValueError: Orbax is not installed.
     """
     arrays = dict(zip(parameter_shapes(module), jax.tree.leaves(module), strict=True))
-    with _orbax().StandardCheckpointer() as checkpointer:
-        checkpointer.save((Path(folder) / FOLDER).resolve(), arrays)
+    pieces = _orbax().SaveArgs(chunk_byte_size=PIECE)
+    with _checkpointer() as checkpointer:
+        checkpointer.save(
+            (Path(folder) / FOLDER).resolve(),
+            args=_orbax().args.PyTreeSave(arrays, dict.fromkeys(arrays, pieces)),
+        )
+
+
+def _groups(targets: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """Parameters that are read together, no more than the largest one holds.
+
+    Orbax holds what it reads twice, and otherwise reads all at once.
+    """
+    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in targets.items()}
+    group: dict[str, Any] = {}
+    for name in sorted(targets, key=sizes.__getitem__):
+        if sum(sizes[member] for member in group) + sizes[name] > max(sizes.values()):
+            yield group
+            group = {}
+        group[name] = targets[name]
+    yield group
+
+
+def _checkpointer() -> Any:
+    """A checkpointer that keeps numbers as they are: weights hardly compress."""
+    orbax = _orbax()
+    return orbax.Checkpointer(orbax.PyTreeCheckpointHandler(use_compression=False))
 
 
 def files(loadable: Any) -> list[Path]:
