@@ -22,11 +22,12 @@ from astraea_ports.folders import read_config as read_config
 from astraea_ports.matching import Entry as Entry
 from astraea_ports.matching import Match as Match
 from astraea_ports.matching import Transform as Transform
-from astraea_ports.matching import best_table, match_tensors
+from astraea_ports.matching import best_table
 from astraea_ports.matching import conv2d as conv2d
 from astraea_ports.matching import conv3d as conv3d
 from astraea_ports.matching import identity as identity
 from astraea_ports.matching import linear as linear
+from astraea_ports.matching import match_tensors as match_tensors
 from astraea_ports.matching import parameter_shapes as parameter_shapes
 from astraea_ports.matching import time_conv as time_conv
 from astraea_ports.matching import vector as vector
