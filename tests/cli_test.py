@@ -151,6 +151,7 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
         (["bench"], "say what to measure"),
+        (["bench", "attention", "--shapes", "moon"], "shapes must be of"),
         (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
         (["bench", "denoise", "--model", "wan"], "add --checkpoint FOLDER (or a hub id), or"),
         (["bench", "denoise", "--random"], "it takes no --checkpoint"),

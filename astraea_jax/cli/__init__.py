@@ -19,6 +19,7 @@ import tyro
 from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
+from astraea_jax.bench import attention as bench_attention
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
@@ -173,7 +174,7 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench denoise`) and quality (`bench quality`).
+    """Measures speed (`bench attention`, `bench denoise`) and quality (`bench quality`).
 
     `bench compile` compiles for a GPU that need not be there; `bench sheet` draws videos.
     """
@@ -187,6 +188,7 @@ COMMANDS = {
     "bench": bench,
 }
 BENCHES = {
+    "attention": bench_attention.command,
     "denoise": bench_denoise.command,
     "compile": bench_compile.command,
     "quality": quality.command,
