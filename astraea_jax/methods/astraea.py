@@ -17,7 +17,6 @@ from astraea_jax.methods import base
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.selection import SelectionConfig
 
-
 SMALL_TENTH = 256
 """Rows below which a tenth of the tokens is too small a product to run near the machine's rate."""
 
