@@ -3,6 +3,7 @@
 import math
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -15,6 +16,9 @@ from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.vae import VAEConfig
+
+OURS = str(Path(__file__).parents[1])
+"""A warning points at the first line that is not of this package."""
 
 
 class Plan(NamedTuple):
@@ -121,7 +125,7 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
         warnings.warn(
             f"the model does not know: {', '.join(dict.fromkeys(unknown))}; "
             "it can only spell such words, and the video may not show them",
-            stacklevel=4,
+            skip_file_prefixes=(OURS,),
         )
 
 

@@ -20,7 +20,7 @@ from astraea_ports.wan.vae import VAE, VAEConfig
 from astraea_ports.wan.vae_layers import Past
 
 MOST_PIXELS = 1 << 21
-"""Pixels of a piece, where a caller lets us choose: about 4.5 kB each at Wan's widths, float32."""
+"""Pixels of a piece, where a caller lets us choose: about 6 kB each at Wan's widths, float32."""
 
 
 class Tile(NamedTuple):
