@@ -1,5 +1,6 @@
 """`astraea generate`: a video, and beside it what the acceleration saved and cost."""
 
+import contextlib
 import dataclasses
 import pathlib
 from collections.abc import Sequence
@@ -9,8 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from astraea_jax import flops, metrics, report, schedule, video
+from astraea_jax.bench.models import ModelChoice
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.schedule import LEVELS, Schedule
+from astraea_jax.solvers import Grid
 from astraea_ports import wan
 
 
@@ -19,11 +22,13 @@ class Request:
     """What the command was asked for; None is the model's default."""
 
     prompt: str
-    model: str
+    model: ModelChoice
     budget: float | None
     schedule: Schedule | None
     method: Method | None
     solver: str
+    grid: Grid | None
+    shift: float | None
     steps: int | None
     guidance: float | None
     negative_prompt: str
@@ -44,7 +49,7 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
         schedule.check_budget(request.budget)
     video.check_output(request.output)
     with progress.stage("load the model"):
-        pipeline = wan.Pipeline.from_pretrained(request.model)
+        pipeline = request.model.open()
     method, levels = plan(request, pipeline.defaults.steps)
     runs: list[tuple[Method, Schedule]] = []
     if request.compare:
@@ -91,9 +96,9 @@ def plan(request: Request, default_steps: int) -> tuple[Method, Schedule]:
 
 
 def _run(request: Request, pipeline, method, levels, progress: report.Progress) -> wan.Result:
-    """One run with a bar for its steps."""
+    """One run with a bar for each of its stages."""
     frames, height, width = request.size
-    with progress.stage(f"denoise, {method.name}", levels.steps) as bar:
+    with _Bars(progress, method.name) as bars:
         return pipeline(
             request.prompt,
             frames=frames,
@@ -105,11 +110,30 @@ def _run(request: Request, pipeline, method, levels, progress: report.Progress) 
             method=method,
             schedule=levels,
             solver=request.solver,
+            grid=request.grid,
+            shift=request.shift,
             trace=request.show_selection,
-            progress=lambda stage, done, total: (
-                bar.advance() if stage == "denoise" and done else None
-            ),
+            progress=bars,
         )
+
+
+class _Bars(contextlib.ExitStack):
+    """A bar for each stage of a pipeline, opened when the stage first reports."""
+
+    def __init__(self, progress: report.Progress, method: str):
+        super().__init__()
+        self._progress, self._method = progress, method
+        self._stage, self._bar = "", None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Takes what a pipeline reports."""
+        if stage != self._stage or not done:
+            self.close()
+            name = f"{stage}, {self._method}" if stage == "denoise" else stage
+            self._stage = stage
+            self._bar = self.enter_context(self._progress.stage(name, total))
+        elif self._bar is not None:
+            self._bar.advance()
 
 
 def _row(pipeline, method: Method, levels: Schedule, result: wan.Result) -> dict:

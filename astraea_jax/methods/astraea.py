@@ -1,7 +1,8 @@
 """ASTRAEA: a share of the tokens a step, chosen by selection, the rest from the token cache."""
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +16,11 @@ from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.selection import SelectionConfig
+
+SMALL_TENTH = 256
+"""Rows below which a tenth of the tokens is too small a product to run near the machine's rate."""
+
+Pieces = Literal["branch", "loop"]
 
 
 class AstraeaState(NamedTuple):
@@ -65,11 +71,15 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
+      pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
+        nine that are compiled. "loop": two tenths at a time, which compiles three times faster
+        and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
 
     Source: ASTRAEA 3.2 and Algorithm 1.
     """
 
     selection: SelectionConfig = SelectionConfig()
+    pieces: Pieces | None = None
 
     @property
     def name(self) -> str:
@@ -124,7 +134,9 @@ class Astraea:
         if mode == base.SKIP:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
-        run = _Run(self.selection, model, prepared, modulation, geometry, inputs, num_branches)
+        run = _Run(
+            self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
+        )
         if mode == base.DENSE:
             return run.dense(state)
         return run.sparse(state, inputs.level if mode.level is None else mode.level)
@@ -147,6 +159,7 @@ class _Run:
     """One evaluation of the model: what its parts share."""
 
     config: SelectionConfig
+    pieces: Pieces | None
     model: VideoDiT
     prepared: Prepared
     modulation: core.Modulation
@@ -235,8 +248,9 @@ class _Run:
         config = self.config
         tokens, cache = carry.tokens, carry.cache
         keys_values = block.keys_values(tokens)
-        out, stale = token_cache.read_block(cache.out, index)
-        merged = tokens + stale if config.reuse == "residual" else stale
+        before, out = carry.before, cache.out
+        if config.chained:
+            out, before = token_cache.read_block(out, index)
         lse_block = index if config.scope == "block" else 0
         lse = cache.lse[lse_block]
 
@@ -250,8 +264,11 @@ class _Run:
             merged = scatter_rows(merged, indices, fresh)
             return merged, out, scatter_rows(lse, indices, row_lse)
 
-        state = self._each_chunk(compute, (merged, out, lse), choice, level)
-        merged, out, new_lse = state
+        merged, out, new_lse = self._at_level(compute, (tokens, out, lse), choice, level)
+        # Read after the write, which left the stale rows alone: nothing has to be kept aside.
+        stale = token_cache.block_rows(out, index)
+        stale = tokens + stale if config.reuse == "residual" else stale
+        merged = jnp.where(choice.fresh[..., None], merged, stale)
         if config.scope == "step":
             # One selection serves all blocks, weighed by the first block's attention.
             new_lse = jnp.where(index == 0, new_lse, lse)
@@ -267,28 +284,30 @@ class _Run:
         same = selection.overlap(choice.fresh, carry.previous)
         return _Carry(
             tokens=merged,
-            before=stale if config.chained else carry.before,
+            before=before,
             cache=cache,
             previous=choice.fresh,
             computed=carry.computed + choice.fresh,
             overlap=carry.overlap + jnp.where(index == 0, 0.0, same),
         )
 
-    def _each_chunk(self, compute, state, choice: Choice, level):
-        """Runs the selected rows at once when their number is known, else two tenths at a time."""
+    def _at_level(self, compute, state, choice: Choice, level):
+        """Runs the selected rows: at once when their number is known, else by `pieces`."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, choice.indices[:, : level * rows])
 
-        def chunk(state, first, tenths):
+        def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
             return compute(state, indices)
 
-        # Small products run far below the machine's rate, so chunks are as large as can serve
-        # every level: pairs of tenths, and one more where the level is odd.
-        state = lax.fori_loop(0, level // 2, lambda pair, state: chunk(state, 2 * pair, 2), state)
+        if self.pieces == "branch" or (self.pieces is None and rows < SMALL_TENTH):
+            levels = range(1, selection.LEVELS)
+            branches = [functools.partial(run, first=0, tenths=tenths) for tenths in levels]
+            return lax.switch(level - 1, branches, state)
+        state = lax.fori_loop(0, level // 2, lambda pair, state: run(state, 2 * pair, 2), state)
         return lax.cond(
-            level % 2 == 1, lambda state: chunk(state, level - 1, 1), lambda state: state, state
+            level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
         )
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
