@@ -60,9 +60,7 @@ def query_sparse_attention(
     """
     _check(q, k, v, indices, count)
     num_queries = q.shape[1] if indices is None else indices.shape[1]
-    name, by_platform = dispatch.choose(
-        implementation, num_queries, k.shape[1], q.shape[-1], k.dtype
-    )
+    name, by_platform = dispatch.choose(implementation, q, k, num_queries)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if name == "xla":
         # Not through the kernels' gradient: XLA differentiates its own.

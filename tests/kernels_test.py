@@ -303,7 +303,7 @@ def test_a_backend_that_is_gone_is_named(monkeypatch):
 
 
 def test_falling_back_is_said_once(monkeypatch):
-    dispatch._first_that_runs.cache_clear()
+    dispatch._say_once.cache_clear()
     choose = functools.partial(dispatch._first_that_runs, ("mosaic", "triton", "xla"), H200)
     with pytest.warns(UserWarning, match="falls back to xla: mosaic takes head widths to 128"):
         assert choose(160, jnp.dtype(jnp.bfloat16)) == "xla"
@@ -311,6 +311,15 @@ def test_falling_back_is_said_once(monkeypatch):
     assert choose(160, jnp.dtype(jnp.bfloat16)) == "xla"
     assert choose(128, jnp.dtype(jnp.float32)) == "xla"
     assert choose(128, jnp.dtype(jnp.bfloat16)) == "mosaic"
+
+
+def test_too_many_numbers_for_offsets():
+    many = functools.partial(dispatch.refusal, "triton", A100, 128, jnp.bfloat16)
+    assert many(2**31 - 1) is None
+    assert "at most 2147483647 numbers; got 2147483648: split the batch" in many(2**31)
+    dispatch._say_once.cache_clear()
+    with pytest.warns(UserWarning, match="triton takes arrays of at most"):
+        assert dispatch._first_that_runs(("triton", "xla"), A100, 128, "bf16", 2**31) == "xla"
 
 
 def test_preferences():

@@ -31,16 +31,30 @@ def implementations() -> dict[str, str]:
     return {name: reason or "runs" for name, reason in reasons.items()}
 
 
-def refusal(name: str, here: Gpu | None, width: int, dtype) -> str | None:
-    """Why an implementation can't run on a GPU (None: no GPU), for a head width and dtype."""
+def refusal(name: str, here: Gpu | None, width: int, dtype, numbers: int = 0) -> str | None:
+    """Why an implementation can't run on a GPU; None if it can.
+
+    Args:
+      name: the implementation.
+      here: the GPU; None where there is none.
+      width: of a head.
+      dtype: of queries, keys and values.
+      numbers: in the largest of them.
+    """
     if name == "xla":
         return None
     if here is None:
         return f"needs an NVIDIA GPU; this process has {jax.devices()[0].device_kind}"
     try:
-        return kernel_module(name).refusal(here, width, dtype)
+        module = kernel_module(name)
     except ImportError as error:
         return f"this JAX has no such back end ({error})"
+    most = getattr(module, "MOST_NUMBERS", numbers)
+    if numbers > most:
+        return (
+            f"takes arrays of at most {most} numbers; got {numbers}: split the batch or the heads"
+        )
+    return module.refusal(here, width, dtype)
 
 
 def kernel_module(name: str) -> types.ModuleType:
@@ -83,24 +97,28 @@ class Settings(NamedTuple):
     reference: Callable | None
 
 
-@functools.cache
-def _first_that_runs(names, here: Gpu | None, width: int, dtype) -> Implementation:
+def _first_that_runs(names, here: Gpu | None, width: int, dtype, numbers=0) -> Implementation:
     """The first that has no reason against it; says once what was passed over."""
     reasons = {}
     for name in names:
-        reasons[name] = refusal(name, here, width, dtype)
+        reasons[name] = refusal(name, here, width, dtype, numbers)
         if reasons[name] is None:
             break
     chosen = list(reasons)[-1]
     # float32 is for exactness: nobody expects a tensor-core kernel to take it.
     if len(reasons) > 1 and dtype != jnp.float32:
         passed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason)
-        warnings.warn(f"attention falls back to {chosen}: {passed}", stacklevel=4)
+        _say_once(f"attention falls back to {chosen}: {passed}")
     return chosen
 
 
+@functools.cache
+def _say_once(message: str) -> None:
+    warnings.warn(message, stacklevel=6)
+
+
 def choose(
-    implementation: Implementation | None, num_queries: int, num_keys: int, width: int, dtype
+    implementation: Implementation | None, q, k, num_queries: int
 ) -> tuple[Implementation, bool]:
     """The implementation to run, and whether only on CUDA, xla taking other platforms' part.
 
@@ -112,11 +130,11 @@ def choose(
             f"implementation must be None or one of {', '.join(get_args(Implementation))}; "
             f"got {implementation!r}"
         )
-    here = gpu()
+    here, width = gpu(), q.shape[-1]
+    limits = (here, width, jnp.dtype(k.dtype), max(q.size, k.size))
     if implementation is None:
-        names = preferred(here, num_queries, num_keys, width)
-        return _first_that_runs(names, here, width, jnp.dtype(dtype)), True
-    reason = refusal(implementation, here, width, dtype)
+        return _first_that_runs(preferred(here, num_queries, k.shape[1], width), *limits), True
+    reason = refusal(implementation, *limits)
     if reason is not None:
         raise ValueError(f"implementation {implementation!r} can't run: it {reason}")
     return implementation, False
