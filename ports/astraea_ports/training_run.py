@@ -1,0 +1,410 @@
+"""A training run in a folder: resumable at any moment, whatever it trains.
+
+    DIR/run.json          what is trained and how; a run of anything else is refused here
+    DIR/checkpoints/      Orbax: the last two states, whole
+    DIR/losses.npy        the loss of every step up to the last checkpoint
+    DIR/loss.png          the same as a picture
+    DIR/sheet.png         what it makes now
+    DIR/model/            the average weights, a folder in the Diffusers layout
+
+Taken up again, a run continues from its last checkpoint as if it had never stopped: state, order of
+the clips and noise are functions of the step. `model/` also is the form to take to another machine:
+a third of the size; a run that starts from it has the average for weights and no moments, and warms
+up again.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import numpy as np
+
+from astraea_jax import files, report, video
+
+LONGEST_MINUTES = 60 * 24 * 14
+KEPT = 2
+_IN_FLIGHT = 4  # steps whose loss is not waited for
+
+
+class Trainee(Protocol):
+    """What a run trains."""
+
+    settings: Mapping[str, Any]
+    """All that decides the result; JSON."""
+
+    steps: int
+    """Of the whole run."""
+
+    batch: int
+    """Clips a step."""
+
+    def start(self) -> Any:
+        """The first state, a pytree."""
+        ...
+
+    def prepare(self, step: int, say: Callable[[str], None]) -> None:
+        """Brings the data to what a step is to find."""
+        ...
+
+    def advance(self, state: Any) -> tuple[Any, jax.Array]:
+        """One step: the next state (the old one's memory may be taken), and the loss."""
+        ...
+
+    def export(self, state: Any, folder: pathlib.Path) -> None:
+        """Writes the trained model as a folder in the Diffusers layout."""
+        ...
+
+    def sheet(self, state: Any) -> np.ndarray | None:
+        """A picture of what it makes now."""
+        ...
+
+
+class Outcome(NamedTuple):
+    """How a sitting ended.
+
+    Attributes:
+      step: steps done in all.
+      steps: of the whole run.
+      loss: mean of the last hundred steps.
+      rate: clips a second, pictures and checkpoints apart.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    rate: float
+
+
+def check_minutes(minutes: float, name: str = "minutes") -> float:
+    """Returns the minutes if a run may take so long.
+
+    Raises:
+      ValueError: zero, negative, not a number, or more than two weeks.
+    """
+    if not 0 < minutes <= LONGEST_MINUTES:
+        raise ValueError(
+            f"{name} must be above 0 and at most {LONGEST_MINUTES} (two weeks); got {minutes:g}"
+        )
+    return minutes
+
+
+@contextlib.contextmanager
+def owned(folder: pathlib.Path) -> Iterator[None]:
+    """Holds a run's folder; the hold ends with the process, even one that is killed.
+
+    Raises:
+      ValueError: another process holds it, or it can't be made or written to.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = open(folder / "run.lock", "a+")
+    except OSError as error:
+        raise ValueError(
+            f"can't write to folder {folder} ({error.strerror}): choose another --output"
+        ) from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{folder} is in use by another run: wait for it, or choose another --output"
+            ) from error
+        yield
+
+
+def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
+    """What the run in a folder trains, or None where there is none.
+
+    Raises:
+      ValueError: a run.json that can't be read.
+    """
+    path = folder / "run.json"
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} can't be read ({error}): choose another --output") from error
+
+
+def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Writes run.json, or holds it against what is asked for.
+
+    Raises:
+      ValueError: the folder's run trains another model, or in another way.
+    """
+    asked = json.loads(json.dumps(settings))
+    found = saved_settings(folder)
+    if found is None:
+        report.write_json(folder / "run.json", asked)
+        return
+    other = [
+        f"{name}: expected {found.get(name)}, got {asked.get(name)}"
+        for name in sorted({*found, *asked})
+        if found.get(name) != asked.get(name)
+    ]
+    if other:
+        raise ValueError(
+            f"{folder} holds a run of another kind ({'; '.join(other)}): ask for the same to take "
+            "it up again, or choose another --output"
+        )
+
+
+class Checkpoints:
+    """The last states of a run, each written whole or not at all."""
+
+    def __init__(self, folder: pathlib.Path):
+        """Those in `folder`, which is made if need be."""
+        import orbax.checkpoint as ocp  # slow to import, and only training needs it
+
+        self._ocp = ocp
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def latest(self) -> int | None:
+        """The step of the last one."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any) -> None:
+        """Writes a state.
+
+        Raises:
+          ValueError: the disk is full or can't be written to; what was there before is kept.
+        """
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        free = shutil.disk_usage(self._folder).free
+        try:
+            if free < 1.2 * needed:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._manager.save(step, args=self._ocp.args.StandardSave(_named(state)))
+            self._manager.wait_until_finished()
+        except Exception as error:  # tensorstore's own say ENOSPC in words only
+            kept = self.latest()
+            raise ValueError(
+                f"the checkpoint of step {step} could not be written to {self._folder} "
+                f"({_reason(error)}; it takes {report.human_bytes(needed)}, "
+                f"{report.human_bytes(free)} are free); "
+                + (f"that of step {kept} is kept" if kept is not None else "there is none before")
+                + ": make room and run the same command again"
+            ) from error
+
+    def restore(self, template: Any) -> Any:
+        """The last state, placed as the template's arrays are.
+
+        Raises:
+          ValueError: it can't be read, or its arrays are not the template's.
+        """
+        step = self.latest()
+        named = _named(template)
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), named
+        )
+        try:
+            found = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
+        except Exception as error:  # of many classes; for the user all one
+            raise ValueError(
+                f"the checkpoint of step {step} in {self._folder} does not fit this run or is "
+                f"broken ({_reason(error)}): delete it to go back to the one before, or choose "
+                "another --output"
+            ) from error
+        return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in named])
+
+    def close(self) -> None:
+        """Lets go of the folder."""
+        self._manager.close()
+
+
+def _named(state: Any) -> dict[str, jax.Array]:
+    """A pytree's leaves by place and name, in order."""
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    names = [jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves]
+    clean = [re.sub(r"[^\w.]+", "_", name) for name in names]
+    return {f"{i:04d}.{clean[i]}": leaf for i, (_, leaf) in enumerate(leaves)}
+
+
+def _reason(error: Exception) -> str:
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][
+        :200
+    ]
+
+
+def measure_rate(trainee: Trainee, say: Callable[[str], None], timed: int = 3) -> float:
+    """Steps a second, from a few that are thrown away."""
+    trainee.prepare(0, say)
+    state, value = trainee.advance(trainee.start())
+    jax.block_until_ready(value)
+    began = time.perf_counter()
+    for _ in range(timed):
+        state, value = trainee.advance(state)
+    jax.block_until_ready(value)
+    return timed / (time.perf_counter() - began)
+
+
+def run(
+    trainee: Trainee,
+    folder: pathlib.Path,
+    *,
+    sitting: float | None = None,
+    checkpoint_every: float = 2.0,
+    say: Callable[[str], None] = print,
+) -> Outcome:
+    """Trains until the run's last step, or until the sitting's time is up.
+
+    Args:
+      trainee: what is trained.
+      folder: of the run, held by `owned`; a run that is in it is taken up again.
+      sitting: minutes from now after which to write a checkpoint and stop; None for never.
+      checkpoint_every: minutes between checkpoints.
+      say: told how it goes.
+
+    Returns:
+      How far it came.
+
+    Raises:
+      ValueError: the folder's run is another one, the loss is no number, or the disk is full.
+    """
+    began = time.monotonic()
+    check_settings(folder, trainee.settings)
+    checkpoints = Checkpoints(folder / "checkpoints")
+    try:
+        state = trainee.start()
+        losses = np.zeros(0, np.float32)
+        last = checkpoints.latest()
+        if last is not None:
+            state = checkpoints.restore(state)
+            losses = _read_losses(folder, last)
+            say(f"taken up at step {last} of {trainee.steps}")
+        return _Loop(trainee, folder, checkpoints, state, losses, say).go(
+            began, sitting, checkpoint_every
+        )
+    finally:
+        checkpoints.close()
+
+
+def _read_losses(folder: pathlib.Path, steps: int) -> np.ndarray:
+    try:
+        losses = np.load(folder / "losses.npy", allow_pickle=False)
+    except (OSError, ValueError):
+        losses = np.zeros(0, np.float32)
+    # A picture without its beginning is no reason not to go on.
+    return np.pad(losses[:steps], (max(0, steps - len(losses)), 0), constant_values=math.nan)
+
+
+class _Loop:
+    """The state of a sitting."""
+
+    def __init__(self, trainee, folder, checkpoints, state, losses, say):
+        self.trainee, self.folder, self.checkpoints = trainee, folder, checkpoints
+        self.state, self.losses, self.say = state, list(losses), say
+        self.pending: list[jax.Array] = []
+        self.saved = checkpoints.latest()
+        self.clock, self.counted = 0.0, 0  # seconds in steps, and how many
+
+    @property
+    def step(self) -> int:
+        return len(self.losses) + len(self.pending)
+
+    def go(self, began: float, sitting: float | None, every: float) -> Outcome:
+        trainee, ends = self.trainee, None if sitting is None else began + 60 * sitting
+        spoke = saved = time.monotonic()
+        while self.step < trainee.steps:
+            now = time.monotonic()
+            if ends is not None and now >= ends:
+                break
+            if now - saved >= 60 * every:
+                self.keep()
+                saved = time.monotonic()
+            trainee.prepare(self.step, self.say)
+            began = time.monotonic()
+            self.state, value = trainee.advance(self.state)
+            self.pending.append(value)
+            self.collect(_IN_FLIGHT)
+            if self.counted == 0:  # the first step compiles
+                self.collect(0)
+                self.clock = 0.0
+            else:
+                self.clock += time.monotonic() - began
+            self.counted += 1
+            if now - spoke >= 10:
+                spoke = now
+                self.speak()
+        self.collect(0)
+        if self.saved != self.step:
+            self.keep()
+        return Outcome(self.step, trainee.steps, self.loss(), self.rate())
+
+    def collect(self, leave: int) -> None:
+        """Reads losses that are ready, all but the last few; stops at one that is no number."""
+        while len(self.pending) > leave:
+            value = float(self.pending.pop(0))
+            if not math.isfinite(value):
+                kept = self.checkpoints.latest()
+                raise ValueError(
+                    f"the loss at step {len(self.losses)} is not a number; "
+                    + (f"the checkpoint of step {kept} is kept" if kept else "nothing was saved")
+                    + ": start another run with lower rates (--rate), from its model/ if it has one"
+                )
+            self.losses.append(value)
+
+    def loss(self) -> float:
+        return float(np.mean(self.losses[-100:])) if self.losses else math.nan
+
+    def rate(self) -> float:
+        return self.trainee.batch * (self.counted - 1) / self.clock if self.clock else 0.0
+
+    def speak(self) -> None:
+        left = (self.trainee.steps - self.step) * self.trainee.batch / max(self.rate(), 1e-9) / 60
+        self.say(
+            f"step {self.step}/{self.trainee.steps}  loss {self.loss():.4f}  "
+            f"{self.rate():.1f} samples/s  {left:.1f} min left"
+        )
+
+    def keep(self) -> None:
+        """A checkpoint, the curve, the model and a sheet of what it makes."""
+        self.collect(0)
+        with files.replacing(self.folder / "losses.npy") as partial:
+            np.save(partial, np.asarray(self.losses, np.float32))
+        self.checkpoints.save(self.step, self.state)
+        self.saved = self.step
+        self.trainee.export(self.state, self.folder / "model")
+        draw_losses(self.folder / "loss.png", np.asarray(self.losses))
+        sheet = self.trainee.sheet(self.state)
+        if sheet is not None:
+            video.write_image(self.folder / "sheet.png", sheet)
+        self.say(f"checkpoint of step {self.step}  loss {self.loss():.4f}")
+
+
+def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
+    """The loss of every step and its running mean, as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    axes.plot(losses, color="0.8", linewidth=0.5)
+    window = max(1, len(losses) // 100)
+    if len(losses):
+        mean = np.convolve(losses, np.ones(window) / window, "valid")
+        axes.plot(np.arange(window - 1, len(losses)), mean, color="C0")
+        shown = losses[np.isfinite(losses)]
+        if len(shown):
+            axes.set_ylim(*np.quantile(shown, (0.0, 0.995)) * (0.95, 1.05))
+    axes.set_xlabel("step")
+    axes.set_ylabel("loss")
+    with files.replacing(path) as partial:
+        figure.savefig(partial, dpi=120)
+    plt.close(figure)
