@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, info, bench.
+"""The command `astraea`: generate, info, bench, train-tiny, score-tiny.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
+from astraea_jax.cli import train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -154,7 +155,13 @@ def bench() -> None:
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
-COMMANDS = {"generate": generate, "info": info, "bench": bench}
+COMMANDS = {
+    "generate": generate,
+    "info": info,
+    "bench": bench,
+    "train-tiny": train.train_tiny,
+    "score-tiny": train.score_tiny,
+}
 BENCHES = {
     "denoise": bench_denoise.command,
     "quality": quality.command,

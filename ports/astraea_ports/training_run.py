@@ -107,7 +107,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = open(folder / "run.lock", "a+")
+        handle = (folder / "run.lock").open("a+")
     except OSError as error:
         raise ValueError(
             f"can't write to folder {folder} ({error.strerror}): choose another --output"
@@ -324,7 +324,7 @@ class _Loop:
             now = time.monotonic()
             if ends is not None and now >= ends:
                 break
-            if now - saved >= 60 * every:
+            if now - saved >= 60 * every and self.step > (self.saved or 0):
                 self.keep()
                 saved = time.monotonic()
             trainee.prepare(self.step, self.say)

@@ -105,13 +105,25 @@ def make_clips(
       side: pixels of height and width.
     """
     colours = jnp.array(COLOUR_RGB) if colours is None else colours
+    shown = make_scenes(keys, two=two)
+    return Clip(*render_clips(keys, shown, colours, frames=frames, side=side), shown)
 
-    def one(key: PRNGKeyArray) -> Clip:
-        scene = sample_scene(jax.random.fold_in(key, 0), two)
-        drawn = render(jax.random.fold_in(key, 1), scene, colours, frames=frames, side=side)
-        return Clip(*drawn, scene)
 
-    return jax.vmap(one)(keys)
+@functools.partial(jax.jit, static_argnames=("frames", "side"))
+def render_clips(
+    keys: PRNGKeyArray,
+    shown: Scene,
+    colours: Float[Array, "8 3"],
+    *,
+    frames: int = FRAMES,
+    side: int = SIDE,
+) -> tuple[Float[Array, "B F side side 3"], Float[Array, "B F side side"]]:
+    """Videos and covers of scenes; see `make_clips`."""
+
+    def one(key: PRNGKeyArray, scene: Scene):
+        return render(jax.random.fold_in(key, 1), scene, colours, frames=frames, side=side)
+
+    return jax.vmap(one)(keys, shown)
 
 
 @jax.jit
@@ -304,37 +316,9 @@ PLACES = ("over", "on", "in front of", "against")
 OPENINGS = ("", "", "", "a video of ", "an animation of ", "a short clip of ")
 WALLS = ("background", "background", "wall", "backdrop")
 FILLERS = (
-    *(
-        [
-            "shiny",
-            "nice",
-            "little",
-            "lovely",
-            "bright",
-            "single",
-            "simple",
-            "cute",
-            "pretty",
-            "cool",
-            "funny",
-            "glossy",
-        ]
-    ),
-    *(
-        [
-            "solid",
-            "cartoon",
-            "toy",
-            "paper",
-            "plastic",
-            "clean",
-            "clear",
-            "happy",
-            "strange",
-            "smooth",
-            "fancy",
-        ]
-    ),
+    *("shiny", "nice", "little", "lovely", "bright", "single", "simple", "cute", "pretty", "cool"),
+    *("funny", "glossy", "solid", "cartoon", "toy", "paper", "plastic", "clean", "clear", "happy"),
+    *("strange", "smooth", "fancy"),
 )
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _WORD_DRAWS = 48

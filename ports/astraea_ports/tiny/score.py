@@ -15,9 +15,8 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import optax
 from flax import nnx
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import files
@@ -38,7 +37,8 @@ HEADS = {
 
 OBJECT_ATTRIBUTES = ("shape", "colour", "motion")
 ATTRIBUTES = (*OBJECT_ATTRIBUTES, "ground", "texture")
-_LOOKS = 9  # frames that the reader looks at
+NUM_LOOKS = 9
+"""Frames that the reader looks at."""
 _PATCH = 4
 
 
@@ -126,9 +126,9 @@ def looks(frames: int) -> np.ndarray:
     Raises:
       ValueError: a video of fewer than nine frames.
     """
-    if frames < _LOOKS:
-        raise ValueError(f"expected a video of at least {_LOOKS} frames; got {frames}")
-    return np.rint(np.linspace(0, frames - 1, _LOOKS)).astype(int)
+    if frames < NUM_LOOKS:
+        raise ValueError(f"expected a video of at least {NUM_LOOKS} frames; got {frames}")
+    return np.rint(np.linspace(0, frames - 1, NUM_LOOKS)).astype(int)
 
 
 @functools.cache
@@ -235,53 +235,3 @@ def add(parts: Sequence[Mapping[str, Share]]) -> dict[str, Share]:
         name: Share(*(sum(values) for values in zip(*(part[name] for part in parts), strict=True)))
         for name in parts[0]
     }
-
-
-def loss(model: Reader, frames: Float[Array, "B 9 128 128 3"], truth: Scene) -> Float[Array, ""]:
-    """Cross-entropy summed over the heads; an object that is not there counts for nothing."""
-    logits = model(frames)
-    total = _entropy(logits["count"], truth.count - 1).mean()
-    there = jnp.arange(2) < truth.count[:, None]
-    for name in OBJECT_ATTRIBUTES:
-        entropy = _entropy(logits[name], getattr(truth, name))
-        total += jnp.where(there, entropy, 0).sum() / there.sum()
-    for name in ("ground", "texture"):
-        total += _entropy(logits[name], getattr(truth, name)).mean()
-    return total
-
-
-def _entropy(logits: Array, labels: Array) -> Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-
-
-def disturb(
-    key: PRNGKeyArray, frames: Float[Array, "B 9 128 128 3"]
-) -> Float[Array, "B 9 128 128 3"]:
-    """Contrast, tint and grain, so that what is not quite as rendered is read all the same."""
-    keys = jax.random.split(key, 4)
-    batch = (frames.shape[0], 1, 1, 1)
-    gain = 1 + 0.1 * jax.random.normal(keys[0], (*batch, 1))
-    tint = 0.03 * jax.random.normal(keys[1], (*batch, 3))
-    grain = 0.03 * jax.random.uniform(keys[2], (*batch, 1))
-    return frames * gain + tint + grain * jax.random.normal(keys[3], frames.shape)
-
-
-def optimiser(steps: int) -> optax.GradientTransformation:
-    """Muon on the kernels, Adam on the last layer; the rate falls to zero over `steps`."""
-
-    def axes(params: Reader):
-        return jax.tree.map(
-            lambda p: (
-                optax.contrib.MuonDimensionNumbers(tuple(range(p.ndim - 1)), p.ndim - 1)
-                if p.ndim > 1 and p.shape[-1] <= 128
-                else None
-            ),
-            params,
-        )
-
-    warm = max(1, steps // 20)
-    return optax.contrib.muon(
-        optax.warmup_cosine_decay_schedule(0, 0.02, warm, steps),
-        adam_learning_rate=optax.warmup_cosine_decay_schedule(0, 2e-3, warm, steps),
-        muon_weight_dimension_numbers=axes,
-    )

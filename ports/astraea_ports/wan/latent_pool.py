@@ -58,7 +58,7 @@ def source_block(block: int, refreshed: int, num_blocks: int) -> int:
 
 
 class LatentPool:
-    """A pool of `size` clips in blocks; every `refresh_every` steps the oldest block is replaced."""
+    """A pool of clips in blocks; every `refresh_every` steps the oldest block is replaced."""
 
     def __init__(
         self,

@@ -49,7 +49,7 @@ def velocity(
     latents: Float[Array, "B F Y X C"],
     timestep: Float[Array, "B"],
     context: Float[Array, "B M D"],
-    layout: Layout = Layout(),
+    layout: Layout,
 ) -> Float[Array, "B F Y X C"]:
     """What `model(latents, timestep, context)` gives, for a step that is differentiated."""
     geometry = model.geometry(latents.shape)
@@ -70,7 +70,7 @@ def velocity(
 
 
 def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel) -> Array:
-    """One block: self-attention, attention to the text, feed-forward; see transformer.BoundBlock."""
+    """One block, as transformer.BoundBlock has it: attention, attention to the text, MLP."""
     table = block.scale_shift_table[...].astype(jnp.float32) + modulation
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table[:, i, None] for i in range(6))
     dtype = tokens.dtype
