@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
+from astraea_jax.bench import training as bench_training
 from astraea_jax.cli import train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
@@ -151,7 +152,7 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench denoise`), quality (`bench quality`); `bench sheet` draws videos."""
+    """Measures speed (`denoise`, `training`) and quality (`quality`); `sheet` draws videos."""
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
@@ -166,6 +167,7 @@ BENCHES = {
     "denoise": bench_denoise.command,
     "quality": quality.command,
     "sheet": sheet.command,
+    "training": bench_training.command,
 }
 
 
