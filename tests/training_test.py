@@ -201,12 +201,23 @@ def test_devices_share_the_batch(model):
     np.testing.assert_allclose([float(x) for x in printed.split()], expected, rtol=2e-5)
 
 
+@dataclasses.dataclass(frozen=True)
+class CountingRecipe:
+    steps: int
+
+
 class Counting:
     """A trainee of a few numbers, for what has nothing to do with models."""
 
+    batch = 2
+
     def __init__(self, steps=5, fail_at=None, **settings):
+        self.recipe, self.fail_at = CountingRecipe(steps), fail_at
         self.settings = {"part": "counting", **settings}
-        self.steps, self.batch, self.fail_at = steps, 2, fail_at
+
+    @property
+    def steps(self):
+        return self.recipe.steps
 
     def start(self):
         return {"total": jnp.zeros(3), "step": jnp.int32(0)}
@@ -233,6 +244,12 @@ def test_a_sitting_ends_with_a_checkpoint(tmp_path):
     checkpoints = training_run.Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == outcome.step
     checkpoints.close()
+
+
+def test_minutes_become_steps(tmp_path):
+    trainee, said = Counting(steps=1), []
+    training_run.set_minutes(trainee, 0.01, said.append)
+    assert trainee.steps > 10 and f"{trainee.steps} steps in 0.01 min" in said[0]
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):

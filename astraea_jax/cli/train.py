@@ -2,10 +2,11 @@
 
 import functools
 import pathlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
+from tyro.conf import arg
 
 from astraea_jax import report, timing
 from astraea_ports import checkpoints, tiny, training_run, wan
@@ -18,7 +19,7 @@ Part = Literal["transformer", "vae", "reader"]
 
 def train_tiny(
     *,
-    from_: str = "tiny",
+    from_: Annotated[str, arg(name="from")] = "tiny",
     minutes: float = 25.0,
     sitting: float | None = None,
     part: Part = "transformer",
@@ -115,8 +116,10 @@ def train_tiny(
         )
 
     with training_run.owned(output):
-        steps = steps or _steps_before(output) or _steps_in(make, minutes, say)
-        trainee = make(steps)
+        settled = steps or _steps_before(output)
+        trainee = make(settled or 1)
+        if settled is None:
+            training_run.set_minutes(trainee, minutes, say)
         outcome = training_run.run(
             trainee, output, sitting=sitting, checkpoint_every=checkpoint_every, say=say
         )
@@ -153,14 +156,6 @@ def _steps_before(folder: pathlib.Path) -> int | None:
     """The length of the run that is in the folder: it was settled when that began."""
     settings = training_run.saved_settings(folder)
     return None if settings is None else int(settings["recipe"]["steps"])
-
-
-def _steps_in(make, minutes: float, say) -> int:
-    """How many steps the minutes allow, from a few that are timed and thrown away."""
-    rate = training_run.measure_rate(make(1000), say)
-    steps = max(1, round(60 * minutes * rate))
-    say(f"{rate:.2f} steps/s: {steps} steps in {minutes:g} min")
-    return steps
 
 
 def score_tiny(

@@ -23,8 +23,6 @@ from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
-COPIED = ("*.json", "*.txt", "*.md")
-"""What is copied of a part that was not trained, beside its weights."""
 
 
 def save_parameters(
@@ -101,7 +99,7 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
 def copy_model(source: pathlib.Path, target: pathlib.Path, *, but: Sequence[str]) -> None:
     """Copies a Diffusers folder's parts and JSON files, but for the weights of the parts in `but`.
 
-    Files that are there already and alike in size and time are left as they are.
+    Weights that are there already, of the same size, are not copied again.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
@@ -110,11 +108,10 @@ def copy_model(source: pathlib.Path, target: pathlib.Path, *, but: Sequence[str]
         kind = path.suffix in (".json", ".safetensors", ".model")
         if not path.is_file() or not kind or trained or len(relative.parts) > 2:
             continue
-        if len(relative.parts) == 2 and not (source / relative.parts[0]).is_dir():
-            continue
         copy = target / relative
         copy.parent.mkdir(exist_ok=True)
-        if not copy.is_file() or copy.stat().st_size != path.stat().st_size:
+        small = path.suffix == ".json" or not copy.is_file()
+        if small or copy.stat().st_size != path.stat().st_size:
             with files.replacing(copy) as partial:
                 shutil.copyfile(path, partial)
 

@@ -14,6 +14,7 @@ up again.
 """
 
 import contextlib
+import dataclasses
 import errno
 import fcntl
 import json
@@ -24,7 +25,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -36,17 +37,25 @@ KEPT = 2
 _IN_FLIGHT = 4  # steps whose loss is not waited for
 
 
+@runtime_checkable
 class Trainee(Protocol):
     """What a run trains."""
 
-    settings: Mapping[str, Any]
-    """All that decides the result; JSON."""
-
-    steps: int
-    """Of the whole run."""
+    recipe: Any
+    """A frozen dataclass with a field `steps`: of the whole run."""
 
     batch: int
     """Clips a step."""
+
+    @property
+    def steps(self) -> int:
+        """The recipe's."""
+        ...
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result; JSON."""
+        ...
 
     def start(self) -> Any:
         """The first state, a pytree."""
@@ -241,8 +250,10 @@ def _reason(error: Exception) -> str:
     ]
 
 
-def measure_rate(trainee: Trainee, say: Callable[[str], None], timed: int = 3) -> float:
-    """Steps a second, from a few that are thrown away."""
+def set_minutes(
+    trainee: Trainee, minutes: float, say: Callable[[str], None], timed: int = 5
+) -> None:
+    """Makes the run as long as `minutes` allow on this machine, from a few steps thrown away."""
     trainee.prepare(0, say)
     state, value = trainee.advance(trainee.start())
     jax.block_until_ready(value)
@@ -250,7 +261,10 @@ def measure_rate(trainee: Trainee, say: Callable[[str], None], timed: int = 3) -
     for _ in range(timed):
         state, value = trainee.advance(state)
     jax.block_until_ready(value)
-    return timed / (time.perf_counter() - began)
+    rate = timed / (time.perf_counter() - began)
+    steps = max(1, round(60 * minutes * rate))
+    say(f"{rate:.2f} steps/s: {steps} steps in {minutes:g} min")
+    trainee.recipe = dataclasses.replace(trainee.recipe, steps=steps)
 
 
 def run(

@@ -7,7 +7,7 @@ quite as rendered is read all the same.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -111,7 +111,9 @@ def train_step(
 ) -> tuple[ReaderState, Float[Array, ""]]:
     """One step; everything random comes from the recipe's seed and the step's number."""
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
-    keys = jax.random.split(jax.random.fold_in(key, 0), recipe.batch)
+    # The VAE takes most of such a step: a quarter of the clips will do.
+    clips = max(1, recipe.batch // 4) if through else recipe.batch
+    keys = jax.random.split(jax.random.fold_in(key, 0), clips)
     frames, truth = _draw(keys, vae, through)
     frames = disturb(jax.random.fold_in(key, 1), frames)
     value, gradients = jax.value_and_grad(loss)(state.reader, frames, truth)
@@ -127,14 +129,18 @@ def _draw(keys, vae: VAE, through: bool) -> tuple[Float[Array, "B 9 128 128 3"],
     clips = scenes.make_clips(keys, two=0.5, frames=frames)
     if not through:
         return clips.video, clips.scene
-    return through_vae(vae, clips.video)[:, score.looks(frames)], clips.scene
+    return through_vae(vae, clips.video, at_once=8)[:, score.looks(frames)], clips.scene
 
 
 def through_vae(
-    vae: VAE, video: Float[Array, "B F height width 3"]
+    vae: VAE, video: Float[Array, "B F height width 3"], *, at_once: int = 1
 ) -> Float[Array, "B F height width 3"]:
-    """A video in [0, 1] as latents and back, a clip at a time: memory is that of the pixels."""
-    return jax.lax.map(lambda clip: (vae.decode(vae.encode(2 * clip[None] - 1))[0] + 1) / 2, video)
+    """Videos in [0, 1] as latents and back, a few at a time: memory is that of the pixels."""
+
+    def one(clip: Array) -> Array:
+        return (vae.decode(vae.encode(2 * clip[None] - 1))[0] + 1) / 2
+
+    return jax.lax.map(one, video, batch_size=at_once)
 
 
 class ReaderTraining:
@@ -142,9 +148,18 @@ class ReaderTraining:
 
     def __init__(self, vae: VAE, recipe: ReaderRecipe):
         """A reader from nothing; the VAE computes in the dtype of its weights."""
-        self.recipe, self.steps, self.batch = recipe, recipe.steps, recipe.batch
-        self.settings = {"part": "reader", "recipe": dataclasses.asdict(recipe)}
+        self.recipe, self.batch = recipe, recipe.batch
         self._vae, self._done = vae, 0
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result."""
+        return {"part": "reader", "recipe": dataclasses.asdict(self.recipe)}
 
     def start(self) -> ReaderState:
         """The first state."""

@@ -121,7 +121,8 @@ def start(networks: Networks, recipe: Recipe) -> State:
     """A run's first state; the arrays of `networks` are copied."""
     networks = jax.tree.map(lambda x: jnp.array(x, jnp.float32), networks)
     copy = jax.tree.map(jnp.copy, networks)
-    return State(jnp.int32(0), networks, copy, optimiser(recipe).init(networks))
+    moments = optimiser(recipe, recipe.steps).init(networks)
+    return State(jnp.int32(0), networks, copy, moments)
 
 
 def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
@@ -130,15 +131,21 @@ def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.clip(jnp.minimum(fraction / 0.02, down), 0.02, 1.0)
 
 
-def optimiser(recipe: Recipe) -> optax.GradientTransformation:
-    """Clipping, then Muon on the block matrices and Adam on the rest."""
+def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTransformation:
+    """Clipping, then Muon on the block matrices and Adam on the rest.
+
+    Args:
+      recipe: the step sizes, at their largest.
+      steps: of the run; traced, so that a run of another length is the same program.
+    """
     first, last = recipe.span
+    warm_up = jnp.clip(steps // 50, 1, 200)
 
     def rate(base: float) -> Callable[[Any], Any]:
         def at(count):
-            fraction = count / recipe.steps
+            fraction = count / steps
             # Every run starts without moments, so every one warms up, wherever its span begins.
-            warm = jnp.minimum(1.0, (count + 1) / max(1, min(200, recipe.steps // 50)))
+            warm = jnp.minimum(1.0, (count + 1) / warm_up)
             return base * warm * rate_factor(first + (last - first) * fraction)
 
         return at
@@ -275,12 +282,22 @@ def train_step(
     state: State,
     pool: Latents,
     empty: EmptyText,
+    steps: int | Int[Array, ""],
     *,
     recipe: Recipe,
     layout: Layout,
     mesh: jax.sharding.Mesh,
 ) -> tuple[State, Float[Array, ""]]:
     """One step; everything random comes from the recipe's seed and the step's number.
+
+    Args:
+      state: taken apart for its memory.
+      pool: to draw the clips from.
+      empty: the caption where the text is left out.
+      steps: of the run, instead of the recipe's.
+      recipe: how to train.
+      layout: how the step is compiled.
+      mesh: one axis of devices, which share the batch.
 
     Returns:
       The next state, and the loss: NaN also where a gradient was not finite.
@@ -289,7 +306,7 @@ def train_step(
     batch = draw_batch(key, pool, empty, recipe, mesh)
     value, gradients = jax.value_and_grad(loss)(state.networks, batch, recipe, layout)
     finite = jnp.isfinite(optax.tree.norm(gradients))
-    updates, moments = optimiser(recipe).update(gradients, state.moments, state.networks)
+    updates, moments = optimiser(recipe, steps).update(gradients, state.moments, state.networks)
     networks = optax.apply_updates(state.networks, updates)
     # A short memory at first, so that the average forgets where it started.
     keep = jnp.minimum(recipe.average, state.step / (state.step + 20))

@@ -95,7 +95,7 @@ class TransformerTraining:
         Raises:
           ValueError: no such model, or a batch that the devices can't share.
         """
-        self.recipe, self.steps, self.batch = recipe, recipe.steps, recipe.batch
+        self.recipe, self.batch = recipe, recipe.batch
         self.layout = Layout.for_device() if layout is None else layout
         self.mesh = Mesh(np.array(devices_for(recipe.batch)), ("batch",))
         self._copied = NamedSharding(self.mesh, PartitionSpec())
@@ -113,15 +113,24 @@ class TransformerTraining:
             refresh_every=plan.refresh_every,
             place=lambda x: jax.device_put(x, self._copied),
         )
-        self.settings = {
+        self._settings = {
             "part": "transformer",
             "transformer": dataclasses.asdict(self.pipeline.transformer.config),
             "text_encoder": dataclasses.asdict(self.pipeline.text_encoder.config),
             "start": "nothing" if from_nothing else fingerprint(self._networks()),
-            "recipe": dataclasses.asdict(recipe),
             "pool": dataclasses.asdict(plan),
             "data": dict(data or {}),
         }
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result."""
+        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
 
     def _networks(self) -> training.Networks:
         """The weights that the run starts from."""
@@ -151,7 +160,9 @@ class TransformerTraining:
             state,
             self.pool.arrays,
             self._empty,
-            recipe=self.recipe,
+            jnp.int32(self.recipe.steps),
+            # Its length is no part of the program.
+            recipe=dataclasses.replace(self.recipe, steps=1),
             layout=self.layout,
             mesh=self.mesh,
         )

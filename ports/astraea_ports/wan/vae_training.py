@@ -85,7 +85,7 @@ def optimiser(recipe: VAERecipe) -> optax.GradientTransformation:
         return jax.tree.map(
             lambda leaf: (
                 optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-                if leaf.ndim >= 3 and leaf.shape[-1] > 3 and leaf.size > 1000
+                if leaf.ndim >= 2 and leaf.shape[-1] > 3 and leaf.size > 1000
                 else None
             ),
             vae,
@@ -188,7 +188,7 @@ class VAETraining:
         data: Mapping[str, Any] | None = None,
     ):
         """Loads the VAE of a model; arguments as for `TransformerTraining`."""
-        self.recipe, self.steps, self.batch = recipe, recipe.steps, recipe.clips
+        self.recipe, self.batch = recipe, recipe.clips
         self.mesh = Mesh(np.array(devices_for(recipe.clips)), ("batch",))
         self._draw = draw
         self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
@@ -196,13 +196,22 @@ class VAETraining:
         if from_nothing:
             self._vae = VAE(self._vae.config, nnx.Rngs(recipe.seed))
         self._done = 0
-        self.settings = {
+        self._settings = {
             "part": "vae",
             "vae": dataclasses.asdict(self._vae.config),
             "start": fingerprint(self._vae),
-            "recipe": dataclasses.asdict(recipe),
             "data": dict(data or {}),
         }
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result."""
+        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
 
     def start(self) -> VAEState:
         """The first state, a copy on every device."""
