@@ -12,6 +12,7 @@ from astraea_jax import report, timing
 from astraea_ports import checkpoints, tiny, training_run, wan
 from astraea_ports.tiny import lessons, reader_training, scenes, score
 from astraea_ports.wan import training, transformer_training, vae_training
+from astraea_ports.wan.pipeline import SHIPPED
 from astraea_ports.wan.vae import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
@@ -138,7 +139,7 @@ def draw_clips(key: jax.Array, count: int) -> vae_training.Drawn:
 
 
 def _reader(model: str, steps: int, batch: int, rate: float, large: bool, seed: int):
-    folder = checkpoints.model_folder(wan.pipeline.SHIPPED.get(model, model))
+    folder = checkpoints.model_folder(SHIPPED.get(model, model))
     vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
     recipe = reader_training.ReaderRecipe(
         steps=steps,

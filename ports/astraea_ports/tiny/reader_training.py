@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from astraea_ports.tiny import scenes, score
 from astraea_ports.tiny.scenes import Scene
 from astraea_ports.tiny.score import Reader
-from astraea_ports.wan.training import rate_factor
+from astraea_ports.wan.training import descend, rate_factor
 from astraea_ports.wan.vae import VAE
 
 
@@ -88,7 +88,7 @@ def optimiser(recipe: ReaderRecipe) -> optax.GradientTransformation:
     def rate(base: float):
         return lambda count: base * rate_factor((count + 1) / recipe.steps)
 
-    def axes(params: Reader):
+    def axes(params: Any) -> Any:
         return jax.tree.map(
             lambda leaf: (
                 optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
@@ -117,8 +117,7 @@ def train_step(
     frames, truth = _draw(keys, vae, through)
     frames = disturb(jax.random.fold_in(key, 1), frames)
     value, gradients = jax.value_and_grad(loss)(state.reader, frames, truth)
-    updates, moments = optimiser(recipe).update(gradients, state.moments, state.reader)
-    reader = optax.apply_updates(state.reader, updates)
+    reader, moments = descend(optimiser(recipe), gradients, state.moments, state.reader)
     return ReaderState(state.step + 1, reader, moments), value
 
 
@@ -164,7 +163,7 @@ class ReaderTraining:
     def start(self) -> ReaderState:
         """The first state."""
         reader = Reader(nnx.Rngs(self.recipe.seed))
-        return ReaderState(jnp.int32(0), reader, optimiser(self.recipe).init(reader))
+        return ReaderState(jnp.int32(0), reader, optimiser(self.recipe).init(cast(Any, reader)))
 
     def prepare(self, step: int, say: Callable[[str], None]) -> None:
         """Clips are drawn within the step; only its number matters."""

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
@@ -80,7 +80,7 @@ class Clip(NamedTuple):
     scene: Scene
 
 
-def clip_keys(seed: int, first: int, count: int) -> PRNGKeyArray:
+def clip_keys(seed: int, first: int, count: int) -> Key[Array, "B"]:
     """Keys of `count` clips of a seed, from number `first` on."""
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return fold(jax.random.key(seed), first + jnp.arange(count))
@@ -88,7 +88,7 @@ def clip_keys(seed: int, first: int, count: int) -> PRNGKeyArray:
 
 @functools.partial(jax.jit, static_argnames=("frames", "side"))
 def make_clips(
-    keys: PRNGKeyArray,
+    keys: Key[Array, "B"],
     *,
     two: float | Float[Array, ""] = TWO,
     colours: Float[Array, "8 3"] | None = None,
@@ -106,12 +106,13 @@ def make_clips(
     """
     colours = jnp.array(COLOUR_RGB) if colours is None else colours
     shown = make_scenes(keys, two=two)
-    return Clip(*render_clips(keys, shown, colours, frames=frames, side=side), shown)
+    video, cover = render_clips(keys, shown, colours, frames=frames, side=side)
+    return Clip(video, cover, shown)
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "side"))
 def render_clips(
-    keys: PRNGKeyArray,
+    keys: Key[Array, "B"],
     shown: Scene,
     colours: Float[Array, "8 3"],
     *,
@@ -127,7 +128,7 @@ def render_clips(
 
 
 @jax.jit
-def make_scenes(keys: PRNGKeyArray, *, two: float | Float[Array, ""] = TWO) -> Scene:
+def make_scenes(keys: Key[Array, "B"], *, two: float | Float[Array, ""] = TWO) -> Scene:
     """What the clips of `make_clips` show, without rendering them."""
     return jax.vmap(lambda key: sample_scene(jax.random.fold_in(key, 0), two))(keys)
 
@@ -325,7 +326,7 @@ _WORD_DRAWS = 48
 
 
 def make_captions(
-    keys: PRNGKeyArray, scenes: Scene, *, avoid: frozenset[str] = frozenset()
+    keys: Key[Array, "B"], scenes: Scene, *, avoid: frozenset[str] = frozenset()
 ) -> list[str]:
     """A caption for each clip: synonyms, fillers, and in 3 % of objects an invented word.
 
@@ -348,7 +349,7 @@ def make_captions(
     return captions
 
 
-def _word_draws(keys: PRNGKeyArray, salt: int) -> np.ndarray:
+def _word_draws(keys: Key[Array, "B"], salt: int) -> np.ndarray:
     draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, salt), (_WORD_DRAWS,)))
     return np.asarray(draw(keys))
 

@@ -178,7 +178,7 @@ def _read(model: Reader, frames: Float[Array, "B 9 128 128 3"]) -> Reading:
     return Reading(**{name: logits.argmax(-1) for name, logits in model(frames).items()})
 
 
-def read(video: Float[Array, "B F 128 128 3"], model: Reader | None = None) -> Reading:
+def read(video: Float[Array, "B F height width 3"], model: Reader | None = None) -> Reading:
     """What each video shows.
 
     Args:

@@ -173,6 +173,6 @@ def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[s
 
     def source(first: int, count: int) -> Examples:
         chosen = np.arange(first, first + count) % len(videos)
-        return Examples(lambda: jnp.asarray(videos[chosen]), [captions[i] for i in chosen])
+        return Examples(lambda: jnp.asarray(videos[chosen]), [captions[int(i)] for i in chosen])
 
     return source

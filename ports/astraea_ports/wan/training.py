@@ -11,8 +11,8 @@ Muon, https://kellerjordan.github.io/posts/muon.
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -121,8 +121,17 @@ def start(networks: Networks, recipe: Recipe) -> State:
     """A run's first state; the arrays of `networks` are copied."""
     networks = jax.tree.map(lambda x: jnp.array(x, jnp.float32), networks)
     copy = jax.tree.map(jnp.copy, networks)
-    moments = optimiser(recipe, recipe.steps).init(networks)
+    moments = optimiser(recipe, recipe.steps).init(cast(Any, networks))
     return State(jnp.int32(0), networks, copy, moments)
+
+
+def descend[M](
+    rule: optax.GradientTransformation, gradients: M, moments: Any, weights: M
+) -> tuple[M, Any]:
+    """One step of an optimiser: the weights after it, and its moments."""
+    # optax takes any pytree, but its annotations say arrays.
+    updates, moments = rule.update(cast(Any, gradients), moments, cast(Any, weights))
+    return cast(M, optax.apply_updates(cast(Any, weights), updates)), moments
 
 
 def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
@@ -155,13 +164,18 @@ def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTran
         weight_decay=recipe.muon_decay,
         muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers((1,), (2,)),
     )
-    adam = {"b1": 0.9, "b2": 0.98, "weight_decay": 1e-4}
-    by_label = {
+
+    def adam(base: float) -> optax.GradientTransformation:
+        return optax.adamw(rate(base), b1=0.9, b2=0.98, weight_decay=1e-4)
+
+    by_label: dict[Hashable, optax.GradientTransformation] = {
         "matrix": _by_shape(muon),
-        "text": optax.adamw(rate(recipe.adam_rate * recipe.text_rate), **adam),
-        "rest": optax.adamw(rate(recipe.adam_rate), **adam),
+        "text": adam(recipe.adam_rate * recipe.text_rate),
+        "rest": adam(recipe.adam_rate),
     }
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.partition(by_label, _labels))
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip), optax.partition(by_label, cast(Any, _labels))
+    )
 
 
 def _labels(networks: Networks) -> Networks:
@@ -306,8 +320,8 @@ def train_step(
     batch = draw_batch(key, pool, empty, recipe, mesh)
     value, gradients = jax.value_and_grad(loss)(state.networks, batch, recipe, layout)
     finite = jnp.isfinite(optax.tree.norm(gradients))
-    updates, moments = optimiser(recipe, steps).update(gradients, state.moments, state.networks)
-    networks = optax.apply_updates(state.networks, updates)
+    rule = optimiser(recipe, steps)
+    networks, moments = descend(rule, gradients, state.moments, state.networks)
     # A short memory at first, so that the average forgets where it started.
     keep = jnp.minimum(recipe.average, state.step / (state.step + 20))
     average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, networks)

@@ -50,7 +50,7 @@ class Sheet:
     steps: int = 15
 
 
-def devices_for(batch: int) -> list[jax.Device]:
+def devices_for(batch: int) -> list[Any]:
     """All devices.
 
     Raises:

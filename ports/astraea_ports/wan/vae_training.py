@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from astraea_jax import report, video
 from astraea_ports import checkpoints, export
 from astraea_ports.wan import vae as vae_module
 from astraea_ports.wan.pipeline import SHIPPED
-from astraea_ports.wan.training import rate_factor
+from astraea_ports.wan.training import descend, rate_factor
 from astraea_ports.wan.transformer_training import devices_for, fingerprint
 from astraea_ports.wan.vae import VAE
 
@@ -81,7 +81,7 @@ class VAEState(NamedTuple):
 def optimiser(recipe: VAERecipe) -> optax.GradientTransformation:
     """Clipping, then Muon on the convolutions (but the one to pixels) and Adam on the rest."""
 
-    def axes(vae):
+    def axes(vae: Any) -> Any:
         return jax.tree.map(
             lambda leaf: (
                 optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
@@ -161,8 +161,7 @@ def train_step(
         state.vae, keys[2], drawn, recipe
     )
     finite = jnp.isfinite(optax.tree.norm(gradients))
-    updates, moments = optimiser(recipe).update(gradients, state.moments, state.vae)
-    weights = optax.apply_updates(state.vae, updates)
+    weights, moments = descend(optimiser(recipe), gradients, state.moments, state.vae)
     keep = jnp.minimum(recipe.average, state.step / (state.step + 5))
     average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, weights)
     following = VAEState(state.step + 1, weights, average, moments)
@@ -216,7 +215,7 @@ class VAETraining:
     def start(self) -> VAEState:
         """The first state, a copy on every device."""
         weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), self._vae)
-        moments = optimiser(self.recipe).init(weights)
+        moments = optimiser(self.recipe).init(cast(Any, weights))
         state = VAEState(jnp.int32(0), weights, jax.tree.map(jnp.copy, weights), moments)
         return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
 
