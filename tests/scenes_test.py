@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from astraea_ports import tiny, wan
-from astraea_ports.tiny import lessons, reader_training, scenes, score
+from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
 from astraea_ports.tiny.scenes import Scene
 
 COUNT = 2000
@@ -53,8 +53,8 @@ def test_a_clip_is_a_function_of_its_number():
     other = scenes.make_clips(scenes.clip_keys(1, 2, 2), two=0.5, frames=5, side=16)
     assert not np.array_equal(other.video, part.video)
     keys = scenes.clip_keys(0, 0, 4)
-    captions = scenes.make_captions(keys, whole.scene)
-    assert captions[2:] == scenes.make_captions(keys[2:], part.scene)
+    captions = scene_captions.make_captions(keys, whole.scene)
+    assert captions[2:] == scene_captions.make_captions(keys[2:], part.scene)
     assert len(set(captions)) == 4
 
 
@@ -124,14 +124,14 @@ def test_the_first_named_is_above():
 
 def test_captions_say_what_is_shown(drawn):
     keys, shown = drawn
-    captions = scenes.make_captions(keys, shown)
+    captions = scene_captions.make_captions(keys, shown)
     for index, caption in enumerate(captions):
         objects = range(shown.count[index])
         for which in objects:
             assert f" {scenes.COLOURS[shown.colour[index, which]]} " in f" {caption} "
-            words = scenes.SHAPE_WORDS[shown.shape[index, which]]
+            words = scene_captions.SHAPE_WORDS[shown.shape[index, which]]
             assert any(f" {word} " in caption for word in words)
-            words = scenes.MOTION_WORDS[shown.motion[index, which]]
+            words = scene_captions.MOTION_WORDS[shown.motion[index, which]]
             assert any(f" {word} " in f"{caption} " for word in words)
         assert scenes.GROUNDS[shown.ground[index]] in caption.split()[-2:]
         assert (scenes.TEXTURES[shown.texture[index]] in caption) or shown.texture[index] == 0
@@ -144,32 +144,39 @@ def test_captions_say_what_is_shown(drawn):
 WORDS = {
     word
     for text in (
-        *scenes.COLOURS, *scenes.GROUNDS, *scenes.TEXTURES, *scenes.PLACES, *scenes.OPENINGS,
-        *scenes.WALLS, *scenes.FILLERS, *sum(scenes.SHAPE_WORDS + scenes.MOTION_WORDS, ()),
-        *sum(scenes.SIZE_WORDS, ()), "a an and quickly fast slowly",
+        *scenes.COLOURS,
+        *scenes.GROUNDS,
+        *scenes.TEXTURES,
+        *scene_captions.PLACES,
+        *scene_captions.OPENINGS,
+        *scene_captions.WALLS,
+        *scene_captions.FILLERS,
+        *sum(scene_captions.SHAPE_WORDS + scene_captions.MOTION_WORDS, ()),
+        *sum(scene_captions.SIZE_WORDS, ()),
+        "a an and quickly fast slowly",
     )
     for word in text.split()
-}  # fmt: skip
+}
 
 
 def test_captions_are_like_the_shipped_ones():
     tokenizer = wan.Tokenizer.from_pretrained(tiny.FOLDER / "tokenizer")
     for caption in tiny.captions():
         assert sum(word not in WORDS for word in caption.split()) <= 2
-    lengths = tokenizer(scenes.held_out(True)[0]).mask.sum(-1)
+    lengths = tokenizer(scene_captions.held_out(True)[0]).mask.sum(-1)
     assert lengths.max() <= tokenizer.length
 
 
 def test_training_is_kept_from_the_held_out_captions():
     for two in (False, True):
-        captions, shown = scenes.held_out(two)
+        captions, shown = scene_captions.held_out(two)
         assert len(captions) == 256 and (np.asarray(shown.count) == 1 + two).all()
-    keys = scenes.clip_keys(scenes.HELD_OUT_SEED, 0, 4)
-    shown = jax.tree.map(lambda leaf: leaf[:4], scenes.held_out(False)[1])
-    captions = scenes.make_captions(keys, shown, avoid=scenes.held_out_captions())
-    assert not set(captions) & scenes.held_out_captions()
+    keys = scenes.clip_keys(scene_captions.HELD_OUT_SEED, 0, 4)
+    shown = jax.tree.map(lambda leaf: leaf[:4], scene_captions.held_out(False)[1])
+    captions = scene_captions.make_captions(keys, shown, avoid=scene_captions.held_out_captions())
+    assert not set(captions) & scene_captions.held_out_captions()
     with pytest.raises(ValueError, match="seed must be in"):
-        lessons.Lessons(seed=scenes.HELD_OUT_SEED)
+        lessons.Lessons(seed=scene_captions.HELD_OUT_SEED)
 
 
 def test_lessons_are_the_scenes_with_other_words():

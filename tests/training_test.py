@@ -18,9 +18,16 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
-from astraea_ports import export, t5, tiny, training_run, wan
+from astraea_ports import export, t5, tiny, training_folder, training_run, wan
 from astraea_ports.tiny import lessons, scenes
-from astraea_ports.wan import training, transformer_training, transformer_weights, vae, vae_training
+from astraea_ports.wan import (
+    training,
+    training_recipe,
+    transformer_training,
+    transformer_weights,
+    vae,
+    vae_training,
+)
 from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
 from astraea_ports.wan.training_forward import Layout, velocity
 
@@ -28,7 +35,7 @@ ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "wan"
 PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
 LESSONS = lessons.Lessons(two=0.5, frames=9, side=32)
-RECIPE = training.Recipe(steps=6, batch=2, dtype="float32")
+RECIPE = training_recipe.Recipe(steps=6, batch=2, dtype="float32")
 
 
 def make_model(folder: pathlib.Path) -> pathlib.Path:
@@ -117,7 +124,9 @@ def test_times_are_the_two_distributions_shifted():
 def test_rates_rise_hold_and_fall():
     fractions = jnp.array([0.0, 0.01, 0.02, 0.3, 0.55, 0.775, 1.0])
     np.testing.assert_allclose(
-        jax.vmap(training.rate_factor)(fractions), [0.02, 0.5, 1, 1, 1, 0.51, 0.02], atol=0.01
+        jax.vmap(training_recipe.rate_factor)(fractions),
+        [0.02, 0.5, 1, 1, 1, 0.51, 0.02],
+        atol=0.01,
     )
 
 
@@ -144,14 +153,14 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
         f"""
         import os, pathlib, signal, sys
         import training_test as t
-        from astraea_ports import training_run
+        from astraea_ports import training_folder, training_run
 
         def say(line):
             if line.startswith("checkpoint of step 3"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         folder = pathlib.Path({str(tmp_path / "run")!r})
-        with training_run.owned(folder):
+        with training_folder.owned(folder):
             training = t.make_training(pathlib.Path({str(model)!r}))
             training_run.run(training, folder, say=say, checkpoint_every=1e-6)
         """
@@ -164,7 +173,7 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
     # As a kill in the middle of a write leaves it.
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     said = []
-    with training_run.owned(tmp_path / "run"):
+    with training_folder.owned(tmp_path / "run"):
         outcome = training_run.run(make_training(model), tmp_path / "run", say=said.append)
     assert said[0] == "taken up at step 3 of 6" and outcome.step == 6
     whole, taken_up = (np.load(f / "losses.npy") for f in (uninterrupted, tmp_path / "run"))
@@ -241,7 +250,7 @@ class Counting:
 def test_a_sitting_ends_with_a_checkpoint(tmp_path):
     outcome = training_run.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
     assert 0 < outcome.step < 10**6
-    checkpoints = training_run.Checkpoints(tmp_path / "checkpoints")
+    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == outcome.step
     checkpoints.close()
 
@@ -267,7 +276,7 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     full = shutil.disk_usage(tmp_path)._replace(free=1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: full)
-        checkpoints = training_run.Checkpoints(tmp_path / "checkpoints")
+        checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
         with pytest.raises(ValueError, match=r"No space left.*that of step 5 is kept: make room"):
             checkpoints.save(6, Counting().start())
         checkpoints.close()
@@ -276,16 +285,16 @@ def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
 
 def test_a_folder_in_use_is_refused(tmp_path):
     with (
-        training_run.owned(tmp_path),
+        training_folder.owned(tmp_path),
         pytest.raises(ValueError, match="in use by another run"),
-        training_run.owned(tmp_path),
+        training_folder.owned(tmp_path),
     ):
         pass
-    with training_run.owned(tmp_path):
+    with training_folder.owned(tmp_path):
         pass
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="choose another --output"), \
-            training_run.owned(tmp_path / "file"):  # fmt: skip
+            training_folder.owned(tmp_path / "file"):  # fmt: skip
         pass
 
 
@@ -297,7 +306,7 @@ def test_a_run_of_another_kind_is_refused(tmp_path):
 
 def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
     training_run.run(Counting(), tmp_path, say=quiet)
-    checkpoints = training_run.Checkpoints(tmp_path / "checkpoints")
+    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="does not fit this run or is broken"):
         checkpoints.restore({"total": jnp.zeros(4), "step": jnp.int32(0)})
     checkpoints.close()

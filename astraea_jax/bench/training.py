@@ -15,8 +15,8 @@ import jax
 
 from astraea_jax import files, report
 from astraea_ports.tiny import lessons
-from astraea_ports.wan import training
 from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_recipe import Recipe
 from astraea_ports.wan.transformer_training import PoolPlan, TransformerTraining
 
 COLUMNS = {
@@ -57,7 +57,7 @@ def command(
     peak = product_rate(dtype, 8192 if gpu else 1024)
     plan = PoolPlan(size=256 if gpu else 2, block=32 if gpu else 2, refresh_every=0)
     trainee = TransformerTraining(
-        model, lessons.Lessons(), training.Recipe(steps=10**6, batch=batch, dtype=dtype), plan=plan
+        model, lessons.Lessons(), Recipe(steps=10**6, batch=batch, dtype=dtype), plan=plan
     )
     trainee.prepare(0, lambda _: None)
     encoded = encode_rate(trainee)

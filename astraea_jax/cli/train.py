@@ -9,10 +9,11 @@ import jax.numpy as jnp
 from tyro.conf import arg
 
 from astraea_jax import report, timing
-from astraea_ports import checkpoints, tiny, training_run, wan
-from astraea_ports.tiny import lessons, reader_training, scenes, score
-from astraea_ports.wan import training, transformer_training, vae_training
+from astraea_ports import checkpoints, tiny, training_folder, training_run, wan
+from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
+from astraea_ports.wan import transformer_training, vae_training
 from astraea_ports.wan.pipeline import SHIPPED
+from astraea_ports.wan.training_recipe import Recipe
 from astraea_ports.wan.vae import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
@@ -90,7 +91,7 @@ def train_tiny(
                 start, draw_clips, recipe, from_nothing=nothing, data={"two": 0.5}
             )
         source = lessons.Lessons(seed=seed, two=two)
-        recipe = training.Recipe(
+        recipe = Recipe(
             steps=steps,
             batch=batch or (128 if large else 4),
             muon_rate=6e-3 * rate,
@@ -116,7 +117,7 @@ def train_tiny(
             data=source.settings,
         )
 
-    with training_run.owned(output):
+    with training_folder.owned(output):
         settled = steps or _steps_before(output)
         trainee = make(settled or 1)
         if settled is None:
@@ -155,14 +156,14 @@ def _reader(model: str, steps: int, batch: int, rate: float, large: bool, seed: 
 
 def _steps_before(folder: pathlib.Path) -> int | None:
     """The length of the run that is in the folder: it was settled when that began."""
-    settings = training_run.saved_settings(folder)
+    settings = training_folder.saved_settings(folder)
     return None if settings is None else int(settings["recipe"]["steps"])
 
 
 def score_tiny(
     *,
     model: str = "tiny",
-    count: int = scenes.HELD_OUT,
+    count: int = scene_captions.HELD_OUT,
     batch: int = 16,
     steps: int | None = None,
     guidance: float | None = None,
@@ -180,8 +181,8 @@ def score_tiny(
       reader: Weights of another reader than the one that ships.
       output: A .json file for every number.
     """
-    if not 1 <= count <= scenes.HELD_OUT:
-        raise ValueError(f"count must be in 1..{scenes.HELD_OUT}; got {count}")
+    if not 1 <= count <= scene_captions.HELD_OUT:
+        raise ValueError(f"count must be in 1..{scene_captions.HELD_OUT}; got {count}")
     if batch < 1:
         raise ValueError(f"batch must be at least 1; got {batch}")
     if output is not None:
@@ -192,7 +193,7 @@ def score_tiny(
     rows = []
     with report.Progress() as progress:
         for two in (False, True):
-            captions, shown = scenes.held_out(two)
+            captions, shown = scene_captions.held_out(two)
             name = "two objects" if two else "one object"
             with progress.stage(name, count) as bar:
                 parts = []
@@ -256,8 +257,8 @@ def _noise(pipeline: wan.Pipeline, chosen: slice) -> jax.Array:
 
 
 def _drawn(two: bool, chosen: slice) -> jax.Array:
-    first = scenes.HELD_OUT * two + chosen.start
-    keys = scenes.clip_keys(scenes.HELD_OUT_SEED, first, chosen.stop - chosen.start)
+    first = scene_captions.HELD_OUT * two + chosen.start
+    keys = scenes.clip_keys(scene_captions.HELD_OUT_SEED, first, chosen.stop - chosen.start)
     return scenes.make_clips(keys, two=float(two)).video
 
 

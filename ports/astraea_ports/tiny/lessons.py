@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from astraea_ports.tiny import scenes
+from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
 from astraea_ports.wan.latent_pool import Examples
 
 
@@ -16,7 +17,7 @@ class Lessons:
     """A `latent_pool.Source` of scenes; clip `i` is a function of the seed and `i` alone.
 
     Attributes:
-      seed: of the scenes; never scenes.HELD_OUT_SEED.
+      seed: of the scenes; never HELD_OUT_SEED.
       two: share of the clips with two objects, 0..1.
       colours: red, green and blue of objects, in the order of scenes.COLOURS.
       rename: words to write in the captions instead of others: to teach a new one.
@@ -35,8 +36,8 @@ class Lessons:
         """Refuses what is out of range."""
         if not 0 <= self.two <= 1:
             raise ValueError(f"the share of clips with two objects must be in 0..1; got {self.two}")
-        if not 0 <= self.seed < scenes.HELD_OUT_SEED:
-            raise ValueError(f"seed must be in 0..{scenes.HELD_OUT_SEED - 1}; got {self.seed}")
+        if not 0 <= self.seed < HELD_OUT_SEED:
+            raise ValueError(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -48,7 +49,7 @@ class Lessons:
         with jax.default_device(jax.devices("cpu")[0]):
             keys = scenes.clip_keys(self.seed, first, count)
             shown = scenes.make_scenes(keys, two=self.two)
-            captions = scenes.make_captions(keys, shown, avoid=scenes.held_out_captions())
+            captions = make_captions(keys, shown, avoid=held_out_captions())
         swap = dict(self.rename)
         captions = [" ".join(swap.get(word, word) for word in text.split()) for text in captions]
         # The key's words are sent, not the key, so that the drawing's device is free.

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from astraea_ports.tiny import scenes, score
 from astraea_ports.tiny.scenes import Scene
 from astraea_ports.tiny.score import Reader
-from astraea_ports.wan.training import descend, rate_factor
+from astraea_ports.wan.training_recipe import descend, rate_factor
 from astraea_ports.wan.vae import VAE
 
 

@@ -17,6 +17,7 @@ from astraea_ports.wan import training, transformer_weights
 from astraea_ports.wan.latent_pool import LatentPool, Source
 from astraea_ports.wan.pipeline import SHIPPED, Pipeline
 from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_recipe import Networks, Recipe
 from astraea_ports.wan.transformer import Transformer
 
 PARTS = ("transformer", "text_encoder")
@@ -72,7 +73,7 @@ class TransformerTraining:
         self,
         model: str | pathlib.Path,
         source: Source,
-        recipe: training.Recipe,
+        recipe: Recipe,
         *,
         plan: PoolPlan = PoolPlan(),
         sheet: Sheet = Sheet(),
@@ -132,14 +133,14 @@ class TransformerTraining:
         """All that decides the result."""
         return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
 
-    def _networks(self) -> training.Networks:
+    def _networks(self) -> Networks:
         """The weights that the run starts from."""
         transformer, encoder = self.pipeline.transformer, self.pipeline.text_encoder
         if self._from_nothing:
             rngs = nnx.Rngs(self.recipe.seed)
             transformer = Transformer(transformer.config, rngs)
             encoder = t5.T5Encoder(encoder.config, rngs)
-        return training.Networks(transformer, encoder)
+        return Networks(transformer, encoder)
 
     def start(self) -> training.State:
         """The first state, a copy on every device."""
@@ -169,7 +170,7 @@ class TransformerTraining:
 
     def flops(self) -> float:
         """Operations of a step's products."""
-        networks = training.Networks(self.pipeline.transformer, self.pipeline.text_encoder)
+        networks = Networks(self.pipeline.transformer, self.pipeline.text_encoder)
         shape = self.pool.arrays.latents.shape[1:]
         return training.step_flops(networks, self.recipe, shape, self.pipeline.tokenizer.length)
 

@@ -22,7 +22,7 @@ from astraea_jax import report, video
 from astraea_ports import checkpoints, export
 from astraea_ports.wan import vae as vae_module
 from astraea_ports.wan.pipeline import SHIPPED
-from astraea_ports.wan.training import descend, rate_factor
+from astraea_ports.wan.training_recipe import descend, rate_factor
 from astraea_ports.wan.transformer_training import devices_for, fingerprint
 from astraea_ports.wan.vae import VAE
 
