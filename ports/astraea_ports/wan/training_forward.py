@@ -10,6 +10,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
@@ -38,10 +39,10 @@ class Layout(NamedTuple):
     unroll: bool = False
 
     @classmethod
-    def for_device(cls) -> "Layout":
-        """What suits the default backend."""
+    def for_device(cls, dtype: str) -> "Layout":
+        """What suits the default backend, for products in this dtype."""
         gpu = jax.default_backend() == "gpu"
-        return cls(attention="cudnn" if gpu else "xla", unroll=gpu)
+        return cls(attention="cudnn" if gpu and dtype == "bfloat16" else "xla", unroll=gpu)
 
 
 def velocity(
@@ -77,28 +78,31 @@ def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel
 
     attention = block.attn1
     x = (layer_norm(tokens, block.eps) * (1 + scale) + shift).astype(dtype)
-    queries, keys = (
-        rotate(attention.split(norm(project(x))), rope)
-        for norm, project in (
-            (attention.norm_q, attention.to_q),
-            (attention.norm_k, attention.to_k),
-        )
-    )
-    values = attention.split(attention.to_v(x))
+    queries, keys, values = _project(x, attention.to_q, attention.to_k, attention.to_v)
+    queries = rotate(attention.split(attention.norm_q(queries)), rope)
+    keys = rotate(attention.split(attention.norm_k(keys)), rope)
+    values = attention.split(values)
     attended = _attend(queries, keys, values, kernel)
     tokens = core.add_gated(tokens, gate, attention.to_out(attended))
 
     attention = block.attn2
     x = block.norm2(tokens.astype(jnp.float32)).astype(dtype)
     queries = attention.split(attention.norm_q(attention.to_q(x)))
-    keys = attention.split(attention.norm_k(attention.to_k(text)))
-    values = attention.split(attention.to_v(text))
+    keys, values = _project(text, attention.to_k, attention.to_v)
+    keys, values = attention.split(attention.norm_k(keys)), attention.split(values)
     attended = _attend(queries, keys, values, kernel)
     tokens = core.add_gated(tokens, 1.0, attention.to_out(attended))
 
     x = layer_norm(tokens, block.eps) * (1 + mlp_scale) + mlp_shift
     hidden = jax.nn.gelu(block.ffn_in(x.astype(dtype)), approximate=True)
     return core.add_gated(tokens, mlp_gate, block.ffn_out(hidden))
+
+
+def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> list[Array]:
+    """What each layer makes of `x`, as one product that reads `x` once."""
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    bias = jnp.concatenate([layer.bias[...] for layer in layers])
+    return jnp.split(x @ kernel + bias, len(layers), axis=-1)
 
 
 def _attend(queries, keys, values, kernel: AttentionKernel) -> Float[Array, "B K H"]:

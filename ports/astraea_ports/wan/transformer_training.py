@@ -97,7 +97,7 @@ class TransformerTraining:
           ValueError: no such model, or a batch that the devices can't share.
         """
         self.recipe, self.batch = recipe, recipe.batch
-        self.layout = Layout.for_device() if layout is None else layout
+        self.layout = Layout.for_device(recipe.dtype) if layout is None else layout
         self.mesh = Mesh(np.array(devices_for(recipe.batch)), ("batch",))
         self._copied = NamedSharding(self.mesh, PartitionSpec())
         self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
