@@ -184,8 +184,8 @@ def test_lessons_are_the_scenes_with_other_words():
     taught = lessons.Lessons(seed=1, frames=5, side=16, rename=(("white", "pink"),))
     captions = plain(0, 32).captions
     assert [c.replace("white", "pink") for c in captions] == list(taught(0, 32).captions)
-    clips = scenes.make_clips(scenes.clip_keys(1, 0, 32), frames=5, side=16)
-    np.testing.assert_array_equal(plain(0, 32).video(), clips.video)
+    clips = scenes.make_clips(scenes.clip_keys(1, 0, 4), frames=5, side=16)
+    np.testing.assert_allclose(plain(0, 4).video(), clips.video, atol=1e-6)
 
 
 def test_scores_count_what_was_asked_for():

@@ -92,7 +92,7 @@ def optimiser(recipe: ReaderRecipe) -> optax.GradientTransformation:
         return jax.tree.map(
             lambda leaf: (
                 optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-                if leaf.ndim > 1 and leaf.shape != params.out.shape
+                if leaf.ndim > 1 and leaf.shape[-1] != score.NUM_LOGITS
                 else None
             ),
             params,

@@ -35,6 +35,8 @@ HEADS = {
 }
 """What is read and the shape of its logits; 2 is for the upper and the lower object."""
 
+NUM_LOGITS = sum(map(math.prod, HEADS.values()))
+
 OBJECT_ATTRIBUTES = ("shape", "colour", "motion")
 ATTRIBUTES = (*OBJECT_ATTRIBUTES, "ground", "texture")
 NUM_LOOKS = 9
@@ -67,8 +69,8 @@ class Reader(nnx.Module):
         self.early = kernel(3, 3, 3 * 48, 64)
         self.late = kernel(3, 3, 3 * 64, 48)
         self.all = kernel(3 * 4 * 4 * 48, 128)
-        self.out = nnx.Param(jnp.zeros((128, sum(map(math.prod, HEADS.values())))))
-        self.out_bias = nnx.Param(jnp.zeros(self.out[...].shape[-1]))
+        self.out = nnx.Param(jnp.zeros((128, NUM_LOGITS)))
+        self.out_bias = nnx.Param(jnp.zeros(NUM_LOGITS))
 
     def __call__(self, frames: Float[Array, "B 9 128 128 3"]) -> dict[str, Array]:
         """Logits of each head."""
