@@ -198,7 +198,7 @@ class _Loop:
             self.pending.append(value)
             self.collect(0 if self.since is None else _IN_FLIGHT)
             self.since = self.since or (time.monotonic(), len(self.losses))
-            if now - spoke >= 10:
+            if now - spoke >= 10 and self.rate():
                 spoke = now
                 self.speak()
         self.collect(0)
@@ -231,7 +231,7 @@ class _Loop:
         return self.trainee.batch * (len(self.losses) - self.since[1]) / seconds
 
     def speak(self) -> None:
-        left = (self.trainee.steps - self.step) * self.trainee.batch / max(self.rate(), 1e-9) / 60
+        left = (self.trainee.steps - self.step) * self.trainee.batch / self.rate() / 60
         self.say(
             f"step {self.step}/{self.trainee.steps}  loss {self.loss():.4f}  "
             f"{self.rate():.1f} samples/s  {left:.1f} min left"

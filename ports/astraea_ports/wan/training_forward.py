@@ -101,7 +101,7 @@ def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel
 def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> list[Array]:
     """What each layer makes of `x`, as one product that reads `x` once."""
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    bias = jnp.concatenate([layer.bias[...] for layer in layers])
+    bias = jnp.concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
     return jnp.split(x @ kernel + bias, len(layers), axis=-1)
 
 
