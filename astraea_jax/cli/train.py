@@ -2,6 +2,7 @@
 
 import functools
 import pathlib
+import time
 from typing import Annotated, Literal
 
 import jax
@@ -61,6 +62,7 @@ def train_tiny(
       checkpoint_every: Minutes between checkpoints.
       sheet: Videos in sheet.png; 0 for none.
     """
+    began = time.monotonic()
     training_run.check_minutes(minutes)
     if sitting is not None:
         training_run.check_minutes(sitting, "sitting")
@@ -122,6 +124,8 @@ def train_tiny(
         trainee = make(settled or 1)
         if settled is None:
             training_run.set_minutes(trainee, minutes, say)
+        if sitting is not None:  # it counts from the command's start
+            sitting = max(1e-9, sitting - (time.monotonic() - began) / 60)
         outcome = training_run.run(
             trainee, output, sitting=sitting, checkpoint_every=checkpoint_every, say=say
         )
