@@ -83,7 +83,7 @@ def compiled(tmp_path_factory):
         # Compiling is most of these tests; no other module has programs of these shapes.
         "jax_disable_most_optimizations": True,
     }
-    before = {name: jax.config.read(name) for name in changes}
+    before = {name: jax.config.values[name] for name in changes}
     for values in (changes, before):
         for name, value in values.items():
             jax.config.update(name, value)
