@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, convert, info, bench.
+"""The command `astraea`: generate, convert, train-tiny, score-tiny, info, bench.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -23,8 +23,9 @@ from astraea_jax.bench import attention as bench_attention
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
+from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.cli import convert
+from astraea_jax.cli import convert, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -174,7 +175,7 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench attention`, `bench denoise`) and quality (`bench quality`).
+    """Measures speed (`attention`, `denoise`, `training`) and quality (`quality`).
 
     `bench compile` compiles for a GPU that need not be there; `bench sheet` draws videos.
     """
@@ -184,6 +185,8 @@ def bench() -> None:
 COMMANDS = {
     "generate": generate,
     "convert": convert.command,
+    "train-tiny": train.train_tiny,
+    "score-tiny": train.score_tiny,
     "info": info,
     "bench": bench,
 }
@@ -193,6 +196,7 @@ BENCHES = {
     "compile": bench_compile.command,
     "quality": quality.command,
     "sheet": sheet.command,
+    "training": bench_training.command,
 }
 
 
