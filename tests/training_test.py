@@ -26,7 +26,6 @@ from astraea_ports.wan import (
     training_recipe,
     transformer_training,
     transformer_weights,
-    vae,
     vae_training,
 )
 from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
@@ -394,7 +393,7 @@ def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
     [
         ("transformer", wan.load_transformer, transformer_weights.TABLE),
         ("text_encoder", wan.load_text_encoder, t5.TABLE),
-        ("vae", wan.load_vae, vae.TABLE),
+        ("vae", wan.load_vae, vae_weights.TABLE),
     ],
 )
 def test_what_is_exported_is_what_was_loaded(part, load, table, tmp_path):

@@ -13,9 +13,9 @@ from astraea_jax import report, timing
 from astraea_ports import checkpoints, tiny, training_folder, training_run, wan
 from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
 from astraea_ports.wan import transformer_training, vae_training
-from astraea_ports.wan.pipeline import SHIPPED
+from astraea_ports.wan.parts import SHIPPED
 from astraea_ports.wan.training_recipe import Recipe
-from astraea_ports.wan.vae import load_vae
+from astraea_ports.wan.vae_weights import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
 

@@ -15,7 +15,8 @@ from astraea_jax import metrics, report, video
 from astraea_ports import checkpoints, export, t5
 from astraea_ports.wan import training, transformer_weights
 from astraea_ports.wan.latent_pool import LatentPool, Source
-from astraea_ports.wan.pipeline import SHIPPED, Pipeline
+from astraea_ports.wan.parts import SHIPPED
+from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.training_forward import Layout
 from astraea_ports.wan.training_recipe import Networks, Recipe
 from astraea_ports.wan.transformer import Transformer

@@ -20,8 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_jax import report, video
 from astraea_ports import checkpoints, export
-from astraea_ports.wan import vae as vae_module
-from astraea_ports.wan.pipeline import SHIPPED
+from astraea_ports.wan import vae_weights
+from astraea_ports.wan.parts import SHIPPED
 from astraea_ports.wan.training_recipe import descend, rate_factor
 from astraea_ports.wan.transformer_training import devices_for, fingerprint
 from astraea_ports.wan.vae import VAE
@@ -191,7 +191,7 @@ class VAETraining:
         self.mesh = Mesh(np.array(devices_for(recipe.clips)), ("batch",))
         self._draw = draw
         self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
-        self._vae = vae_module.load_vae(self._folder / "vae")
+        self._vae = vae_weights.load_vae(self._folder / "vae")
         if from_nothing:
             self._vae = VAE(self._vae.config, nnx.Rngs(recipe.seed))
         self._done = 0
@@ -235,7 +235,7 @@ class VAETraining:
         latents = [_raw_latents(average, 2 * clip[None] - 1) for clip in drawn.video]
         axes = (0, 1, 2, 3)
         mean, std = (np.asarray(f(jnp.concatenate(latents), axes)) for f in (jnp.mean, jnp.std))
-        export.save_parameters(average, self._folder / "vae", folder / "vae", vae_module.TABLE)
+        export.save_parameters(average, self._folder / "vae", folder / "vae", vae_weights.TABLE)
         export.copy_model(self._folder, folder, but=("vae",))
         export.update_config(
             folder / "vae" / "config.json",
