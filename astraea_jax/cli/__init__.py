@@ -21,6 +21,7 @@ from tyro.conf import Positional, arg
 from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
+from astraea_jax.bench import search as bench_search
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -150,7 +151,7 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench denoise`), quality (`bench quality`); `bench sheet` draws videos."""
+    """Measures speed (`denoise`), quality, ways to search (`search`); `sheet` draws videos."""
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
@@ -158,6 +159,7 @@ COMMANDS = {"generate": generate, "info": info, "bench": bench}
 BENCHES = {
     "denoise": bench_denoise.command,
     "quality": quality.command,
+    "search": bench_search.command,
     "sheet": sheet.command,
 }
 
