@@ -18,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
@@ -463,24 +462,6 @@ class Scorer:
         dealt = by_cost.reshape(-1, devices).T.reshape(-1)
         latents = self._many(jnp.asarray(filled[dealt]))
         return latents[np.argsort(dealt)[:number]]
-
-
-def across_processes(score: Callable[[np.ndarray], np.ndarray]) -> Callable:
-    """A score that each process of `jax.distributed` computes a share of; all get the whole.
-
-    Every process calls it with the same levels.
-    """
-
-    def shared(levels: np.ndarray) -> np.ndarray:
-        number, index = jax.process_count(), jax.process_index()
-        rows = -(-len(levels) // number)
-        filled = np.zeros((rows * number, levels.shape[1]), np.int8)
-        filled[: len(levels)] = levels
-        mine = np.asarray(score(filled[index::number]), np.float32)
-        found = multihost_utils.process_allgather(mine)
-        return np.asarray(found).swapaxes(0, 1).reshape(rows * number, -1)[: len(levels)]
-
-    return shared
 
 
 @jax.jit

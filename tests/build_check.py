@@ -13,7 +13,12 @@ from collections.abc import Iterator
 
 RULES = ("py_binary", "py_library", "py_test")
 
-HUB_NAMES = {"PIL": "pillow", "skimage": "scikit_image", "starlark": "starlark_pyo3"}
+HUB_NAMES = {
+    "orbax": "orbax_checkpoint",
+    "PIL": "pillow",
+    "skimage": "scikit_image",
+    "starlark": "starlark_pyo3",
+}
 """Packages whose name to import is not the name to install."""
 
 Targets = dict[str, dict]

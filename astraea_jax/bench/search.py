@@ -32,7 +32,7 @@ from astraea_jax.selection import PUBLISHED, SelectionConfig
 from astraea_ports import tiny, wan
 
 BUDGETS = (0.3, 0.4, 0.5, 0.7)
-STARTS = (2, 3, 4, 5, 6, 7, 8, 10, 12, 15)
+STARTS = (3, 4, 5, 6, 8, 10, 12)
 """Dense starts of the hand-made patterns."""
 
 METHODS: dict[str, Method] = {
@@ -298,20 +298,24 @@ def run(it: Study, journal: study.Journal) -> None:
     def search(method: str, solver: str) -> Searches:
         return Searches(it, journal, method, solver)
 
-    for method in ("corrected", "velocity"):
+    def whole_steps(method: str) -> None:
         for solver in options.solvers:
             searches = search(method, solver)
-            rows = [
-                remember(searches.evolve("step-level EA", budget, WHOLE_STEPS))
-                for budget in budgets
-            ]
-            it.judge(rows)
-    for solver in options.solvers:
-        patterns = list(hand_made(steps, budgets))
-        for method in ("velocity", "corrected"):
+            for budget in budgets:
+                row = searches.evolve("step-level EA", budget, WHOLE_STEPS)
+                it.judge([remember(row)])
+
+    def by_hand(method: str) -> None:
+        for solver in options.solvers:
+            patterns = list(hand_made(steps, budgets))
             rows = [plain(f"hand-made: {name}", method, solver, b, s) for name, b, s in patterns]
             it.judge(rows, structure=False)
             it.say(f"hand-made patterns, {method}, {solver}: judged")
+
+    whole_steps("corrected")
+    by_hand("velocity")
+    whole_steps("velocity")
+    by_hand("corrected")
     for solver in options.solvers:
         it.judge(list(search("corrected", solver).without_search(budgets, WHOLE_STEPS, (0,))))
     for solver in options.solvers:
@@ -373,8 +377,8 @@ def command(
     solver: tuple[str, ...] = ("unipc", "euler"),
     search_prompts: int = 4,
     heldout_prompts: int = 16,
-    population: int = 48,
-    generations: int = 12,
+    population: int = 64,
+    generations: int = 10,
     swaps: int = 192,
     lanes: int = 32,
     judge_lanes: int = 8,

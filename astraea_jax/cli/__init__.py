@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, info, bench.
+"""The command `astraea`: generate, search, sensitivity, info, bench.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -22,12 +22,21 @@ from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
 from astraea_jax.bench import search as bench_search
+from astraea_jax.cli import search
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
+from astraea_jax.search.recipe import Recipe, is_recipe
 
 MethodName = Literal[
-    "dense", "astraea", "astraea-published", "fixed-token", "step-level", "step-level-residual"
+    "dense",
+    "astraea",
+    "astraea-corrected",
+    "astraea-published",
+    "fixed-token",
+    "step-level",
+    "step-level-corrected",
+    "step-level-residual",
 ]
 
 
@@ -79,7 +88,7 @@ def generate(
         prompt=prompt,
         model=model,
         budget=budget,
-        schedule=None if schedule is None else Schedule.load(schedule),
+        schedule=None if schedule is None else read_schedule(schedule),
         method=None if method is None else METHODS[method],
         solver=solver,
         steps=steps,
@@ -103,6 +112,11 @@ def generate(
     columns = {"what": ""} | {str(index): row["name"] for index, row in enumerate(rows)}
     console.print(report.table(lines, columns))
     console.print(f"written: {output}", highlight=False)
+
+
+def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
+    """A schedule file's levels, with what they were searched for where it says so."""
+    return Recipe.load(path) if is_recipe(path) else Schedule.load(path)
 
 
 HEADINGS = {
@@ -155,7 +169,13 @@ def bench() -> None:
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
-COMMANDS = {"generate": generate, "info": info, "bench": bench}
+COMMANDS = {
+    "generate": generate,
+    "search": search.search,
+    "sensitivity": search.sensitivity_command,
+    "info": info,
+    "bench": bench,
+}
 BENCHES = {
     "denoise": bench_denoise.command,
     "quality": quality.command,

@@ -250,12 +250,13 @@ def distinct(
       The rows, and which of them are in the space and like no other: all, but in small spaces.
     """
     number = genes.shape[0]
+    earlier = jnp.arange(number)[:, None] > jnp.arange(number)
+    taken = _digest(known)
 
     def usable(genes):
-        same = (genes[:, None] == genes[None]).all(axis=-1)
-        earlier = jnp.arange(number)[:, None] > jnp.arange(number)
-        alike = (same & earlier).any(axis=1)
-        alike |= (genes[:, None] == known[None]).all(axis=-1).any(axis=1)
+        mine = _digest(genes)
+        alike = ((mine[:, None] == mine[None]).all(axis=-1) & earlier).any(axis=1)
+        alike |= (mine[:, None] == taken[None]).all(axis=-1).any(axis=1)
         return ~alike & jax.vmap(functools.partial(in_space, space))(genes)
 
     def again(carry):
@@ -276,6 +277,12 @@ def distinct(
 
     _, genes, _ = lax.while_loop(unfinished, again, (key, genes, jnp.int32(0)))
     return genes, usable(genes)
+
+
+def _digest(genes: Int[Array, "P T"]) -> UInt32[Array, "P 2"]:
+    """Two hashes of each row. Rows that differ and collide would only be mutated once more."""
+    factors = np.random.default_rng(0).integers(1, 2**32, (genes.shape[1], 2), np.uint32)
+    return (genes.astype(jnp.uint32)[..., None] * factors).sum(axis=1, dtype=jnp.uint32)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -92,6 +92,7 @@ class Pipeline:
       vae: latents to pixels.
       shift: flow shift of the model's scheduler.
       defaults: what a call uses where it is not told.
+      folder: where the model was read from; it may carry searched schedules and prompts.
     """
 
     tokenizer: Tokenizer
@@ -100,6 +101,7 @@ class Pipeline:
     vae: vae.VAE
     shift: float
     defaults: Defaults
+    folder: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -124,6 +126,7 @@ class Pipeline:
             vae=vae.load_vae(folder / "vae"),
             shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
             defaults=_defaults(folder),
+            folder=folder,
         )
 
     def __call__(
