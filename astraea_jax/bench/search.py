@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import metrics, report, solvers
+from astraea_jax import methods, metrics, report, solvers
 from astraea_jax.denoise import denoise
-from astraea_jax.methods import Astraea, FixedToken, Method, StepLevel
+from astraea_jax.methods import Astraea, Method
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import sensitivity, study
@@ -28,7 +28,7 @@ from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluator
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
-from astraea_jax.selection import PUBLISHED, SelectionConfig
+from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny, wan
 
 BUDGETS = (0.3, 0.4, 0.5, 0.7)
@@ -36,14 +36,8 @@ STARTS = (3, 4, 5, 6, 8, 10, 12)
 """Dense starts of the hand-made patterns."""
 
 METHODS: dict[str, Method] = {
-    "velocity": StepLevel(),
-    "corrected": StepLevel(correct=True),
-    "residual": StepLevel("residual"),
-    "astraea": Astraea(),
-    "astraea corrected": Astraea(correct=True),
+    **methods.METHODS,
     "per block": Astraea(SelectionConfig(scope="block")),
-    "published": Astraea(PUBLISHED),
-    "fixed token": FixedToken(),
     "random tokens": Astraea(SelectionConfig(rank="random")),
 }
 """By the name that rows of the table know them by."""
@@ -138,7 +132,7 @@ class Study:
     @functools.cache  # noqa: B019
     def dense_videos(self, solver: str) -> tuple[Any, list[np.ndarray]]:
         """Latents and videos that every row of a solver is held against."""
-        dense = self.scorer("velocity", solver, heldout=True).dense
+        dense = self.scorer("step-level", solver, heldout=True).dense
         return dense, self.decode(dense)
 
     def judge(self, rows: Sequence[dict], *, structure: bool = True) -> None:
@@ -312,26 +306,28 @@ def run(it: Study, journal: study.Journal) -> None:
             it.judge(rows, structure=False)
             it.say(f"hand-made patterns, {method}, {solver}: judged")
 
-    whole_steps("corrected")
-    by_hand("velocity")
-    whole_steps("velocity")
-    by_hand("corrected")
+    whole_steps("step-level-corrected")
+    by_hand("step-level")
+    whole_steps("step-level")
+    by_hand("step-level-corrected")
     for solver in options.solvers:
-        it.judge(list(search("corrected", solver).without_search(budgets, WHOLE_STEPS, (0,))))
+        it.judge(
+            list(search("step-level-corrected", solver).without_search(budgets, WHOLE_STEPS, (0,)))
+        )
     for solver in options.solvers:
-        searches = search("astraea corrected", solver)
+        searches = search("astraea-corrected", solver)
         for budget in budgets:
             # Levels 0 and 10 alone are in the first population, the best of their search too.
-            given = [best["corrected", solver, budget]]
+            given = [best["step-level-corrected", solver, budget]]
             it.judge([remember(searches.evolve("EA", budget, ALL_LEVELS, given))])
     for solver in options.solvers:
-        searches = search("astraea corrected", solver)
+        searches = search("astraea-corrected", solver)
         it.judge(list(searches.without_search(budgets, ALL_LEVELS, (0, 5))))
-    for method in ("astraea", "fixed token", "per block", "published", "random tokens"):
+    for method in ("astraea", "fixed-token", "per block", "astraea-published", "random tokens"):
         for solver in options.solvers:
             rows = []
             for budget in budgets:
-                found = best["astraea corrected", solver, budget]
+                found = best["astraea-corrected", solver, budget]
                 rows.append(plain("EA's schedule", method, solver, budget, found))
                 spread = Schedule.for_budget(steps, budget, whole_steps=False)
                 rows.append(plain("first fifth dense", method, solver, budget, spread))
@@ -345,7 +341,7 @@ def run(it: Study, journal: study.Journal) -> None:
     for solver in options.solvers:
         searches = search("astraea", solver)
         for budget in budgets:
-            given = [best["velocity", solver, budget]]
+            given = [best["step-level", solver, budget]]
             it.judge([searches.evolve("EA", budget, ALL_LEVELS, given)])
 
 
