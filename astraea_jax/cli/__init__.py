@@ -22,7 +22,7 @@ from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, sheet
 from astraea_jax.bench import search as bench_search
-from astraea_jax.cli import search
+from astraea_jax.cli import search, sensitivity
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -171,8 +171,8 @@ def bench() -> None:
 
 COMMANDS = {
     "generate": generate,
-    "search": search.search,
-    "sensitivity": search.sensitivity_command,
+    "search": search.command,
+    "sensitivity": sensitivity.command,
     "info": info,
     "bench": bench,
 }

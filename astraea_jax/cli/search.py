@@ -1,148 +1,27 @@
-"""`astraea search` and `astraea sensitivity`: a schedule for a model, a budget and a machine."""
+"""`astraea search`: a schedule for a model, a budget and a machine."""
 
-import dataclasses
 import functools
-import json
 import pathlib
-import time
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import rich.console
 
 import astraea_jax
-from astraea_jax import files, metrics, report, solvers
-from astraea_jax.bench.latency import latency_table
-from astraea_jax.methods import METHODS, StepLevel
+from astraea_jax import files, metrics
+from astraea_jax.cli.subject import SearchMethod, SolverName, Subject, Target, make_space
 from astraea_jax.model import fingerprint
-from astraea_jax.population import Scorer
-from astraea_jax.schedule import LEVELS, Schedule, check_budget
+from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search import plots, processes, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.recipe import Recipe
 from astraea_jax.search.scoring import Evaluator
-from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space, check_band
-from astraea_ports import wan
-
-SolverName = Literal["unipc", "euler"]
-SearchMethod = Literal[
-    "step-level-corrected", "step-level", "step-level-residual", "astraea-corrected", "astraea"
-]
+from astraea_jax.search.space import Space, check_band
 
 
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What the schedule shall cost: one of the three."""
-
-    budget: float | None
-    speedup: float | None
-    seconds: float | None
-
-    def __post_init__(self):
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            said = ", ".join(f"--{name}" for name in given) or "none"
-            raise ValueError(f"expected one of --budget, --speedup, --seconds; got {said}")
-        if self.budget is not None:
-            check_budget(self.budget)
-        for name in ("speedup", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a number above 0; got {value}")
-
-
-class Subject(NamedTuple):
-    """What is searched for: the model, its prompts and their noise, the solver and the method."""
-
-    pipeline: Any
-    size: tuple[int, int, int]
-    prompts: tuple[str, ...]
-    noise: jax.Array
-    context: jax.Array
-    solver: solvers.Solver
-    method: str
-
-    @classmethod
-    def load(cls, model, prompts, skip: int, count: int, solver, steps, size, method):
-        """Loads the model and `count` prompts of the file, after the first `skip`."""
-        pipeline = wan.Pipeline.from_pretrained(model) if isinstance(model, str) else model
-        lines = read_prompts(prompts, pipeline.folder)
-        if skip + count > len(lines):
-            raise ValueError(
-                f"expected at least {skip + count} prompts; got {len(lines)}: ask for fewer"
-            )
-        lines = lines[skip : skip + count]
-        size = pipeline.size(*size)
-        shape = pipeline.latents_shape(*size)
-        keys = [jax.random.fold_in(jax.random.key(0), skip + index) for index in range(count)]
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
-        guided = pipeline.defaults.guidance > 1
-        context = pipeline.encode_text(lines, "" if guided else None)
-        steps = pipeline.defaults.steps if steps is None else steps
-        table = solvers.make(solver, steps, shift=pipeline.shift)
-        return cls(pipeline, size, tuple(lines), noise, context, table, method)
-
-    @property
-    def guidance(self) -> float | None:
-        """Scale, or None for none."""
-        scale = self.pipeline.defaults.guidance
-        return scale if scale > 1 else None
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """Levels that the method can do."""
-        return WHOLE_STEPS if isinstance(METHODS[self.method], StepLevel) else ALL_LEVELS
-
-    def scorer(self, **options) -> Scorer:
-        """Scores schedules on the subject's prompts."""
-        return Scorer(
-            self.pipeline.transformer, self.noise, self.context, solver=self.solver,
-            method=METHODS[self.method], guidance=self.guidance, **options,
-        )  # fmt: skip
-
-    def decode(self, latents) -> jax.Array:
-        """Pixels in [0, 1] of latents, one video after another."""
-        return jnp.concatenate(
-            [_decode(self.pipeline.vae, latents[i : i + 1]) for i in range(len(latents))]
-        )
-
-    def part(self, rows: slice) -> "Subject":
-        """The subject with some of its prompts."""
-        number = len(self.prompts)
-        branches = jnp.split(self.context, len(self.context) // number)
-        context = jnp.concatenate([branch[rows] for branch in branches])
-        return self._replace(prompts=self.prompts[rows], noise=self.noise[rows], context=context)
-
-
-@jax.jit
-def _decode(vae, latents):
-    return jnp.clip((vae.decode(latents) + 1) / 2, 0, 1)
-
-
-def read_prompts(path: pathlib.Path | None, folder: pathlib.Path | None) -> list[str]:
-    """A prompt a line, or the captions that the model's folder carries.
-
-    Raises:
-      ValueError: no such file, nothing in it, or a model that carries none.
-    """
-    if path is None:
-        path = (folder or pathlib.Path()) / "captions.json"
-        if not path.is_file():
-            raise ValueError("the model carries no prompts: give --prompts, a file of one a line")
-        return list(json.loads(path.read_text()))
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a text file of prompts at {path}; {error}") from error
-    if not lines:
-        raise ValueError(f"expected a prompt a line in {path}; it is empty")
-    return lines
-
-
-def search(
+def command(
     *,
     budget: float | None = None,
     speedup: float | None = None,
@@ -297,48 +176,6 @@ def _joined(parts: Sequence) -> Any:
     return lambda levels: np.concatenate([part(levels) for part in parts], axis=1)
 
 
-def make_space(target: Target, subject: Subject, folder, dense_start: int, band):
-    """The space of a target, and seconds by level where it is counted in time (else None)."""
-    steps, choices = subject.solver.steps, subject.choices
-    if target.budget is not None:
-        band = (1.0, 1.0) if band is None else band
-        space = Space.for_budget(
-            steps, target.budget, choices=choices, band=band, dense_start=dense_start
-        )
-        return space, None
-    table = _latencies(subject, folder)
-    dense = steps * table[LEVELS]
-    limit = target.seconds if target.seconds is not None else dense / (target.speedup or 1)
-    low, high = (0.9, 1.0) if band is None else band
-    costs = [table[level] for level in choices]
-    space = Space.for_costs(
-        steps, costs, high * limit, choices=choices, band=low / high, dense_start=dense_start
-    )
-    return space, table
-
-
-def _latencies(subject: Subject, folder: pathlib.Path) -> dict[int, float]:
-    """The table of this model, shape, method and device: measured once, kept in the folder."""
-    key = {
-        "model": fingerprint(subject.pipeline.transformer),
-        "size": list(subject.size),
-        "method": subject.method,
-        "device": jax.devices()[0].device_kind,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"can't make the folder {folder} ({error.strerror})") from error
-    path = folder / "latency.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept.get("of") == key:
-            return {int(level): value for level, value in kept["seconds"].items()}
-    table = latency_table(subject.pipeline, subject.size, METHODS[subject.method], subject.choices)
-    report.write_json(path, {"of": key, "seconds": table, **report.environment()})
-    return table
-
-
 def _header(subject: Subject, fitness: str, dense_start: int) -> dict:
     """What an evaluation depends on."""
     return {
@@ -416,57 +253,3 @@ def measure(subject: Subject, best: Schedule, prompts, skip: int, count: int, so
         "mse": metrics.mse(scorer.dense, found),
         "prompts": count,
     }
-
-
-def sensitivity_command(
-    *,
-    output: pathlib.Path = pathlib.Path("sensitivity.png"),
-    model: str = "tiny",
-    method: SearchMethod = "step-level",
-    solver: SolverName = "unipc",
-    steps: int | None = None,
-    prompts: pathlib.Path | None = None,
-    count: int = 4,
-    lanes: int = 4,
-    frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-) -> None:
-    """Draws how far the video moves when one step alone is skipped (the paper's Figure 5).
-
-    Args:
-      output: A .png, .svg or .pdf file; the numbers go beside it as .json.
-      model: "tiny", a folder in the Diffusers layout, or a hub id.
-      method: What is reused at the skipped step.
-      solver: Solver of the flow.
-      steps: Denoising steps; the model's default when left out.
-      prompts: A text file, one a line; the captions in the model's folder when left out.
-      count: How many of them.
-      lanes: Schedules denoised at a time.
-      frames: Frames of the videos, 4k + 1; the model's default when left out.
-      height: Pixels.
-      width: Pixels.
-    """
-    files.check_output(output, plots.SUFFIXES)
-    plots.pyplot()
-    if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
-    began = time.perf_counter()
-    size = (frames, height, width)
-    subject = Subject.load(model, prompts, 0, count, solver, steps, size, method)
-    number = subject.solver.steps
-    rows = np.full((number - 1, number), LEVELS, np.int8)
-    rows[np.arange(number - 1), np.arange(1, number)] = 0
-    errors = np.concatenate([np.zeros((1, count)), subject.scorer(lanes=lanes)(rows)])
-    lines = {
-        prompt: [float(value) for value in errors[:, index]]
-        for index, prompt in enumerate(subject.prompts)
-    }
-    report.write_json(output.with_suffix(".json"), {"mse": lines, "solver": solver})
-    plots.sensitivity(output, lines)
-    shown = [{"step": step + 1, "mse": float(errors[step].mean())} for step in range(1, number)]
-    rich.console.Console().print(
-        report.table(shown, {"step": "skipped step", "mse": "mean squared error"})
-    )
-    print(f"{number - 1} schedules in {time.perf_counter() - began:.1f} s")
-    print(f"written: {output}, {output.with_suffix('.json')}")
