@@ -188,7 +188,7 @@ class Searches:
     The journal's earlier evaluations of the same method and solver are known from the start.
     """
 
-    study: Study
+    it: Study
     journal: study.Journal
     method: str
     solver: str
@@ -197,9 +197,9 @@ class Searches:
         name = f"{self.method}, {self.solver}"
         known = [each for each in self.journal.evaluations if each.search == name]
         self.evaluator = Evaluator(
-            [lambda levels: self.study.scorer(self.method, self.solver, heldout=False)(levels)],
+            [lambda levels: self.it.scorer(self.method, self.solver, heldout=False)(levels)],
             reduce="log",
-            batch=2 * self.study.options.lanes,
+            batch=2 * self.it.options.lanes,
             record=self.journal.append,
             known={each.levels: each for each in known},
             search=name,
@@ -207,7 +207,7 @@ class Searches:
 
     def space(self, budget: float, choices: tuple[int, ...]) -> Space:
         """The schedules of exactly a budget."""
-        return Space.for_budget(self.study.options.steps, budget, choices=choices)
+        return Space.for_budget(self.it.options.steps, budget, choices=choices)
 
     def row(self, what: str, budget: float, schedule: Schedule, before: int, began: float) -> dict:
         """A row for `judge`."""
@@ -217,13 +217,13 @@ class Searches:
         row |= {"levels": levels, "fitness": value, "evaluations": self.evaluator.evaluations}
         row["evaluations"] -= before
         row["seconds"] = time.perf_counter() - began
-        self.study.say(f"{what}, {self.method}, {self.solver}, {budget:g}: {value:.5f} {levels}")
+        self.it.say(f"{what}, {self.method}, {self.solver}, {budget:g}: {value:.5f} {levels}")
         return row
 
     def evolve(self, what: str, budget: float, choices, given: Sequence[Schedule] = ()) -> dict:
         """Evolution, then local swaps as long as they help."""
         began, before = time.perf_counter(), self.evaluator.evaluations
-        options, space = self.study.options, self.space(budget, choices)
+        options, space = self.it.options, self.space(budget, choices)
         config = SearchConfig(
             population=options.population,
             parents=max(2, options.population // 4),
@@ -231,7 +231,7 @@ class Searches:
         )
         found = study.evolve(
             space, config, self.evaluator, jax.random.key(0), given=tuple(given),
-            deadline=self.study.deadline,
+            deadline=self.it.deadline,
         )  # fmt: skip
         best, _ = sensitivity.refine(
             space, self.fitness, found.best, options.swaps, batch=2 * options.lanes
@@ -240,7 +240,7 @@ class Searches:
 
     def without_search(self, budgets: Sequence[float], choices, levels) -> Iterator[dict]:
         """Dynamic programming over a sensitivity curve, then with swaps."""
-        options = self.study.options
+        options = self.it.options
         began, before = time.perf_counter(), self.evaluator.evaluations
         # Damages add up as squared errors do, not as their logarithms.
         linear = dataclasses.replace(self.evaluator, reduce="mean")
@@ -249,8 +249,8 @@ class Searches:
         table = sensitivity.interpolated(damage, levels, choices)
         curve = {"what": "sensitivity", "method": self.method, "solver": self.solver}
         curve |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
-        if _name(curve) not in {_name(row) for row in self.study.rows}:
-            self.study.rows.append(curve)
+        if _name(curve) not in {_name(row) for row in self.it.rows}:
+            self.it.rows.append(curve)
         for budget in budgets:
             space = self.space(budget, choices)
             first = sensitivity.allocate(space, table)
@@ -262,7 +262,7 @@ class Searches:
 
     def fitness(self, levels: np.ndarray) -> np.ndarray:
         """The evaluator, until the study's minutes are over."""
-        self.study.check_time()
+        self.it.check_time()
         return self.evaluator(levels)
 
 

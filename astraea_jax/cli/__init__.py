@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report
 from astraea_jax.bench import denoise as bench_denoise
-from astraea_jax.bench import quality, sheet
+from astraea_jax.bench import quality, scoring, sheet
 from astraea_jax.bench import search as bench_search
 from astraea_jax.cli import search, sensitivity
 from astraea_jax.cli.generate import Request, run
@@ -179,6 +179,7 @@ COMMANDS = {
 BENCHES = {
     "denoise": bench_denoise.command,
     "quality": quality.command,
+    "scoring": scoring.command,
     "search": bench_search.command,
     "sheet": sheet.command,
 }

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,7 +46,7 @@ class Scorer:
         batch: int | None = None,
         decode: Callable[[Array], Array] | None = None,
         precision: str | None = None,
-        devices: Sequence[jax.Device] | None = None,
+        devices: Sequence[Any] | None = None,
     ):
         """Computes what all schedules share.
 
@@ -116,6 +117,11 @@ class Scorer:
             return np.asarray(_errors(latents, self._target), np.float64)
         rows = (_errors(self._decode(row)[None], self._target)[0] for row in latents)
         return np.array([np.asarray(row, np.float64) for row in rows])
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program of one batch, lowered: what to ask for its memory."""
+        levels = jnp.zeros((self._batch, self.steps), jnp.int8)
+        return denoise_many.lower(*self._many.args, levels, **self._many.keywords)
 
     def _run(self, levels: np.ndarray) -> Array:
         """One program: rows dealt out so that every device has as much to do."""

@@ -9,7 +9,7 @@ from jaxtyping import Array, Int
 
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
-from astraea_jax.methods import base
+from astraea_jax.methods import Astraea, base
 from astraea_jax.methods.astraea import Filled, Run, compute_rows
 from astraea_jax.model import VideoDiT
 from astraea_jax.schedule import LEVELS
@@ -70,6 +70,7 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
     modulations = jax.vmap(model.modulation)(inputs.timestep)
     levels = inputs.level
 
+    assert isinstance(settings.method, Astraea), settings.method
     config = settings.method.selection
 
     def run(modulation, inputs) -> Run:

@@ -82,11 +82,11 @@ class Space:
         total = check_budget(budget) * LEVELS * check_steps(steps)
         low, high = check_band(band)
         costs = tuple(int(level) for level in choices)
-        # Rounded first: 0.3 * 30 * 10 is a little below 90.
-        limits = math.ceil(round(low * total, 6)), math.floor(round(high * total, 6))
-        if band[0] == band[1]:
-            limits = (round(low * total),) * 2
-        return cls(steps, costs, costs, *limits, dense_start)
+        if low == high:
+            least = most = round(low * total)
+        else:  # rounded first: 0.3 * 30 * 10 is a little below 90
+            least, most = math.ceil(round(low * total, 6)), math.floor(round(high * total, 6))
+        return cls(steps, costs, costs, least, most, dense_start)
 
     @classmethod
     def for_costs(
