@@ -126,14 +126,14 @@ class Space:
 
     def cost(self, genes: np.ndarray) -> np.ndarray:
         """Total cost of each row of genes [..., T]."""
-        return np.asarray(self.costs)[np.asarray(genes)].sum(axis=-1)
+        return np.asarray(np.asarray(self.costs)[np.asarray(genes)].sum(axis=-1))
 
     def holds(self, genes: np.ndarray) -> np.ndarray:
         """Which rows of genes [..., T] lie in the space."""
         genes = np.asarray(genes)
         cost = self.cost(genes)
         pinned = (genes[..., : self.dense_start] == len(self.choices) - 1).all(axis=-1)
-        return (self.low <= cost) & (cost <= self.high) & pinned
+        return np.asarray((self.low <= cost) & (cost <= self.high) & pinned)
 
     def schedule(self, genes: np.ndarray) -> Schedule:
         """The schedule of one row of genes."""
