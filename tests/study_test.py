@@ -225,7 +225,7 @@ def test_a_recipe_comes_back_as_it_was_and_is_a_schedule_file(tmp_path):
         ({"levels": [10, 0]}, "3 steps but holds 2"),
     ],
 )
-def test_a_recipe_that_is_wrong_is_refused(tmp_path, changes, words):
+def test_a_recipe_that_is_wrong_is_refused(tmp_path, as_a_user, changes, words):
     path = tmp_path / "a.json"
     RECIPE.save(path)
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))

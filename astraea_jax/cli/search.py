@@ -1,6 +1,8 @@
 """`astraea search`: a schedule for a model, a budget and a machine."""
 
+import dataclasses
 import functools
+import hashlib
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -121,13 +123,20 @@ def command(
                 [shared] if distributed else parts,
                 reduce=reduce, patience=patience, keep=parents, batch=4 * lanes,
                 record=journal.append,
-                known={each.levels: each for each in journal.evaluations},
+                # What was given up is looked at again by a search that gives nothing up.
+                known={
+                    each.levels: each
+                    for each in journal.evaluations
+                    if patience is not None or not each.stopped
+                },
             )  # fmt: skip
+            # Orbax waits for all processes to save; with helpers the journal alone is the resume.
             given = [_search_free(space, evaluator)] if sensitivities else []
-            state = f"{study.STATES}-{space.low}-{space.high}-{seed}-{config.replacement}"
+            drawn = dataclasses.replace(config, generations=0), space, seed, sensitivities
+            state = f"{study.STATES}-{hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]}"
             result = study.evolve(
                 space, config, evaluator, jax.random.key(seed), given=tuple(given),
-                states=folder / state,
+                states=None if distributed else folder / state,
                 progress=lambda generation: console.print(study.describe(generation)),
             )  # fmt: skip
             best, spent = result.best, 0
