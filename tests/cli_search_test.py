@@ -43,21 +43,21 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
     printed = capsys.readouterr().out
     for words in ("generation 0", "generation 1", "left", "realised budget", "held-out", "levels:"):
         assert words in printed
-    recipe = Recipe.load("schedule.json")
+    recipe = Recipe.load("out.json")
     assert recipe.schedule.budget == 0.6 and recipe.method == "step-level-corrected"
     assert {"psnr", "ssim", "mse", "prompts"} <= set(recipe.quality)
-    assert os.path.getsize("search/pareto.png") > 1000
-    journal = pathlib.Path("search", study.JOURNAL).read_text()
+    assert os.path.getsize("out_search/pareto.png") > 1000
+    journal = pathlib.Path("out_search", study.JOURNAL).read_text()
 
     assert cli.main(arguments) == 0
     assert "0 computed now" in capsys.readouterr().out
-    assert pathlib.Path("search", study.JOURNAL).read_text() == journal
-    assert Recipe.load("schedule.json") == recipe
+    assert pathlib.Path("out_search", study.JOURNAL).read_text() == journal
+    assert Recipe.load("out.json") == recipe
 
     line = refused(capsys, *arguments, "--solver", "euler")
     assert "another search" in line and "solver" in line
 
-    run = ["generate", "a red circle", "--schedule", "schedule.json", "--no-compilation-cache"]
+    run = ["generate", "a red circle", "--schedule", "out.json", "--no-compilation-cache"]
     assert cli.main([*run, *SIZE]) == 0
     captured = capsys.readouterr()
     assert "60.0 %" in captured.out and "corrected" in captured.out
@@ -72,8 +72,8 @@ def test_a_speed_up_is_met_by_measured_step_times(capsys):
     assert cli.main([*arguments, *small, "--band", "0.5", "1.0"]) == 0
     printed = capsys.readouterr().out
     assert "times faster than dense" in printed
-    cost = Recipe.load("schedule.json").cost
-    table = json.loads(pathlib.Path("search/latency.json").read_text())["seconds"]
+    cost = Recipe.load("out.json").cost
+    table = json.loads(pathlib.Path("out_search/latency.json").read_text())["seconds"]
     assert set(table) == {str(level) for level in range(11)}
     assert cost["speedup"] >= 1.49 and cost["seconds"] > 0
 

@@ -20,7 +20,7 @@ from astraea_ports import tiny, wan
 
 def command(
     *,
-    output: pathlib.Path = pathlib.Path("search_study"),
+    output: pathlib.Path = pathlib.Path("out_study"),
     minutes: float = 480.0,
     steps: int = 30,
     budgets: tuple[float, ...] = BUDGETS,

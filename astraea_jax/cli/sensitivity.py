@@ -14,7 +14,7 @@ from astraea_jax.search import plots
 
 def command(
     *,
-    output: pathlib.Path = pathlib.Path("sensitivity.png"),
+    output: pathlib.Path = pathlib.Path("out.png"),
     model: str = "tiny",
     method: SearchMethod = "step-level",
     solver: SolverName = "unipc",
