@@ -118,25 +118,21 @@ def command(
     header = _header(subject, fitness, dense_start)
     with study.open_journal(folder, header) as journal:
         parts = make()
+        # What was given up is looked at again by a search that gives nothing up.
+        known = [each for each in journal.evaluations if patience or not each.stopped]
         with processes.SharedScore(_joined(parts)) as shared:
             evaluator = Evaluator(
                 [shared] if distributed else parts,
                 reduce=reduce, patience=patience, keep=parents, batch=4 * lanes,
-                record=journal.append,
-                # What was given up is looked at again by a search that gives nothing up.
-                known={
-                    each.levels: each
-                    for each in journal.evaluations
-                    if patience is not None or not each.stopped
-                },
+                record=journal.append, known={each.levels: each for each in known},
             )  # fmt: skip
-            # Orbax waits for all processes to save; with helpers the journal alone is the resume.
-            given = [_search_free(space, evaluator)] if sensitivities else []
+            given = (_search_free(space, evaluator),) if sensitivities else ()
             drawn = dataclasses.replace(config, generations=0), space, seed, sensitivities
-            state = f"{study.STATES}-{hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]}"
+            name = hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
             result = study.evolve(
-                space, config, evaluator, jax.random.key(seed), given=tuple(given),
-                states=None if distributed else folder / state,
+                space, config, evaluator, jax.random.key(seed), given=given,
+                # Orbax waits for all processes; with helpers the journal alone is the resume.
+                states=None if distributed else folder / f"{study.STATES}-{name}",
                 progress=lambda generation: console.print(study.describe(generation)),
             )  # fmt: skip
             best, spent = result.best, 0
@@ -144,29 +140,28 @@ def command(
                 best, spent = sensitivity.refine(
                     space, evaluator, best, swaps, seed=seed, batch=4 * lanes
                 )
-        _report(console, subject, space, table, evaluator, best, result, spent)
-        cost = _cost(best, table)
-        points = plots.points_of(
-            list(evaluator.known.values()),
-            lambda levels: _cost_of(levels, table),
-            evaluator.fitness,
-        )
-        chosen = evaluator.fitness(evaluator.known[best.levels])
-        label = "seconds of denoising" if table else "budget: mean share of the tokens"
-        plots.pareto(
-            folder / "pareto.png", points, {"found": (_cost_of(best.levels, table), chosen)},
-            cost=label,
-        )  # fmt: skip
-        quality = measure(subject, best, prompts, count, heldout, solver)
-        Recipe(
-            best, method, solver, float(subject.pipeline.shift), header["model"],
-            quality, cost, astraea_jax.__version__,
-        ).save(output)  # fmt: skip
+        _report(console, subject, table, evaluator, best, result, spent)
+        _draw(folder / "pareto.png", evaluator, best, table)
+    quality = measure(subject, best, prompts, count, heldout, solver)
+    Recipe(
+        best, method, solver, float(subject.pipeline.shift), header["model"],
+        quality, _cost(best, table), astraea_jax.__version__,
+    ).save(output)  # fmt: skip
     console.print(
         f"on {heldout} held-out prompts: {quality['psnr']:.1f} dB to the dense video, "
         f"SSIM {quality['ssim']:.3f}"
     )
     console.print(f"written: {output}, {folder / 'pareto.png'}")
+
+
+def _draw(path: pathlib.Path, evaluator: Evaluator, best: Schedule, table) -> None:
+    """The Pareto plot of everything that is known."""
+    points = plots.points_of(
+        list(evaluator.known.values()), lambda levels: _cost_of(levels, table), evaluator.fitness
+    )
+    found = _cost_of(best.levels, table), evaluator.fitness(evaluator.known[best.levels])
+    label = "seconds of denoising" if table else "budget: mean share of the tokens"
+    plots.pareto(path, points, {"found": found}, cost=label)
 
 
 def _parts(subject: Subject, *, dense_start, pixels: bool, split: bool, lanes: int) -> list:
@@ -222,7 +217,7 @@ def _cost(best: Schedule, table: dict[int, float] | None) -> dict[str, float]:
     return cost
 
 
-def _report(console, subject, space, table, evaluator, best, result, spent) -> None:
+def _report(console, subject, table, evaluator, best, result, spent) -> None:
     """What was found and what it cost to find."""
     tokens = subject.pipeline.transformer.geometry(subject.noise.shape).num_tokens
     console.print(f"levels: {' '.join(map(str, best.levels))}")
