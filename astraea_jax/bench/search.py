@@ -9,7 +9,7 @@ import jax
 
 import astraea_jax
 from astraea_jax import methods, report
-from astraea_jax.bench.search_study import BUDGETS, Options, OutOfTime, Study, run
+from astraea_jax.bench.search_study import BUDGETS, Options, OutOfTime, Study, read_rows, run
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
@@ -42,7 +42,7 @@ def command(
 
     Args:
       output: Folder for the journal and results.json; a run that was stopped goes on from it.
-      minutes: After so many no further work is started.
+      minutes: After so many no further work is started; 0 only prints what was found.
       steps: Of the dense videos.
       budgets: Shares of the tokens.
       solver: Solvers to search for.
@@ -70,22 +70,24 @@ def command(
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
     pipeline = wan.Pipeline.from_pretrained(model)
-    options = Options(
-        steps, budgets, solver, search_prompts, heldout_prompts, population, generations, swaps,
-        lanes, judge_lanes, pipeline.size(frames, height, width),
-    )  # fmt: skip
-    header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
-    header["backend"] = jax.default_backend()
-    with study.open_journal(output, header) as journal:
-        it = Study(pipeline, options, output, deadline)
-        try:
-            run(it, journal)
-        except OutOfTime:
-            it.say("out of time; run again to go on")
-        it.save()
-    print(report.markdown(table(it.rows), COLUMNS))
+    if minutes > 0:
+        options = Options(
+            steps, budgets, solver, search_prompts, heldout_prompts, population, generations,
+            swaps, lanes, judge_lanes, pipeline.size(frames, height, width),
+        )  # fmt: skip
+        header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
+        header["backend"] = jax.default_backend()
+        with study.open_journal(output, header) as journal:
+            it = Study(pipeline, options, output, deadline)
+            try:
+                run(it, journal)
+            except OutOfTime:
+                it.say("out of time; run again to go on")
+            it.save()
+    rows = read_rows(output)
+    print(report.markdown(table(rows), COLUMNS))
     if ship is not None:
-        for path in write_recipes(it.rows, pipeline, ship):
+        for path in write_recipes(rows, pipeline, ship):
             print(f"written: {path}")
 
 

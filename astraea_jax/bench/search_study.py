@@ -32,6 +32,7 @@ from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny
 
 BUDGETS = (0.3, 0.4, 0.5, 0.7)
+RESULTS = "results.json"
 STARTS = (3, 4, 5, 6, 8, 10, 12)
 """Dense starts of the hand-made patterns."""
 
@@ -82,11 +83,8 @@ class Study:
         searched = options.search_prompts
         self.searched = self._prompts(range(searched))
         self.heldout = self._prompts(range(searched, searched + options.heldout_prompts))
-        self.rows: list[dict] = []
+        self.rows = read_rows(folder)
         self.began = time.perf_counter()
-        path = folder / "results.json"
-        if path.is_file():
-            self.rows = json.loads(path.read_text())["rows"]
 
     def _prompts(self, which: range) -> Prompts:
         pipeline = self.pipeline
@@ -165,7 +163,7 @@ class Study:
     def save(self) -> None:
         """Writes what has been found."""
         about = {"environment": report.environment(), "options": dataclasses.asdict(self.options)}
-        report.write_json(self.folder / "results.json", {**about, "rows": self.rows})
+        report.write_json(self.folder / RESULTS, {**about, "rows": self.rows})
 
     def check_time(self) -> None:
         """Stops the study when its minutes are over."""
@@ -175,6 +173,12 @@ class Study:
     def say(self, words: str) -> None:
         """A line with the time."""
         print(f"[{time.perf_counter() - self.began:6.1f} s] {words}", flush=True)
+
+
+def read_rows(folder: pathlib.Path) -> list[dict]:
+    """What an earlier run judged; nothing where there was none."""
+    path = folder / RESULTS
+    return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
 def _name(row: dict) -> tuple:
