@@ -213,61 +213,63 @@ class Searches:
         """The schedules of exactly a budget."""
         return Space.for_budget(self.it.options.steps, budget, choices=choices)
 
-    def row(self, what: str, budget: float, schedule: Schedule, before: int, began: float) -> dict:
-        """A row for `judge`."""
-        value = float(self.evaluator(schedule.array()[None])[0])
+    def row(self, what: str, budget: float, schedule: Schedule, evaluator: Evaluator) -> dict:
+        """A row for `judge`; what it cost counts every schedule asked for, known before or not."""
+        value = float(evaluator(schedule.array()[None])[0])
         levels = list(schedule.levels)
         row = {"what": what, "method": self.method, "solver": self.solver, "budget": budget}
-        row |= {"levels": levels, "fitness": value, "evaluations": self.evaluator.evaluations}
-        row["evaluations"] -= before
-        row["seconds"] = time.perf_counter() - began
+        row |= {"levels": levels, "fitness": value, "evaluations": len(evaluator.asked)}
+        row["seconds"] = sum(self.evaluator.known[each].seconds for each in evaluator.asked)
         self.it.say(f"{what}, {self.method}, {self.solver}, {budget:g}: {value:.5f} {levels}")
         return row
 
     def evolve(self, what: str, budget: float, choices, given: Sequence[Schedule] = ()) -> dict:
         """Evolution, then local swaps as long as they help."""
-        began, before = time.perf_counter(), self.evaluator.evaluations
         options, space = self.it.options, self.space(budget, choices)
         config = SearchConfig(
             population=options.population,
             parents=max(2, options.population // 4),
             generations=options.generations,
         )
+        evaluator = self.fresh()
         found = study.evolve(
-            space, config, self.evaluator, jax.random.key(0), given=tuple(given),
+            space, config, evaluator, jax.random.key(0), given=tuple(given),
             deadline=self.it.deadline,
         )  # fmt: skip
-        best, _ = sensitivity.refine(
-            space, self.fitness, found.best, options.swaps, batch=2 * options.lanes
-        )
-        return self.row(what, budget, best, before, began)
+        best = self.refined(space, evaluator, found.best, options.swaps)
+        return self.row(what, budget, best, evaluator)
 
     def without_search(self, budgets: Sequence[float], choices, levels) -> Iterator[dict]:
         """Dynamic programming over a sensitivity curve, then with swaps."""
         options = self.it.options
-        began, before = time.perf_counter(), self.evaluator.evaluations
-        # Damages add up as squared errors do, not as their logarithms.
-        linear = dataclasses.replace(self.evaluator, reduce="mean")
-        damage = sensitivity.level_sensitivity(linear, options.steps, levels)
-        self.evaluator.evaluations += linear.evaluations
-        table = sensitivity.interpolated(damage, levels, choices)
-        curve = {"what": "sensitivity", "method": self.method, "solver": self.solver}
-        curve |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
-        if _name(curve) not in {_name(row) for row in self.it.rows}:
-            self.it.rows.append(curve)
         for budget in budgets:
+            # Damages add up as squared errors do, not as their logarithms.
+            evaluator = dataclasses.replace(self.fresh(), reduce="mean")
+            damage = sensitivity.level_sensitivity(evaluator, options.steps, levels)
+            curve = {"what": "sensitivity", "method": self.method, "solver": self.solver}
+            curve |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
+            if _name(curve) not in {_name(row) for row in self.it.rows}:
+                self.it.rows.append(curve)
             space = self.space(budget, choices)
-            first = sensitivity.allocate(space, table)
-            yield self.row("sensitivity + DP", budget, first, before, began)
-            best, _ = sensitivity.refine(
-                space, self.fitness, first, 2 * options.swaps, batch=2 * options.lanes
-            )
-            yield self.row("DP + swaps", budget, best, before, began)
+            first = sensitivity.allocate(space, sensitivity.interpolated(damage, levels, choices))
+            both = self.fresh()
+            both.asked |= evaluator.asked
+            yield self.row("sensitivity + DP", budget, first, both)
+            best = self.refined(space, both, first, 2 * options.swaps)
+            yield self.row("DP + swaps", budget, best, both)
 
-    def fitness(self, levels: np.ndarray) -> np.ndarray:
-        """The evaluator, until the study's minutes are over."""
-        self.it.check_time()
-        return self.evaluator(levels)
+    def fresh(self) -> Evaluator:
+        """An evaluator that counts anew and knows what has been evaluated."""
+        return dataclasses.replace(self.evaluator)
+
+    def refined(self, space: Space, evaluator: Evaluator, first: Schedule, number: int) -> Schedule:
+        """Local swaps, until the study's minutes are over."""
+
+        def fitness(levels: np.ndarray) -> np.ndarray:
+            self.it.check_time()
+            return evaluator(levels)
+
+        return sensitivity.refine(space, fitness, first, number, batch=2 * self.it.options.lanes)[0]
 
 
 def hand_made(steps: int, budgets: Sequence[float]) -> Iterator[tuple[str, float, Schedule]]:

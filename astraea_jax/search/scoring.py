@@ -71,8 +71,9 @@ class Evaluator:
             raise ValueError(f"reduce must be mean or log; got {self.reduce!r}")
         if self.patience is not None and not (self.patience >= 1 and len(self.parts) > 1):
             raise ValueError("patience must be at least 1, and needs at least two parts")
-        self.evaluations = 0
-        self.rejected = 0
+        self.evaluations = 0  # computed by this evaluator
+        self.rejected = 0  # of those, not finite
+        self.asked: set[tuple[int, ...]] = set()  # computed or known
 
     def __call__(self, levels: Int[np.ndarray, "S T"]) -> Float[np.ndarray, "S"]:
         """Fitness of each schedule, lower is better; infinite where it is not a number.
@@ -81,6 +82,7 @@ class Evaluator:
           ValueError: every schedule so far has given NaN or infinity.
         """
         rows = [tuple(int(level) for level in row) for row in levels]
+        self.asked.update(rows)
         fresh = [row for row in dict.fromkeys(rows) if row not in self.known]
         for first in range(0, len(fresh), self.batch):
             for evaluation in self._evaluate(fresh[first : first + self.batch]):
