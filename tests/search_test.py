@@ -65,7 +65,7 @@ def test_space_in_seconds_spends_most_of_the_limit_and_never_more():
         (lambda: step_patterns(30, 0), "computed"),
     ],
 )
-def test_what_cannot_be_is_refused(make, words):
+def test_what_cannot_be_is_refused(as_a_user, make, words):
     with pytest.raises(ValueError, match=words):
         make()
 
