@@ -18,19 +18,16 @@ def step_patterns(steps: int, computed: int) -> dict[str, Schedule]:
     check_steps(steps)
     if not 1 <= computed <= steps:
         raise ValueError(f"computed must be in 1..{steps} (the steps); got {computed}")
-    patterns = {}
+    patterns: dict[str, Schedule] = {}
     for start in range(1, computed + 1):
         rest, length = computed - start, steps - start
-        if rest == 0 and length:
-            patterns[f"{start} dense"] = _of(steps, range(start))
-            continue
-        early = [start + length * index // max(rest, 1) for index in range(rest)]
+        early = [start + length * index // rest for index in range(rest)]
         marks = [rest * index // max(length, 1) for index in range(length + 1)]
         late = [start + i for i, (a, b) in enumerate(itertools.pairwise(marks)) if b > a]
-        for name, tail in (("early", early), ("late", late)):
+        for name, tail in ((", then early", early), (", then late", late)):
             schedule = _of(steps, [*range(start), *tail])
             if schedule not in patterns.values():
-                patterns[f"{start} dense, then {name}"] = schedule
+                patterns[f"{start} dense{name if rest else ''}"] = schedule
     return patterns
 
 
