@@ -174,7 +174,7 @@ def test_a_small_space_is_searched_to_its_end():
 
 
 def test_allocation_is_the_best_of_all_schedules():
-    space = Space.for_budget(5, 0.5, choices=(0, 3, 7, 10))
+    space = Space.for_budget(5, 0.52, choices=(0, 3, 7, 10))
     rng = np.random.default_rng(1)
     damage = rng.uniform(size=(5, 4))
     rows = np.array(list(itertools.product(range(4), repeat=5)), np.int8)
@@ -229,7 +229,7 @@ def test_hopeless_schedules_stop_after_the_first_prompt():
         return two_prompts(levels)[:, 1:]
 
     parts = [lambda levels: two_prompts(levels)[:, :1], later]
-    evaluator = Evaluator(parts, patience=1.5, keep=2, batch=4)
+    evaluator = Evaluator(parts, patience=20.0, keep=2, batch=4)
     good = np.array([[10, 10, 9, 9], [10, 9, 10, 9], [10, 9, 9, 10]], np.int8)
     bad = np.array([[10, 0, 0, 0], [10, 10, 9, 8]], np.int8)
     evaluator(good)
