@@ -26,12 +26,14 @@ def command(
     budgets: tuple[float, ...] = BUDGETS,
     solver: tuple[str, ...] = ("unipc", "euler"),
     search_prompts: int = 4,
+    seeds: tuple[int, int] = (2, 6),
     heldout_prompts: int = 16,
-    population: int = 64,
+    population: int = 32,
     generations: int = 10,
-    swaps: int = 192,
-    lanes: int = 32,
-    judge_lanes: int = 8,
+    swaps: int = 96,
+    patience: float = 1.3,
+    finalists: int = 8,
+    rows: int = 256,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -47,12 +49,15 @@ def command(
       budgets: Shares of the tokens.
       solver: Solvers to search for.
       search_prompts: The model's first prompts are searched on,
-      heldout_prompts: and the ones after them judged on, at least 2.
+      seeds: each with so much noise for a first look, and so much more for those that pass it,
+      heldout_prompts: and the prompts after them judged on, at least 2.
       population: Children of a generation.
       generations: Of each search.
       swaps: Evaluations of the local refinement.
-      lanes: Schedules denoised at a time while searching,
-      judge_lanes: and while judging.
+      patience: A schedule passes the first look if its error is at most so many times that of
+        the best so far there.
+      finalists: Of each search, chosen from by noise that it has not seen.
+      rows: Videos denoised at a time, guidance branches counted.
       frames: Frames of the videos, 4k + 1; the model's default when left out.
       height: Pixels.
       width: Pixels.
@@ -62,18 +67,23 @@ def command(
     """
     deadline = time.perf_counter() + 60 * minutes
     total = search_prompts + heldout_prompts
-    if search_prompts < 1 or heldout_prompts < 2 or total > len(tiny.captions()):
+    if (
+        min(search_prompts, finalists, rows, *seeds) < 1
+        or heldout_prompts < 2
+        or total > len(tiny.captions())
+    ):
         raise ValueError(
-            f"expected a search prompt, 2 held-out ones, and {len(tiny.captions())} together at "
-            f"most; got {search_prompts} and {heldout_prompts}"
+            f"expected a search prompt, 2 held-out ones, {len(tiny.captions())} together at most, "
+            f"and seeds, finalists and rows of at least 1; got {search_prompts}, "
+            f"{heldout_prompts}, {seeds}, {finalists} and {rows}"
         )
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
     pipeline = wan.Pipeline.from_pretrained(model)
     if minutes > 0:
         options = Options(
-            steps, budgets, solver, search_prompts, heldout_prompts, population, generations,
-            swaps, lanes, judge_lanes, pipeline.size(frames, height, width),
+            steps, budgets, solver, search_prompts, seeds, heldout_prompts, population,
+            generations, swaps, patience, finalists, rows, pipeline.size(frames, height, width),
         )  # fmt: skip
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
         header["backend"] = jax.default_backend()
@@ -84,10 +94,10 @@ def command(
             except OutOfTime:
                 it.say("out of time; run again to go on")
             it.save()
-    rows = read_rows(output)
-    print(report.markdown(table(rows), COLUMNS))
+    found = read_rows(output)
+    print(report.markdown(table(found), COLUMNS))
     if ship is not None:
-        for path in write_recipes(rows, pipeline, ship):
+        for path in write_recipes(found, pipeline, ship):
             print(f"written: {path}")
 
 
@@ -109,13 +119,13 @@ def table(rows: Sequence[dict]) -> list[dict]:
 def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes a schedule file for each solver and budget, and returns their paths.
 
-    Of all searches the one of least error on the prompts that were searched on is taken; the
-    judgement on the held-out ones is what the file says of itself.
+    Of all searches the one of least error on its validation noise is taken; the judgement on
+    the held-out prompts is what the file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    searched = [row for row in rows if "fitness" in row and row["method"] in methods.METHODS]
+    searched = [row for row in rows if "validation" in row and row["method"] in methods.METHODS]
     best: dict[tuple, dict] = {}
-    for row in sorted(searched, key=lambda row: row["fitness"]):
+    for row in sorted(searched, key=lambda row: row["validation"]):
         best.setdefault((row["solver"], row["budget"]), row)
     paths = []
     for (solver, budget), row in sorted(best.items()):

@@ -56,12 +56,14 @@ class Options:
     budgets: tuple[float, ...]
     solvers: tuple[str, ...]
     search_prompts: int
+    seeds: tuple[int, int]
     heldout_prompts: int
     population: int
     generations: int
     swaps: int
-    lanes: int
-    judge_lanes: int
+    patience: float
+    finalists: int
+    rows: int
     size: tuple[int, int, int]
 
 
@@ -80,28 +82,43 @@ class Study:
         self.pipeline, self.options, self.folder, self.deadline = (
             pipeline, options, folder, deadline,
         )  # fmt: skip
-        searched = options.search_prompts
-        self.searched = self._prompts(range(searched))
-        self.heldout = self._prompts(range(searched, searched + options.heldout_prompts))
+        self.prompts = self._all_prompts()
         self.rows = read_rows(folder)
         self.began = time.perf_counter()
 
-    def _prompts(self, which: range) -> Prompts:
-        pipeline = self.pipeline
+    def _all_prompts(self) -> dict[str, Prompts]:
+        """Prompts with noise: for the first look, the rest of a search, its validation, judging.
+
+        The first three are several seeds of the same few prompts; what is judged on is others.
+        """
+        options, searched = self.options, self.options.search_prompts
+        first, rest = options.seeds
+        parts = {"first": (0, first), "rest": (first, rest), "validation": (first + rest, rest)}
+        rows = {
+            name: [(index, 1 + start + seed) for seed in range(count) for index in range(searched)]
+            for name, (start, count) in parts.items()
+        }
+        heldout = range(searched, searched + options.heldout_prompts)
+        rows["heldout"] = [(index, 0) for index in heldout]
+        return {name: self._prompts(each) for name, each in rows.items()}
+
+    def _prompts(self, rows: Sequence[tuple[int, int]]) -> Prompts:
+        """Of (prompt, seed) pairs."""
+        pipeline, captions = self.pipeline, tiny.captions()
         shape = pipeline.latents_shape(*self.options.size)
-        keys = [jax.random.fold_in(jax.random.key(0), index) for index in which]
+        keys = [jax.random.fold_in(jax.random.key(seed), index) for index, seed in rows]
         noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
-        captions = tiny.captions()
-        return Prompts(noise, pipeline.encode_text([captions[index] for index in which]))
+        return Prompts(noise, pipeline.encode_text([captions[index] for index, _ in rows]))
 
     def solver(self, name: str, steps: int | None = None) -> solvers.Solver:
         """The solver's table."""
         return solvers.make(name, steps or self.options.steps, shift=self.pipeline.shift)
 
     @functools.cache  # noqa: B019 - one study a process
-    def scorer(self, method: str, solver: str, *, heldout: bool) -> Scorer:
-        """Scores on the prompts that are searched on, or exactly on those held out."""
-        prompts = self.heldout if heldout else self.searched
+    def scorer(self, method: str, solver: str, part: str) -> Scorer:
+        """Scores on some of the prompts; exactly on those held out."""
+        prompts = self.prompts[part]
+        lanes = max(1, self.options.rows // len(prompts.context))
         return Scorer(
             self.pipeline.transformer,
             prompts.noise,
@@ -109,10 +126,9 @@ class Study:
             solver=self.solver(solver),
             method=METHODS[method],
             guidance=self.pipeline.defaults.guidance,
-            dense_start=1,
-            lanes=self.options.judge_lanes if heldout else self.options.lanes,
-            batch=4 * self.options.judge_lanes if heldout else 2 * self.options.lanes,
-            precision="highest" if heldout else None,
+            lanes=lanes,
+            batch=self.options.population,
+            precision="highest" if part == "heldout" else None,
         )
 
     @functools.cached_property
@@ -130,7 +146,7 @@ class Study:
     @functools.cache  # noqa: B019
     def dense_videos(self, solver: str) -> tuple[Any, list[np.ndarray]]:
         """Latents and videos that every row of a solver is held against."""
-        dense = self.scorer("step-level", solver, heldout=True).dense
+        dense = self.scorer("step-level-corrected", solver, "heldout").dense
         return dense, self.decode(dense)
 
     def judge(self, rows: Sequence[dict], *, structure: bool = True) -> None:
@@ -144,7 +160,7 @@ class Study:
         self.check_time()
         method, solver = new[0]["method"], new[0]["solver"]
         levels = np.array([row["levels"] for row in new], np.int8)
-        self._measure(new, self.scorer(method, solver, heldout=True).latents(levels), structure)
+        self._measure(new, self.scorer(method, solver, "heldout").latents(levels), structure)
 
     def _measure(self, rows: Sequence[dict], latents, structure: bool) -> None:
         dense, references = self.dense_videos(rows[0]["solver"])
@@ -201,26 +217,44 @@ class Searches:
         name = f"{self.method}, {self.solver}"
         known = [each for each in self.journal.evaluations if each.search == name]
         self.evaluator = Evaluator(
-            [lambda levels: self.it.scorer(self.method, self.solver, heldout=False)(levels)],
+            [functools.partial(self.score, "first"), functools.partial(self.score, "rest")],
             reduce="log",
-            batch=2 * self.it.options.lanes,
+            patience=self.it.options.patience,
+            keep=max(2, self.it.options.population // 4),
+            batch=self.it.options.population,
             record=self.journal.append,
             known={each.levels: each for each in known},
             search=name,
         )
 
+    def score(self, part: str, levels: np.ndarray) -> np.ndarray:
+        """Errors on some of the prompts, until the study's minutes are over."""
+        self.it.check_time()
+        return self.it.scorer(self.method, self.solver, part)(levels)
+
     def space(self, budget: float, choices: tuple[int, ...]) -> Space:
         """The schedules of exactly a budget."""
         return Space.for_budget(self.it.options.steps, budget, choices=choices)
 
-    def row(self, what: str, budget: float, schedule: Schedule, evaluator: Evaluator) -> dict:
-        """A row for `judge`; what it cost counts every schedule asked for, known before or not."""
-        value = float(evaluator(schedule.array()[None])[0])
-        levels = list(schedule.levels)
+    def row(self, what: str, budget: float, evaluator: Evaluator, space: Space) -> dict:
+        """A row for `judge`: the best on fresh noise among the best of what was asked for.
+
+        What it cost counts every schedule asked for, known before or not.
+        """
+        known = [self.evaluator.known[each] for each in evaluator.asked]
+        inside = [each for each in known if sum(each.levels) == space.high]
+        finalists = sorted(inside, key=self.evaluator.fitness)[: self.it.options.finalists]
+        errors = self.score("validation", np.array([each.levels for each in finalists], np.int8))
+        validated = np.exp(np.log(errors).mean(axis=1))
+        chosen = finalists[int(np.argmin(validated))]
         row = {"what": what, "method": self.method, "solver": self.solver, "budget": budget}
-        row |= {"levels": levels, "fitness": value, "evaluations": len(evaluator.asked)}
-        row["seconds"] = sum(self.evaluator.known[each].seconds for each in evaluator.asked)
-        self.it.say(f"{what}, {self.method}, {self.solver}, {budget:g}: {value:.5f} {levels}")
+        row |= {"levels": list(chosen.levels), "fitness": self.evaluator.fitness(chosen)}
+        row |= {"validation": float(validated.min()), "evaluations": len(evaluator.asked)}
+        row["seconds"] = sum(each.seconds for each in known)
+        self.it.say(
+            f"{what}, {self.method}, {self.solver}, {budget:g}: {row['fitness']:.5f} "
+            f"{row['validation']:.5f} {row['levels']}"
+        )
         return row
 
     def evolve(self, what: str, budget: float, choices, given: Sequence[Schedule] = ()) -> dict:
@@ -236,40 +270,39 @@ class Searches:
             space, config, evaluator, jax.random.key(0), given=tuple(given),
             deadline=self.it.deadline,
         )  # fmt: skip
-        best = self.refined(space, evaluator, found.best, options.swaps)
-        return self.row(what, budget, best, evaluator)
+        self.refined(space, evaluator, found.best, options.swaps)
+        return self.row(what, budget, evaluator, space)
 
     def without_search(self, budgets: Sequence[float], choices, levels) -> Iterator[dict]:
         """Dynamic programming over a sensitivity curve, then with swaps."""
         options = self.it.options
         for budget in budgets:
-            # Damages add up as squared errors do, not as their logarithms.
-            evaluator = dataclasses.replace(self.fresh(), reduce="mean")
-            damage = sensitivity.level_sensitivity(evaluator, options.steps, levels)
-            curve = {"what": "sensitivity", "method": self.method, "solver": self.solver}
-            curve |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
-            if _name(curve) not in {_name(row) for row in self.it.rows}:
-                self.it.rows.append(curve)
+            # Damages add up as squared errors do, not as their logarithms, and none is hopeless.
+            curve = dataclasses.replace(self.fresh(), reduce="mean", patience=None)
+            damage = sensitivity.level_sensitivity(curve, options.steps, levels)
+            row = {"what": "sensitivity", "method": self.method, "solver": self.solver}
+            row |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
+            if _name(row) not in {_name(known) for known in self.it.rows}:
+                self.it.rows.append(row)
             space = self.space(budget, choices)
             first = sensitivity.allocate(space, sensitivity.interpolated(damage, levels, choices))
+            alone = dataclasses.replace(self.fresh(), patience=None)
+            alone.asked |= curve.asked
+            alone(first.array()[None])
+            yield self.row("sensitivity + DP", budget, alone, space)
             both = self.fresh()
-            both.asked |= evaluator.asked
-            yield self.row("sensitivity + DP", budget, first, both)
-            best = self.refined(space, both, first, 2 * options.swaps)
-            yield self.row("DP + swaps", budget, best, both)
+            both.asked |= alone.asked
+            self.refined(space, both, first, 2 * options.swaps)
+            yield self.row("DP + swaps", budget, both, space)
 
     def fresh(self) -> Evaluator:
         """An evaluator that counts anew and knows what has been evaluated."""
         return dataclasses.replace(self.evaluator)
 
-    def refined(self, space: Space, evaluator: Evaluator, first: Schedule, number: int) -> Schedule:
-        """Local swaps, until the study's minutes are over."""
-
-        def fitness(levels: np.ndarray) -> np.ndarray:
-            self.it.check_time()
-            return evaluator(levels)
-
-        return sensitivity.refine(space, fitness, first, number, batch=2 * self.it.options.lanes)[0]
+    def refined(self, space: Space, evaluator: Evaluator, first: Schedule, number: int) -> None:
+        """Local swaps; what they found is known to the evaluator."""
+        batch = self.it.options.population
+        sensitivity.refine(space, evaluator, first, number, batch=batch)
 
 
 def hand_made(steps: int, budgets: Sequence[float]) -> Iterator[tuple[str, float, Schedule]]:
@@ -280,75 +313,84 @@ def hand_made(steps: int, budgets: Sequence[float]) -> Iterator[tuple[str, float
                 yield name, budget, schedule
 
 
-def run(it: Study, journal: study.Journal) -> None:
-    """All of the study, the most telling part first; raises OutOfTime where the minutes end."""
-    options = it.options
-    steps, budgets = options.steps, options.budgets
+@dataclasses.dataclass
+class Plan:
+    """The study's work, part by part; `best` is what the parts before have found."""
 
-    def plain(what: str, method: str, solver: str, budget: float, schedule: Schedule) -> dict:
-        row = {"what": what, "method": method, "solver": solver, "budget": budget}
-        return {**row, "levels": list(schedule.levels)}
+    it: Study
+    journal: study.Journal
+    best: dict[tuple[str, str, float], Schedule]
 
-    best: dict[tuple[str, str, float], Schedule] = {}
-
-    def remember(row: dict) -> dict:
-        best[row["method"], row["solver"], row["budget"]] = Schedule(tuple(row["levels"]))
-        return row
-
-    def search(method: str, solver: str) -> Searches:
-        return Searches(it, journal, method, solver)
-
-    def whole_steps(method: str) -> None:
-        for solver in options.solvers:
-            searches = search(method, solver)
+    def evolve(self, method: str, choices, budgets: Sequence[float]) -> None:
+        """Evolution from the patterns made by hand, and from the best step-level schedule."""
+        what = "step-level EA" if choices == WHOLE_STEPS else "EA"
+        for solver in self.it.options.solvers:
+            searches = Searches(self.it, self.journal, method, solver)
             for budget in budgets:
-                row = searches.evolve("step-level EA", budget, WHOLE_STEPS)
-                it.judge([remember(row)])
+                given = [schedule for _, _, schedule in hand_made(self.it.options.steps, [budget])]
+                found = self.best.get(("step-level-corrected", solver, budget))
+                given = [found, *given] if found is not None else given
+                row = searches.evolve(what, budget, choices, given)
+                self.best[method, solver, budget] = Schedule(tuple(row["levels"]))
+                self.it.judge([row])
 
-    def by_hand(method: str) -> None:
-        for solver in options.solvers:
-            patterns = list(hand_made(steps, budgets))
+    def without_search(self, method: str, choices, levels) -> None:
+        """Sensitivities, dynamic programming, swaps."""
+        for solver in self.it.options.solvers:
+            searches = Searches(self.it, self.journal, method, solver)
+            for row in searches.without_search(self.it.options.budgets, choices, levels):
+                self.it.judge([row])
+
+    def by_hand(self, method: str) -> None:
+        """Patterns made by hand."""
+        for solver in self.it.options.solvers:
+            patterns = hand_made(self.it.options.steps, self.it.options.budgets)
             rows = [plain(f"hand-made: {name}", method, solver, b, s) for name, b, s in patterns]
-            it.judge(rows, structure=False)
-            it.say(f"hand-made patterns, {method}, {solver}: judged")
+            self.it.judge(rows, structure=False)
+            self.it.say(f"hand-made patterns, {method}, {solver}: judged")
 
-    whole_steps("step-level-corrected")
-    by_hand("step-level")
-    whole_steps("step-level")
-    by_hand("step-level-corrected")
-    for solver in options.solvers:
-        it.judge(
-            list(search("step-level-corrected", solver).without_search(budgets, WHOLE_STEPS, (0,)))
-        )
-    for solver in options.solvers:
-        searches = search("astraea-corrected", solver)
-        for budget in budgets:
-            # Levels 0 and 10 alone are in the first population, the best of their search too.
-            given = [best["step-level-corrected", solver, budget]]
-            it.judge([remember(searches.evolve("EA", budget, ALL_LEVELS, given))])
-    for solver in options.solvers:
-        searches = search("astraea-corrected", solver)
-        it.judge(list(searches.without_search(budgets, ALL_LEVELS, (0, 5))))
-    for method in ("astraea", "fixed-token", "per block", "astraea-published", "random tokens"):
-        for solver in options.solvers:
+    def tokens(self, method: str) -> None:
+        """A token-wise method on schedules that are there already."""
+        steps = self.it.options.steps
+        for solver in self.it.options.solvers:
             rows = []
-            for budget in budgets:
-                found = best["astraea-corrected", solver, budget]
-                rows.append(plain("EA's schedule", method, solver, budget, found))
+            for budget in self.it.options.budgets:
+                found = self.best.get(("astraea-corrected", solver, budget))
+                if found is not None:
+                    rows.append(plain("EA's schedule", method, solver, budget, found))
                 spread = Schedule.for_budget(steps, budget, whole_steps=False)
                 rows.append(plain("first fifth dense", method, solver, budget, spread))
                 even = Schedule.uniform(steps, budget)
                 rows.append(plain("uniform", method, solver, budget, even))
-            it.judge(rows)
-            it.say(f"{method}, {solver}: judged")
+            self.it.judge(rows)
+            self.it.say(f"{method}, {solver}: judged")
+
+
+def run(it: Study, journal: study.Journal) -> None:
+    """All of the study, the most telling part first; raises OutOfTime where the minutes end."""
+    budgets = it.options.budgets
+    telling, rest = budgets[::2], budgets[1::2]
+    plan = Plan(it, journal, {})
+    plan.evolve("step-level-corrected", WHOLE_STEPS, budgets)
+    plan.by_hand("step-level")
+    plan.evolve("astraea-corrected", ALL_LEVELS, telling)
+    plan.by_hand("step-level-corrected")
     for budget in budgets:
-        for solver in options.solvers:
+        for solver in it.options.solvers:
             fewer_steps(it, solver, budget)
-    for solver in options.solvers:
-        searches = search("astraea", solver)
-        for budget in budgets:
-            given = [best["step-level", solver, budget]]
-            it.judge([searches.evolve("EA", budget, ALL_LEVELS, given)])
+    for method in ("astraea", "fixed-token", "random tokens", "per block"):
+        plan.tokens(method)
+    plan.without_search("step-level-corrected", WHOLE_STEPS, (0,))
+    plan.evolve("step-level", WHOLE_STEPS, budgets)
+    plan.evolve("astraea-corrected", ALL_LEVELS, rest)
+    plan.tokens("astraea-published")
+    plan.without_search("astraea-corrected", ALL_LEVELS, (0, 5))
+
+
+def plain(what: str, method: str, solver: str, budget: float, schedule: Schedule) -> dict:
+    """A row for `judge` that no search has cost anything."""
+    row = {"what": what, "method": method, "solver": solver, "budget": budget}
+    return {**row, "levels": list(schedule.levels)}
 
 
 def fewer_steps(it: Study, solver: str, budget: float) -> None:
@@ -362,8 +404,8 @@ def fewer_steps(it: Study, solver: str, budget: float) -> None:
     with jax.default_matmul_precision("highest"):
         latents = denoise(
             it.pipeline.transformer,
-            it.heldout.noise,
-            it.heldout.context,
+            it.prompts["heldout"].noise,
+            it.prompts["heldout"].context,
             solver=it.solver(solver, number),
             guidance=it.pipeline.defaults.guidance,
         ).latents

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax.denoise import Settings
-from astraea_jax.methods import Dense, Method
+from astraea_jax.methods import Method
 from astraea_jax.model import VideoDiT
 from astraea_jax.population.lanes import (
     AXIS,
@@ -20,6 +20,7 @@ from astraea_jax.population.lanes import (
     denoise_many,
     denoise_start,
 )
+from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver
 
 
@@ -48,7 +49,7 @@ class Scorer:
         precision: str | None = None,
         devices: Sequence[Any] | None = None,
     ):
-        """Computes what all schedules share.
+        """Computes the dense start that all schedules share.
 
         Args:
           model: a video diffusion transformer.
@@ -89,18 +90,29 @@ class Scorer:
         settings = Settings(method, model.geometry(latents.shape), branches, False)
         scale = jnp.float32(1.0 if guidance is None else guidance)
         key = jax.random.key(0) if key is None else key
-        arguments = (model, jnp.asarray(latents, jnp.float32), context, solver, scale, key)
-        start = functools.partial(denoise_start, *arguments, precision=precision)
-        prepared, state = start(settings=settings, dense_start=dense_start)
-        plain = settings._replace(method=Dense())
-        _, dense = start(settings=plain, dense_start=solver.steps)
-        self.dense: Float[Array, "P F Y X C"] = dense.latents
-        self._target = dense.latents if decode is None else decode(dense.latents)
+        latents = jnp.asarray(latents, jnp.float32)
+        prepared, state = denoise_start(
+            model, latents, context, solver, scale, key,
+            settings=settings, dense_start=dense_start, precision=precision,
+        )  # fmt: skip
         self._many = functools.partial(
             denoise_many, model, prepared, state, solver, guidance=scale, key=key,
             settings=settings, dense_start=dense_start, plan=plan, lanes=lanes,
             tiles=tiles or 2 * lanes, precision=precision, mesh=mesh,
         )  # fmt: skip
+        self._dense: Array | None = None
+        self._target: Array | None = None
+
+    @property
+    def dense(self) -> Float[Array, "P F Y X C"]:
+        """Latents of the dense videos, by the program that scores: rounding is not an error."""
+        if self._dense is None:
+            self._dense = self.latents(self._full)[0]
+        return self._dense
+
+    @property
+    def _full(self) -> np.ndarray:
+        return np.full((1, self.steps), LEVELS, np.int8)
 
     def latents(self, levels: Int[np.ndarray, "S T"]) -> Float[Array, "S P F Y X C"]:
         """Denoised latents of each schedule."""
@@ -112,9 +124,16 @@ class Scorer:
 
     def __call__(self, levels: Int[np.ndarray, "S T"]) -> Float[np.ndarray, "S P"]:
         """Mean squared error of each schedule and prompt: of latents, or of what `decode` gives."""
-        latents = self.latents(levels)
+        if self._dense is None:
+            # Along with the first schedules, so that its lane is not the only one at work.
+            *rows, self._dense = self.latents(np.concatenate([levels, self._full]))
+            latents = jnp.stack(rows)
+        else:
+            latents = self.latents(levels)
         if self._decode is None:
-            return np.asarray(_errors(latents, self._target), np.float64)
+            return np.asarray(_errors(latents, self._dense), np.float64)
+        if self._target is None:
+            self._target = self._decode(self._dense)
         rows = (_errors(self._decode(row)[None], self._target)[0] for row in latents)
         return np.array([np.asarray(row, np.float64) for row in rows])
 
