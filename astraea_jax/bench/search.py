@@ -29,7 +29,7 @@ def command(
     seeds: tuple[int, int] = (2, 6),
     heldout_prompts: int = 16,
     population: int = 32,
-    generations: int = 10,
+    generations: int = 8,
     swaps: int = 96,
     patience: float = 1.3,
     finalists: int = 8,

@@ -372,9 +372,9 @@ def run(it: Study, journal: study.Journal) -> None:
     telling, rest = budgets[::2], budgets[1::2]
     plan = Plan(it, journal, {})
     plan.evolve("step-level-corrected", WHOLE_STEPS, budgets)
-    plan.by_hand("step-level")
     plan.evolve("astraea-corrected", ALL_LEVELS, telling)
     plan.by_hand("step-level-corrected")
+    plan.by_hand("step-level")
     for budget in budgets:
         for solver in it.options.solvers:
             fewer_steps(it, solver, budget)
