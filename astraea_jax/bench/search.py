@@ -9,7 +9,7 @@ import jax
 
 import astraea_jax
 from astraea_jax import methods, report
-from astraea_jax.bench.search_study import BUDGETS, Options, OutOfTime, Study, read_rows, run
+from astraea_jax.bench.search_study import BUDGETS, PARTS, Options, OutOfTime, Study, read_rows, run
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
@@ -26,14 +26,17 @@ def command(
     budgets: tuple[float, ...] = BUDGETS,
     solver: tuple[str, ...] = ("unipc", "euler"),
     search_prompts: int = 4,
+    pool: int = 48,
     seeds: tuple[int, int] = (2, 6),
     heldout_prompts: int = 16,
     population: int = 32,
-    generations: int = 8,
-    swaps: int = 96,
+    generations: int = 6,
+    swaps: int = 64,
     patience: float = 1.3,
-    finalists: int = 8,
+    finalists: int = 16,
     rows: int = 256,
+    parts: tuple[str, ...] = tuple(PARTS),
+    reuses: tuple[str, ...] = ("step-level-corrected", "step-level"),
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
@@ -48,7 +51,8 @@ def command(
       steps: Of the dense videos.
       budgets: Shares of the tokens.
       solver: Solvers to search for.
-      search_prompts: The model's first prompts are searched on,
+      search_prompts: Prompts that are searched on: those of
+      pool: so many that stand best for it;
       seeds: each with so much noise for a first look, and so much more for those that pass it,
       heldout_prompts: and the prompts after them judged on, at least 2.
       population: Children of a generation.
@@ -56,7 +60,9 @@ def command(
       swaps: Evaluations of the local refinement.
       patience: A schedule passes the first look if its error is at most so many times that of
         the best so far there.
-      finalists: Of each search, chosen from by noise that it has not seen.
+      finalists: Of each search, chosen from by prompts that it has not seen.
+      parts: Of the study, in order.
+      reuses: Step-level methods that are searched for; the better of them is judged.
       rows: Videos denoised at a time, guidance branches counted.
       frames: Frames of the videos, 4k + 1; the model's default when left out.
       height: Pixels.
@@ -77,12 +83,14 @@ def command(
             f"and seeds, finalists and rows of at least 1; got {search_prompts}, "
             f"{heldout_prompts}, {seeds}, {finalists} and {rows}"
         )
+    if set(parts) - set(PARTS):
+        raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
     pipeline = wan.Pipeline.from_pretrained(model)
     if minutes > 0:
         options = Options(
-            steps, budgets, solver, search_prompts, seeds, heldout_prompts, population,
+            steps, budgets, solver, search_prompts, pool, seeds, heldout_prompts, population,
             generations, swaps, patience, finalists, rows, pipeline.size(frames, height, width),
         )  # fmt: skip
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
@@ -90,7 +98,7 @@ def command(
         with study.open_journal(output, header) as journal:
             it = Study(pipeline, options, output, deadline)
             try:
-                run(it, journal)
+                run(it, journal, parts, reuses)
             except OutOfTime:
                 it.say("out of time; run again to go on")
             it.save()
@@ -119,11 +127,15 @@ def table(rows: Sequence[dict]) -> list[dict]:
 def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes a schedule file for each solver and budget, and returns their paths.
 
-    Of all searches the one of least error on its validation noise is taken; the judgement on
-    the held-out prompts is what the file says of itself.
+    Of all searches the one of least error on its validation prompts is taken; the judgement on
+    the held-out ones is what the file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    searched = [row for row in rows if "validation" in row and row["method"] in methods.METHODS]
+    searched = [
+        row
+        for row in rows
+        if {"validation", "psnr"} <= set(row) and row["method"] in methods.METHODS
+    ]
     best: dict[tuple, dict] = {}
     for row in sorted(searched, key=lambda row: row["validation"]):
         best.setdefault((row["solver"], row["budget"]), row)

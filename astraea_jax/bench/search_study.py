@@ -11,7 +11,7 @@ import functools
 import json
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -56,6 +56,7 @@ class Options:
     budgets: tuple[float, ...]
     solvers: tuple[str, ...]
     search_prompts: int
+    pool: int
     seeds: tuple[int, int]
     heldout_prompts: int
     population: int
@@ -82,24 +83,69 @@ class Study:
         self.pipeline, self.options, self.folder, self.deadline = (
             pipeline, options, folder, deadline,
         )  # fmt: skip
-        self.prompts = self._all_prompts()
         self.rows = read_rows(folder)
         self.began = time.perf_counter()
 
-    def _all_prompts(self) -> dict[str, Prompts]:
+    @functools.cached_property
+    def chosen(self) -> list[int]:
+        """The captions that are searched on: the few that stand best for a pool of them.
+
+        They are those on which the patterns made by hand have, on the mean, the errors that they
+        have on the whole pool. The pool holds none of those that are judged on.
+        """
+        for row in self.rows:
+            if "prompts" in row:  # chosen by an earlier run
+                return row["prompts"]
+        number, pool = self.options.search_prompts, self.pool
+        if number >= len(pool):
+            return pool[:number]
+        solver, chunk = self.options.solvers[0], self.options.seeds[1] * number
+        patterns = [
+            schedule for _, _, schedule in hand_made(self.options.steps, self.options.budgets[:2])
+        ]
+        levels = np.array([schedule.levels for schedule in patterns], np.int8)
+        errors = []
+        for at in range(0, len(pool), chunk):
+            part = (pool[at : at + chunk] * chunk)[:chunk]  # as long as the rest of a search
+            scorer = self._scorer(
+                "step-level-corrected", solver, self._prompts([(i, 1) for i in part])
+            )
+            errors.append(np.log(scorer(levels))[:, : len(pool) - at])
+        table = np.concatenate(errors, axis=1)
+        rng = np.random.default_rng(0)
+        draws = [rng.permutation(len(pool))[:number] for _ in range(20_000)]
+        means = np.stack([table[:, draw].mean(axis=1) for draw in draws])
+        distance = np.square(means - table.mean(axis=1)).sum(axis=1)
+        found = sorted(pool[index] for index in draws[int(distance.argmin())])
+        self.say(f"searching on captions {found} of a pool of {len(pool)}")
+        return found
+
+    @property
+    def pool(self) -> list[int]:
+        """Captions that are not judged on."""
+        first = self.options.search_prompts
+        judged = range(first, first + self.options.heldout_prompts)
+        others = [index for index in range(len(tiny.captions())) if index not in judged]
+        return others[: self.options.pool]
+
+    @functools.cached_property
+    def prompts(self) -> dict[str, Prompts]:
         """Prompts with noise: for the first look, the rest of a search, its validation, judging.
 
-        The first three are several seeds of the same few prompts; what is judged on is others.
+        The first two are several seeds of the same few prompts; the others have prompts of their
+        own, a seed each.
         """
-        options, searched = self.options, self.options.search_prompts
-        first, rest = options.seeds
-        parts = {"first": (0, first), "rest": (first, rest), "validation": (first + rest, rest)}
+        options, (first, rest) = self.options, self.options.seeds
+        seeds = {"first": range(1, 1 + first), "rest": range(1 + first, 1 + first + rest)}
         rows = {
-            name: [(index, 1 + start + seed) for seed in range(count) for index in range(searched)]
-            for name, (start, count) in parts.items()
+            name: [(index, seed) for seed in numbers for index in self.chosen]
+            for name, numbers in seeds.items()
         }
-        heldout = range(searched, searched + options.heldout_prompts)
-        rows["heldout"] = [(index, 0) for index in heldout]
+        others = [index for index in self.pool if index not in self.chosen] or self.chosen
+        length = rest * options.search_prompts
+        rows["validation"] = [(index, 1) for index in (others * length)[:length]]
+        judged = range(options.search_prompts, options.search_prompts + options.heldout_prompts)
+        rows["heldout"] = [(index, 0) for index in judged]
         return {name: self._prompts(each) for name, each in rows.items()}
 
     def _prompts(self, rows: Sequence[tuple[int, int]]) -> Prompts:
@@ -117,8 +163,9 @@ class Study:
     @functools.cache  # noqa: B019 - one study a process
     def scorer(self, method: str, solver: str, part: str) -> Scorer:
         """Scores on some of the prompts; exactly on those held out."""
-        prompts = self.prompts[part]
-        lanes = max(1, self.options.rows // len(prompts.context))
+        return self._scorer(method, solver, self.prompts[part], exact=part == "heldout")
+
+    def _scorer(self, method: str, solver: str, prompts: Prompts, *, exact: bool = False) -> Scorer:
         return Scorer(
             self.pipeline.transformer,
             prompts.noise,
@@ -126,9 +173,9 @@ class Study:
             solver=self.solver(solver),
             method=METHODS[method],
             guidance=self.pipeline.defaults.guidance,
-            lanes=lanes,
+            lanes=max(1, self.options.rows // len(prompts.context)),
             batch=self.options.population,
-            precision="highest" if part == "heldout" else None,
+            precision="highest" if exact else None,
         )
 
     @functools.cached_property
@@ -237,20 +284,25 @@ class Searches:
         return Space.for_budget(self.it.options.steps, budget, choices=choices)
 
     def row(self, what: str, budget: float, evaluator: Evaluator, space: Space) -> dict:
-        """A row for `judge`: the best on fresh noise among the best of what was asked for.
+        """A row for `judge`: the best on other prompts among the best of what was asked for.
 
         What it cost counts every schedule asked for, known before or not.
         """
         known = [self.evaluator.known[each] for each in evaluator.asked]
         inside = [each for each in known if sum(each.levels) == space.high]
         finalists = sorted(inside, key=self.evaluator.fitness)[: self.it.options.finalists]
+        if len(inside) > 1:
+            by_hand = {each.levels for _, _, each in hand_made(space.steps, [budget])}
+            finalists += [
+                each for each in inside if each.levels in by_hand - {f.levels for f in finalists}
+            ]
         errors = self.score("validation", np.array([each.levels for each in finalists], np.int8))
         validated = np.exp(np.log(errors).mean(axis=1))
         chosen = finalists[int(np.argmin(validated))]
         row = {"what": what, "method": self.method, "solver": self.solver, "budget": budget}
         row |= {"levels": list(chosen.levels), "fitness": self.evaluator.fitness(chosen)}
         row |= {"validation": float(validated.min()), "evaluations": len(evaluator.asked)}
-        row["seconds"] = sum(each.seconds for each in known)
+        row |= {"seconds": sum(each.seconds for each in known), "prompts": self.it.chosen}
         self.it.say(
             f"{what}, {self.method}, {self.solver}, {budget:g}: {row['fitness']:.5f} "
             f"{row['validation']:.5f} {row['levels']}"
@@ -315,24 +367,50 @@ def hand_made(steps: int, budgets: Sequence[float]) -> Iterator[tuple[str, float
 
 @dataclasses.dataclass
 class Plan:
-    """The study's work, part by part; `best` is what the parts before have found."""
+    """The study's work, part by part."""
 
     it: Study
     journal: study.Journal
-    best: dict[tuple[str, str, float], Schedule]
+    reuses: Sequence[str]
+    found: list[dict] = dataclasses.field(default_factory=list)
 
-    def evolve(self, method: str, choices, budgets: Sequence[float]) -> None:
+    def best(self, solver: str, budget: float, *methods: str) -> Schedule | None:
+        """What earlier searches judged best of some methods, by prompts that no search saw."""
+        rows = [
+            row
+            for row in [*self.it.rows, *self.found]
+            if row["solver"] == solver and row["budget"] == budget and row["method"] in methods
+            and "validation" in row
+        ]  # fmt: skip
+        if not rows:
+            return None
+        return Schedule(tuple(min(rows, key=lambda row: row["validation"])["levels"]))
+
+    def step_level(self, budgets: Sequence[float]) -> None:
+        """Evolution of whole steps with each kind of reuse; the better is judged."""
+        for solver in self.it.options.solvers:
+            found = [
+                [self.evolve(method, solver, budget, WHOLE_STEPS) for method in self.reuses]
+                for budget in budgets
+            ]
+            for rows in found:
+                self.it.judge([min(rows, key=lambda row: row["validation"])])
+
+    def evolve(self, method: str, solver: str, budget: float, choices) -> dict:
         """Evolution from the patterns made by hand, and from the best step-level schedule."""
         what = "step-level EA" if choices == WHOLE_STEPS else "EA"
+        given = [schedule for _, _, schedule in hand_made(self.it.options.steps, [budget])]
+        found = self.best(solver, budget, "step-level-corrected", "step-level")
+        given = given if found is None else [found, *given]
+        row = Searches(self.it, self.journal, method, solver).evolve(what, budget, choices, given)
+        self.found.append(row)
+        return row
+
+    def token_wise(self, budgets: Sequence[float]) -> None:
+        """Evolution of levels 0 to 10."""
         for solver in self.it.options.solvers:
-            searches = Searches(self.it, self.journal, method, solver)
             for budget in budgets:
-                given = [schedule for _, _, schedule in hand_made(self.it.options.steps, [budget])]
-                found = self.best.get(("step-level-corrected", solver, budget))
-                given = [found, *given] if found is not None else given
-                row = searches.evolve(what, budget, choices, given)
-                self.best[method, solver, budget] = Schedule(tuple(row["levels"]))
-                self.it.judge([row])
+                self.it.judge([self.evolve("astraea-corrected", solver, budget, ALL_LEVELS)])
 
     def without_search(self, method: str, choices, levels) -> None:
         """Sensitivities, dynamic programming, swaps."""
@@ -355,7 +433,7 @@ class Plan:
         for solver in self.it.options.solvers:
             rows = []
             for budget in self.it.options.budgets:
-                found = self.best.get(("astraea-corrected", solver, budget))
+                found = self.best(solver, budget, "astraea-corrected")
                 if found is not None:
                     rows.append(plain("EA's schedule", method, solver, budget, found))
                 spread = Schedule.for_budget(steps, budget, whole_steps=False)
@@ -366,25 +444,30 @@ class Plan:
             self.it.say(f"{method}, {solver}: judged")
 
 
-def run(it: Study, journal: study.Journal) -> None:
-    """All of the study, the most telling part first; raises OutOfTime where the minutes end."""
-    budgets = it.options.budgets
-    telling, rest = budgets[::2], budgets[1::2]
-    plan = Plan(it, journal, {})
-    plan.evolve("step-level-corrected", WHOLE_STEPS, budgets)
-    plan.evolve("astraea-corrected", ALL_LEVELS, telling)
-    plan.by_hand("step-level-corrected")
-    plan.by_hand("step-level")
-    for budget in budgets:
-        for solver in it.options.solvers:
-            fewer_steps(it, solver, budget)
-    for method in ("astraea", "fixed-token", "random tokens", "per block"):
-        plan.tokens(method)
-    plan.without_search("step-level-corrected", WHOLE_STEPS, (0,))
-    plan.evolve("step-level", WHOLE_STEPS, budgets)
-    plan.evolve("astraea-corrected", ALL_LEVELS, rest)
-    plan.tokens("astraea-published")
-    plan.without_search("astraea-corrected", ALL_LEVELS, (0, 5))
+PARTS: dict[str, Callable[[Plan], object]] = {
+    "step-level": lambda plan: plan.step_level(plan.it.options.budgets[:2]),
+    "token-wise": lambda plan: plan.token_wise(plan.it.options.budgets[:2]),
+    "step-level-rest": lambda plan: plan.step_level(plan.it.options.budgets[2:]),
+    "by-hand": lambda plan: (plan.by_hand("step-level"), plan.by_hand("step-level-corrected")),
+    "fewer-steps": lambda plan: [
+        fewer_steps(plan.it, solver, budget)
+        for budget in plan.it.options.budgets
+        for solver in plan.it.options.solvers
+    ],
+    "tokens": lambda plan: [
+        plan.tokens(method) for method in ("fixed-token", "random tokens", "per block", "astraea")
+    ],
+    "without-search": lambda plan: plan.without_search("step-level-corrected", WHOLE_STEPS, (0,)),
+    "token-wise-rest": lambda plan: plan.token_wise(plan.it.options.budgets[2:]),
+}
+"""The study's work by name, the most telling part first."""
+
+
+def run(it: Study, journal: study.Journal, parts: Sequence[str], reuses: Sequence[str]) -> None:
+    """Some parts of the study in order; raises OutOfTime where the minutes end."""
+    plan = Plan(it, journal, reuses)
+    for part in parts:
+        PARTS[part](plan)
 
 
 def plain(what: str, method: str, solver: str, budget: float, schedule: Schedule) -> dict:
