@@ -389,11 +389,8 @@ class Plan:
     def step_level(self, budgets: Sequence[float]) -> None:
         """Evolution of whole steps with each kind of reuse; the better is judged."""
         for solver in self.it.options.solvers:
-            found = [
-                [self.evolve(method, solver, budget, WHOLE_STEPS) for method in self.reuses]
-                for budget in budgets
-            ]
-            for rows in found:
+            for budget in budgets:
+                rows = [self.evolve(method, solver, budget, WHOLE_STEPS) for method in self.reuses]
                 self.it.judge([min(rows, key=lambda row: row["validation"])])
 
     def evolve(self, method: str, solver: str, budget: float, choices) -> dict:
