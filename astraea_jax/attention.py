@@ -4,15 +4,26 @@ Given every key and value, a row of attention depends on no other row, so comput
 selected queries gives exactly the rows that dense attention would give.
 """
 
+import contextlib
 import functools
-from typing import Literal
+import importlib
+import types
+import warnings
+from typing import Literal, NamedTuple, get_args
 
 import jax
+import jax.core
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-Implementation = Literal["xla"]
+from astraea_jax.kernels import backward
+from astraea_jax.kernels.machine import Gpu, gpu
+
+Implementation = Literal["xla", "cudnn", "triton", "mosaic"]
+MODULES = {"cudnn": "cudnn", "triton": "ampere", "mosaic": "hopper"}
+"""Implementation -> its module in kernels/; imported only where there is a GPU to run it."""
 
 # Tile sizes of the XLA reference: scores held at once are [B, A, QUERY_TILE, KEY_TILE] float32.
 QUERY_TILE = 2048
@@ -21,28 +32,46 @@ KEY_TILE = 2048
 
 def implementations() -> dict[str, str]:
     """Which implementations run on this machine: name -> "runs", or the reason why not."""
-    return {"xla": "runs"}
+    here = gpu()
+    reasons = {name: refusal(name, here, 128, jnp.bfloat16) for name in get_args(Implementation)}
+    return {name: reason or "runs" for name, reason in reasons.items()}
+
+
+def refusal(name: str, here: Gpu | None, width: int, dtype) -> str | None:
+    """Why an implementation can't run on a GPU (None: no GPU), for a head width and dtype."""
+    if name == "xla":
+        return None
+    if here is None:
+        return f"needs an NVIDIA GPU; this process has {jax.devices()[0].device_kind}"
+    try:
+        return kernel_module(name).refusal(here, width, dtype)
+    except ImportError as error:
+        return f"this JAX has no such back end ({error})"
 
 
 def query_sparse_attention(
-    q: Float[Array, "B K A C"],
+    q: Float[Array, "B M A C"],
     k: Float[Array, "B N A C"],
     v: Float[Array, "B N A C"],
     *,
+    indices: Int[Array, "B K"] | None = None,
     count: Int[Array, "B"] | None = None,
     scale: float | None = None,
     implementation: Implementation | None = None,
-) -> tuple[Float[Array, "B K A C"], Float[Array, "B A K"]]:
-    """Attention of gathered query rows to all keys and values.
+) -> tuple[Float[Array, "B _ A C"], Float[Array, "B A _"]]:
+    """Attention of selected query rows to all keys and values.
 
     Args:
-      q: selected queries, already gathered.
+      q: selected queries, already gathered (K = M); or, with `indices`, the queries of all tokens.
       k: keys of every token.
       v: values of every token, in the dtype of `k`.
-      count: rows of `q` that are in use, per batch row, in 0..K; None means all.
+      indices: rows of `q` to compute, in 0..M-1; one past the end counts as the last.
+      count: rows that are in use, per batch row, in 0..K; None means all.
       scale: factor on the logits; None means C ** -0.5.
       implementation: "xla" (online softmax over tiles of keys, never a K x N matrix at size),
-        or None for the best that runs here.
+        "cudnn", "triton" or "mosaic" (Hopper); None for the best that runs, chosen by platform when
+        the program is lowered and by compute capability. Only xla takes float32, or runs without
+        an NVIDIA GPU.
 
     Returns:
       out: [B, K, A, C] in the dtype of `v`; rows at or past `count` are 0.
@@ -50,23 +79,130 @@ def query_sparse_attention(
         logits; rows at or past `count` are -inf.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, no key, or an implementation that can't run.
+      ValueError: shapes or dtypes that do not fit, no key, an index out of range where the indices
+        are known, or a named implementation that can't run, with the reason.
 
     Source: ASTRAEA 3.2, Figure 3 and Algorithm 1 lines 3-5.
     """
-    _check(q, k, v, count)
-    if implementation not in (None, "xla"):
+    _check(q, k, v, indices, count)
+    if implementation not in (None, *get_args(Implementation)):
         raise ValueError(
-            f"implementation must be None or one of {', '.join(implementations())}; "
+            f"implementation must be None or one of {', '.join(get_args(Implementation))}; "
             f"got {implementation!r}"
         )
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    here = gpu()
+    if implementation is None:
+        num_queries = q.shape[1] if indices is None else indices.shape[1]
+        names = preferred(here, num_queries, k.shape[1])
+        chosen = _first_that_runs(names, here, q.shape[-1], jnp.dtype(k.dtype))
+        settings = Settings(chosen, factor, by_platform=True)
+    else:
+        reason = refusal(implementation, here, q.shape[-1], k.dtype)
+        if reason is not None:
+            raise ValueError(f"implementation {implementation!r} can't run: it {reason}")
+        settings = Settings(implementation, factor, by_platform=False)
+    if settings.name == "xla":
+        # Not through the custom gradient: XLA differentiates its own.
+        return _xla(q, k, v, count, indices, factor)
+    return _attend(settings, q, k, v, count, indices)
+
+
+def preferred(here: Gpu | None, num_queries: int, num_keys: int) -> tuple[Implementation, ...]:
+    """Implementations to try where none is named, best first."""
+    if here is None:
+        return ("xla",)
+    # A Hopper tile is 64 queries of a warpgroup, twice: most of it would be waste.
+    if here.capability[0] == 9 and num_queries > 64:
+        return ("mosaic", "triton", "xla")
+    return ("triton", "xla")
+
+
+class Settings(NamedTuple):
+    """What is compiled in.
+
+    Attributes:
+      name: the implementation.
+      scale: factor on the logits.
+      by_platform: run it on CUDA, and xla on other platforms, whichever the program is lowered for.
+    """
+
+    name: Implementation
+    scale: float
+    by_platform: bool
+
+
+@functools.cache
+def _first_that_runs(names, here: Gpu | None, width: int, dtype) -> Implementation:
+    """The first that has no reason against it; says once what was passed over."""
+    reasons = {}
+    for name in names:
+        reasons[name] = refusal(name, here, width, dtype)
+        if reasons[name] is None:
+            break
+    chosen = list(reasons)[-1]
+    # float32 is for exactness: nobody expects a tensor-core kernel to take it.
+    if len(reasons) > 1 and dtype != jnp.float32:
+        passed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason)
+        warnings.warn(f"attention falls back to {chosen}: {passed}", stacklevel=4)
+    return chosen
+
+
+def kernel_module(name: str) -> types.ModuleType:
+    """The module in kernels/ that has an implementation; imported when first asked for."""
+    return importlib.import_module(f"astraea_jax.kernels.{MODULES[name]}")
+
+
+def _xla(q, k, v, count, indices, scale):
+    """The reference, on any platform."""
+    if indices is not None:
+        q = gather_rows(q, indices)
+    # On a GPU, float32 products are rounded to TF32 unless more is asked for.
+    exact = gpu() is not None and q.dtype == jnp.float32
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
     if count is not None:
         used = jnp.arange(q.shape[1]) < count[:, None]
         out = jnp.where(used[:, :, None, None], out, 0)
         lse = jnp.where(used[:, None, :], lse, -jnp.inf)
     return out, lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(settings: Settings, q, k, v, count, indices):
+    """A kernel, with a gradient."""
+    kernel = functools.partial(_run_kernel, settings)
+    if not settings.by_platform:
+        return kernel(q, k, v, count, indices)
+    reference = functools.partial(_xla, scale=settings.scale)
+    return lax.platform_dependent(q, k, v, count, indices, cuda=kernel, default=reference)
+
+
+def _run_kernel(settings: Settings, q, k, v, count, indices):
+    module = kernel_module(settings.name)
+    if settings.name == "triton":  # it gathers by itself
+        return module.attend(q, k, v, count, indices, scale=settings.scale)
+    if indices is not None:
+        q = gather_rows(q, indices)
+    return module.attend(q, k, v, count, scale=settings.scale)
+
+
+def _attend_forward(settings: Settings, q, k, v, count, indices):
+    out, lse = _attend(settings, q, k, v, count, indices)
+    return (out, lse), (q, k, v, count, indices, out, lse)
+
+
+def _attend_backward(settings: Settings, saved, gradients):
+    q, k, v, _, indices, out, lse = saved
+    rows = q if indices is None else gather_rows(q, indices)
+    rows, k, v = backward.gradient(rows, k, v, out, lse, *gradients, scale=settings.scale)
+    if indices is not None:
+        batch = jnp.arange(q.shape[0])[:, None]
+        rows = jnp.zeros_like(q).at[batch, jnp.minimum(indices, q.shape[1] - 1)].add(rows)
+    return rows, k, v, None, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def gather_rows(
@@ -153,7 +289,7 @@ def _tile(q, k, v, fresh):
     return total, normaliser, largest
 
 
-def _check(q, k, v, count) -> None:
+def _check(q, k, v, indices, count) -> None:
     """Refuses what no implementation could compute, at trace time."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise ValueError(
@@ -165,11 +301,22 @@ def _check(q, k, v, count) -> None:
             "expected q and k to agree in batch, heads and head width; "
             f"got q {q.shape} and k {k.shape}"
         )
-    if q.shape[1] == 0 or k.shape[1] == 0:
+    if indices is not None and (indices.ndim != 2 or indices.shape[0] != q.shape[0]):
+        raise ValueError(f"expected indices of shape ({q.shape[0]}, K); got {indices.shape}")
+    num_queries = q.shape[1] if indices is None else indices.shape[1]
+    if 0 in (q.shape[1], num_queries, k.shape[1]):
         raise ValueError(
-            f"expected at least one query and one key; got {q.shape[1]} and {k.shape[1]}"
+            "expected at least one query and one key; "
+            f"got {min(q.shape[1], num_queries)} and {k.shape[1]}"
         )
     if not (q.dtype == k.dtype == v.dtype):
         raise ValueError(f"expected one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}: cast one")
     if count is not None and count.shape != (q.shape[0],):
         raise ValueError(f"expected count of shape ({q.shape[0]},); got {count.shape}")
+    if indices is not None and count is None and not isinstance(indices, jax.core.Tracer):
+        known = np.asarray(indices)
+        if known.min() < 0 or known.max() >= q.shape[1]:
+            raise ValueError(
+                f"expected indices in 0..{q.shape[1] - 1}; got {known.min()}..{known.max()}: "
+                "give the number of rows in use as count, if the rest is padding"
+            )

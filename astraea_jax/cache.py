@@ -49,6 +49,11 @@ def empty_cache(
     )
 
 
+def block_rows(stack: Float[Array, "L B N H"], block: Int[Array, ""]) -> Float[Array, "B N H"]:
+    """What the cache holds of one block, where nothing is written to it afterwards."""
+    return lax.dynamic_index_in_dim(stack, block, keepdims=False)
+
+
 def read_block(
     stack: Float[Array, "L B N H"], block: Int[Array, ""]
 ) -> tuple[Float[Array, "L B N H"], Float[Array, "B N H"]]:
@@ -57,8 +62,7 @@ def read_block(
     The read is ordered before any write to what this returns. Without that XLA may write first,
     and keeps the old rows by copying the whole cache, twice in every block.
     """
-    rows = lax.dynamic_index_in_dim(stack, block, keepdims=False)
-    return lax.optimization_barrier((stack, rows))
+    return lax.optimization_barrier((stack, block_rows(stack, block)))
 
 
 def write_block(

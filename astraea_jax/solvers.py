@@ -7,7 +7,7 @@ needs no new program.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -152,40 +152,50 @@ def widen_gap(solver: Solver, gap: Gap) -> Gap:
     return gap._replace(latents=latents, history=history)
 
 
-def euler(steps: int, *, shift: float = 3.0) -> Solver:
-    """Euler on the grid of Diffusers' FlowMatchEulerDiscreteScheduler (shifted twice below).
+Grid = Literal["diffusers", "original"]
+"""Whose noise levels a solver steps through; the two differ by up to 1e-2 in a sample."""
+
+
+def euler(steps: int, *, shift: float = 3.0, grid: Grid = "diffusers") -> Solver:
+    """Euler on the grid of Diffusers' FlowMatchEulerDiscreteScheduler, or the original's.
 
     Args:
       steps: number of steps, at least 1.
       shift: flow shift, above 0; larger spends more steps on high noise.
+      grid: Diffusers' (shifted twice at the low end, times with fractions) or that of the
+        original's UniPC.
 
     Source: Diffusers scheduling_flow_match_euler_discrete.
     """
-    _check(steps, shift)
-    last = _shifted(1 / _TRAIN_STEPS, shift)
-    sigmas = np.append(_shifted(np.linspace(1.0, last, steps), shift), 0.0)
+    _check(steps, shift, grid)
+    if grid == "original":
+        sigmas = _unipc_sigmas(steps, shift, grid)
+        timesteps = np.trunc(_TRAIN_STEPS * sigmas[:-1])
+    else:
+        last = _shifted(1 / _TRAIN_STEPS, shift)
+        sigmas = np.append(_shifted(np.linspace(1.0, last, steps), shift), 0.0)
+        timesteps = _TRAIN_STEPS * sigmas[:-1]
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[:, 0] = 1
     predict[:, 0] = sigmas[1:] / sigmas[:-1]
     predict[:, 1] = 1 - predict[:, 0]
-    return _table(sigmas, _TRAIN_STEPS * sigmas[:-1], correct, predict)
+    return _table(sigmas, timesteps, correct, predict)
 
 
-def unipc(steps: int, *, shift: float = 3.0) -> Solver:
-    """UniPC of order 2 (bh2, predicting the clean sample) on Diffusers' flow sigma grid.
+def unipc(steps: int, *, shift: float = 3.0, grid: Grid = "diffusers") -> Solver:
+    """UniPC of order 2 (bh2, predicting the clean sample).
 
     Args:
       steps: number of steps, at least 1.
       shift: flow shift, above 0.
+      grid: Diffusers' UniPC with use_flow_sigmas, or the original's FlowUniPC.
 
-    Source: Diffusers scheduling_unipc_multistep with use_flow_sigmas; UniPC, arXiv 2302.04867.
+    Source: Diffusers scheduling_unipc_multistep; Wan 2.1 utils/fm_solvers_unipc; UniPC, arXiv
+    2302.04867.
     """
-    _check(steps, shift)
-    sigmas = _shifted(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:steps], shift)
-    sigmas = np.append(sigmas, 0.0)
-    sigmas[0] -= 1e-6 if abs(sigmas[0] - 1) < 1e-6 else 0.0
-    timesteps = np.trunc(_TRAIN_STEPS * sigmas[:-1])
-    half_log_snr = [math.log1p(-s) - math.log(s) if s else math.inf for s in sigmas]
+    _check(steps, shift, grid)
+    sigmas = _unipc_sigmas(steps, shift, grid)
+    half_log_snr = _half_log_snr(sigmas)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
     correct[0, 0] = 1
     order = 1
@@ -194,21 +204,64 @@ def unipc(steps: int, *, shift: float = 3.0) -> Solver:
             correct[i] = _unipc_correct(sigmas, half_log_snr, i, order)
         order = min(2, i + 1, steps - i)
         predict[i] = _unipc_predict(sigmas, half_log_snr, i, order)
-    return _table(sigmas, timesteps, correct, predict)
+    return _table(sigmas, np.trunc(_TRAIN_STEPS * sigmas[:-1]), correct, predict)
 
 
-SOLVERS = {"unipc": unipc, "euler": euler}
+def dpmpp(steps: int, *, shift: float = 3.0, grid: Grid = "original") -> Solver:
+    """DPM-Solver++ of order 2 (midpoint, predicting the clean sample), first order at both ends.
+
+    Args:
+      steps: number of steps, at least 1.
+      shift: flow shift, above 0.
+      grid: the original's FlowDPM++, which starts at pure noise, or that of Diffusers' UniPC.
+
+    Source: Wan 2.1 utils/fm_solvers; DPM-Solver++, arXiv 2211.01095.
+    """
+    _check(steps, shift, grid)
+    if grid == "original":
+        sigmas = np.append(_shifted(np.linspace(1.0, 0.0, steps + 1)[:steps], shift), 0.0)
+    else:
+        sigmas = _unipc_sigmas(steps, shift, grid)
+    lam = _half_log_snr(sigmas)
+    correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
+    correct[:, 0] = 1
+    for i in range(steps):
+        h = lam[i + 1] - lam[i]
+        scale = -(1 - sigmas[i + 1]) * math.expm1(-h)
+        predict[i] = sigmas[i + 1] / sigmas[i], scale, 0.0
+        if 0 < i < steps - 1:
+            past = 0.5 * scale * h / (lam[i] - lam[i - 1])  # 0 after pure noise: infinitely far
+            predict[i] += 0.0, past, -past
+    return _table(sigmas, np.trunc(_TRAIN_STEPS * sigmas[:-1]), correct, predict)
 
 
-def make(name: str, steps: int, *, shift: float = 3.0) -> Solver:
+SOLVERS = {"unipc": unipc, "dpm++": dpmpp, "euler": euler}
+
+
+def make(name: str, steps: int, *, shift: float = 3.0, grid: Grid = "diffusers") -> Solver:
     """The solver called `name`.
 
     Raises:
-      ValueError: an unknown name, steps below 1, or a shift that is not above 0.
+      ValueError: an unknown name or grid, steps below 1, or a shift that is not above 0.
     """
     if name not in SOLVERS:
         raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
-    return SOLVERS[name](steps, shift=shift)
+    return SOLVERS[name](steps, shift=shift, grid=grid)
+
+
+def _unipc_sigmas(steps: int, shift: float, grid: Grid) -> np.ndarray:
+    """Noise levels of UniPC, the last one 0."""
+    if grid == "original":
+        return np.append(_shifted(np.linspace(0.999, 0.0, steps + 1)[:steps], shift), 0.0)
+    sigmas = _shifted(np.linspace(1.0, 1 / _TRAIN_STEPS, steps + 1)[:steps], shift)
+    sigmas[0] -= 1e-6 if abs(sigmas[0] - 1) < 1e-6 else 0.0
+    return np.append(sigmas, 0.0)
+
+
+def _half_log_snr(sigmas: np.ndarray) -> np.ndarray:
+    """Half of the logarithm of the signal-to-noise ratio: infinite at both ends."""
+    with np.errstate(divide="ignore"):
+        return np.log1p(-sigmas) - np.log(sigmas)
 
 
 def _unipc_correct(sigmas, lam, i: int, order: int) -> np.ndarray:
@@ -261,8 +314,10 @@ def _shifted(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _check(steps: int, shift: float) -> None:
+def _check(steps: int, shift: float, grid: str) -> None:
     check_steps(steps)
+    if grid not in get_args(Grid):
+        raise ValueError(f"grid must be {' or '.join(get_args(Grid))}; got {grid!r}")
     if not (isinstance(shift, int | float) and shift > 0 and math.isfinite(shift)):
         raise ValueError(f"shift must be a number above 0; got {shift!r}")
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 RULES = ("py_binary", "py_library", "py_test")
 
 HUB_NAMES = {
-    "orbax": "orbax_checkpoint",
     "PIL": "pillow",
+    "orbax": "orbax_checkpoint",
     "skimage": "scikit_image",
     "starlark": "starlark_pyo3",
 }

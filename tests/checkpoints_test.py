@@ -110,6 +110,18 @@ def test_dtypes(tmp_path, template, stored, dtype):
     check(model, values, dtype=dtype or np.float32)
 
 
+def test_the_host_holds_a_parameter_once(tmp_path, template, monkeypatch):
+    made, path = [], saved(tmp_path, tensors())
+    allocate = checkpoints.aligned_empty
+    monkeypatch.setattr(
+        checkpoints, "aligned_empty", lambda *args: made.append(allocate(*args)) or made[-1]
+    )
+    with jax.default_device(jax.devices("cpu")[0]):
+        model = load_parameters(path, template, TABLE)
+    leaves = jax.tree.leaves(model)
+    assert [leaf.unsafe_buffer_pointer() for leaf in leaves] == [a.ctypes.data for a in made]
+
+
 def test_shards(tmp_path, template):
     sharded(tmp_path)
     check(load_parameters(tmp_path, template, TABLE), tensors())

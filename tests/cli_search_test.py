@@ -129,6 +129,7 @@ def test_every_shipped_schedule_is_for_the_model_that_carries_it():
     }
     for recipe in recipes:
         run = {"solver": recipe.solver, "shift": pipeline.shift, "steps": pipeline.defaults.steps}
+        run["grid"] = pipeline.grid
         assert not recipe.differences(model=fingerprint(pipeline.transformer), **run)
         assert recipe.method in METHODS and recipe.quality["psnr"] > 25
         assert isinstance(recipe.schedule, Schedule)

@@ -6,10 +6,14 @@ import pathlib
 import sys
 import warnings
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from astraea_jax import cli, video
+from astraea_jax.bench import compile as bench_compile
+from astraea_jax.bench.models import ModelChoice, read_lora
 from astraea_jax.cli.generate import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
@@ -57,12 +61,59 @@ def test_schedule_file_and_gif(capsys):
     assert "tokens computed" in capsys.readouterr().out
 
 
+def test_a_checkpoint_by_name(capsys, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    arguments = [PROMPT, "--model", "wan", "--checkpoint", str(tiny.FOLDER), "--dtype", "float32"]
+    arguments += ["--solver", "dpm++", "--grid", "original", "--shift", "5", *SMALL]
+    assert cli.main(["generate", *arguments]) == 0
+    printed = capsys.readouterr()
+    assert "out.mp4" in printed.out
+    for stage in ("text: ", "load: ", "denoise, dense: 4 steps", "decode: "):
+        assert stage in printed.err
+    assert len(os.listdir("cache/astraea_jax/text")) == 2
+
+
+def test_the_command_to_convert(capsys):
+    assert cli.main(["convert", str(tiny.FOLDER), "-o", "made", "--dtype", "float32"]) == 0
+    assert "written: made" in capsys.readouterr().out
+    assert "does not exist yet" in refused(capsys, "convert", "tiny", "-o", "made")
+
+
+def test_compiling_for_a_gpu_needs_the_plugin(capsys, monkeypatch):
+    def fail(**_):
+        raise RuntimeError("no plugin\nmore")
+
+    monkeypatch.setattr(bench_compile.topologies, "get_topology_desc", fail)
+    small = ["--frames", "5", "--height", "64", "--width", "64"]
+    assert r"can't describe a GPU (no plugin)" in refused(capsys, "bench", "compile", *small)
+
+
+def test_what_is_read_off_a_compiled_program():
+    leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
+    text = """
+      %a = bf16[3,4]{1,0} copy(%x)
+      %b = (bf16[3,4]{1,0}, u32[]) copy-start(%x)
+      %c = f32[3,4]{1,0} copy(%x)
+      %d = bf16[3,4]{1,0} add(%x, %copy)
+      %e = f32[1] custom-call(%x), custom_call_target="mosaic_gpu_v2"
+    """
+    assert bench_compile.count_copies(text, leaf) == 2
+    assert bench_compile.custom_calls(text) == "mosaic_gpu_v2 x 1"
+    assert bench_compile.custom_calls("") == "none"
+
+
 def request(**changes):
     asked = dict.fromkeys(Request.__dataclass_fields__)
-    asked |= {"prompt": PROMPT, "model": "tiny", "solver": "unipc", "negative_prompt": ""}
+    asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "negative_prompt": ""}
     asked |= {"seed": 0, "size": (None, None, None), "compare": False, "show_selection": False}
     asked |= {"output": pathlib.Path("out.mp4")}
     return Request(**{**asked, **changes})
+
+
+def test_lora_files_with_and_without_a_strength():
+    assert read_lora("a.safetensors") == ("a.safetensors", 1.0)
+    assert read_lora("b:/a.safetensors:0.8") == ("b:/a.safetensors", 0.8)
+    assert read_lora("b:/a.safetensors") == ("b:/a.safetensors", 1.0)
 
 
 def test_plan_takes_what_measured_best():
@@ -100,7 +151,12 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
         (["bench"], "say what to measure"),
+        (["bench", "attention", "--shapes", "moon"], "shapes must be of"),
         (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
+        (["bench", "denoise", "--model", "wan"], "add --checkpoint FOLDER (or a hub id), or"),
+        (["bench", "denoise", "--random"], "it takes no --checkpoint"),
+        (["bench", "compile", "--model", "tiny"], "expected --model wan or wan-14b"),
+        (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint belongs to --model wan"),
         (["bench", "quality", "--only", "nothing like it"], "no row's description"),
         (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
         (["paint"], "paint"),

@@ -1,6 +1,7 @@
 """What several test files build on: a small random Wan, a grouped model, a masked oracle."""
 
 import functools
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +15,19 @@ from astraea_jax.attention import query_sparse_attention
 from astraea_ports.wan.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
+LAYOUTS = ("diffusers", "original")
+
+
+def full_size(part: str, layout: str, blocks: int = 1) -> dict[str, list[int]]:
+    """Keys and shapes of a real checkpoint; those listed for block 0 are there for each block."""
+    listed = json.loads((FIXTURES / "wan/keys_and_shapes.json").read_text())[part]
+    keys = {}
+    for original, (diffusers, shape) in listed.items():
+        name = original if layout == "original" else diffusers
+        for index in range(blocks):
+            keys[name.replace(".0.", f".{index}.", 1) if "block" in name else name] = shape
+    return keys
+
 
 SMALL = TransformerConfig(
     num_attention_heads=2,

@@ -20,6 +20,7 @@ MAY_IMPORT = {
     "flops": {"schedule"},
     "kernels": set(),
     "attention": {"kernels"},
+    "parallel": {"attention"},
     "model": {"attention"},
     "solvers": {"schedule"},
     "video": {"metrics"},

@@ -197,7 +197,7 @@ def test_the_search_stops_at_its_deadline_and_says_how_long_is_left(tmp_path):
 
 
 RECIPE = Recipe(
-    Schedule((10, 0, 10)), "step-level-corrected", "unipc", 3.0, "abc",
+    Schedule((10, 0, 10)), "step-level-corrected", "unipc", 3.0, "diffusers", "abc",
     {"psnr": 40.0, "prompts": 16}, {"budget": 2 / 3}, "0.1.0",
 )  # fmt: skip
 
@@ -234,7 +234,7 @@ def test_a_recipe_that_is_wrong_is_refused(tmp_path, as_a_user, changes, words):
 
 
 def test_a_recipe_says_in_what_a_run_differs():
-    run = {"model": "abc", "solver": "unipc", "shift": 3.0, "steps": 3}
+    run = {"model": "abc", "solver": "unipc", "shift": 3.0, "grid": "diffusers", "steps": 3}
     assert RECIPE.differences(**run) == []
     said = RECIPE.differences(**run | {"model": "x", "solver": "euler", "steps": 4})
     assert said == ["another model", "solver unipc, not euler", "steps 3, not 4"]

@@ -1,6 +1,5 @@
 """The text encoders against recorded tensors of UMT5 and a plain numpy T5."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,12 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import FIXTURES, LAYOUTS, full_size
 from safetensors.numpy import load_file, save_file
 
 from astraea_ports import checkpoints, t5
+from astraea_ports.matching import best_table, match_tensors
 from astraea_ports.t5 import T5Config, T5Encoder, load_text_encoder
 
-FIXTURES = Path(__file__).parent / "fixtures"
 TINY = Path(t5.__file__).parent / "tiny" / "text_encoder"
 DEV = {
     "model_type": "umt5",
@@ -115,19 +115,19 @@ def test_padding_changes_nothing(encoder, recorded):
     np.testing.assert_allclose(alone[0], out[1, :length], atol=TOLERANCE)
 
 
-def test_full_size_keys():
-    shapes = json.loads((FIXTURES / "wan/full_size_shapes.json").read_text())["umt5_xxl"]
-    layers = 24  # listed for block 0
-    keys = {k.replace(".0.", f".{i}.", 1): s for k, s in shapes.items() for i in range(layers)}
-    config = T5Config.from_dict(
-        DEV
-        | {"d_model": 4096, "num_heads": 64, "d_kv": 64, "d_ff": 10240}
-        | {"num_layers": layers, "vocab_size": 256384}
-    )
+def test_the_original_layout_is_the_same_model(encoder):
+    same = load_text_encoder(FIXTURES / "wan/umt5_original.safetensors", config=DEV)
+    jax.tree.map(np.testing.assert_array_equal, same, encoder)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_size_keys(layout):
+    config = T5Config.from_dict(t5.UMT5_XXL)
+    keys = full_size("umt5_xxl", layout, config.num_layers)
     template = jax.eval_shape(lambda: T5Encoder(config, nnx.Rngs(0)))
     slots = checkpoints.parameter_shapes(template)
     tensors = [checkpoints.Tensor(k, "BF16", tuple(s), Path("x")) for k, s in keys.items()]
-    matches = checkpoints.match_tensors(tensors, slots, t5.TABLE)
+    matches = match_tensors(tensors, slots, best_table(tensors, (t5.TABLE, t5.ORIGINAL)))
     assert sorted(m.tensor.key for found in matches.values() for m in found) == sorted(keys)
     assert sum(np.prod(slot.shape) for slot in slots.values()) == 5_680_910_336
     ids = jax.ShapeDtypeStruct((2, 512), "int32")

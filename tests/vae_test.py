@@ -1,6 +1,5 @@
 """The Wan VAE against upstream's recorded tensors, at both sizes and full-size shapes."""
 
-import json
 import sys
 from pathlib import Path
 
@@ -9,14 +8,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import FIXTURES, LAYOUTS, full_size
 from safetensors.numpy import load_file
 
 from astraea_ports import checkpoints
+from astraea_ports.matching import match_tensors
 from astraea_ports.wan import vae as wan_vae
-from astraea_ports.wan import vae_layers
-from astraea_ports.wan.vae import VAE, VAEConfig, load_vae
+from astraea_ports.wan import vae_layers, vae_tiles, vae_weights
+from astraea_ports.wan.vae import VAE, VAEConfig
+from astraea_ports.wan.vae_weights import load_vae
 
-FIXTURES = Path(__file__).parent / "fixtures"
 TINY = Path(wan_vae.__file__).parents[1] / "tiny" / "vae"
 TOLERANCE = 2e-5  # the recordings' README; upstream's two versions differ by 3e-6
 
@@ -57,15 +58,15 @@ def shipped():
 def test_decoder_intermediates(small, recorded):
     @jax.jit
     def run(vae, z):
-        config = vae.config
+        config, past = vae.config, vae_layers.Past()
         x = vae.post_quant.pointwise(
             z * jnp.asarray(config.latents_std) + jnp.asarray(config.latents_mean)
         )
         out = {"post_quant": x}
-        x = out["conv_in"] = vae.decoder.conv_in.causal(x)
-        x = out["mid"] = vae.decoder.mid(x)
-        x = out["up0"] = vae.decoder.stages[0](x)
-        out["up1"] = vae.decoder.stages[1](x)
+        x = out["conv_in"] = vae.decoder.conv_in.causal(x, past)
+        x = out["mid"] = vae.decoder.mid(x, past)
+        x = out["up0"] = vae.decoder.stages[0](x, past)
+        out["up1"] = vae.decoder.stages[1](x, past)
         return out
 
     got = run(small, recorded["z"])
@@ -86,6 +87,14 @@ def test_decode(small, recorded):
     np.testing.assert_allclose(video, recorded["dec_unclamped"], atol=TOLERANCE)
     assert np.abs(recorded["dec_unclamped"]).max() > 1
     np.testing.assert_array_equal(clamped, np.clip(video, -1, 1))
+
+
+def test_the_original_layout_is_the_same_model(small):
+    same = load_vae(FIXTURES / "wan/vae_original.safetensors", config=dev_config())
+    jax.tree.map(np.testing.assert_array_equal, same, small)
+    recorded = load_file(FIXTURES / "wan/vae_io.safetensors")
+    for name in ("latents_mean", "latents_std"):
+        np.testing.assert_allclose(vae_weights.WAN_VAE[name], recorded[name], rtol=1e-6)
 
 
 def test_encode(small, recorded):
@@ -144,6 +153,50 @@ def test_one_frame_and_batch(smallest):
     np.testing.assert_allclose(encoded_alone[0, 0], encoded[1, 0], atol=1e-5)
 
 
+def test_pieces_give_what_the_whole_gives(smallest):
+    latents = jax.random.normal(jax.random.key(1), (1, 5, 24, 6, 2))
+    whole = jax.jit(VAE.decode)(smallest, latents)
+    pieces = vae_tiles.decode(smallest, latents, tile=(4, 3), frames=2)
+    np.testing.assert_allclose(pieces, whole, atol=TOLERANCE)
+    encoded = jax.jit(VAE.encode)(smallest, whole)
+    pieces = vae_tiles.encode(smallest, whole, tile=(4, 3), frames=2)
+    np.testing.assert_allclose(pieces, encoded, atol=TOLERANCE)
+
+
+def test_the_rim_is_what_the_layers_see(smallest):
+    """What is no number spreads as far as a layer sees, and no further."""
+    factor, broken = smallest.config.spatial_factor, 14
+
+    @jax.jit
+    def run(vae):
+        features = jnp.zeros((1, 1, 28, 1, 4)).at[:, :, broken].set(jnp.nan)
+        pixels = jnp.zeros((1, 1, 28 * factor, factor, 3)).at[:, :, broken * factor].set(jnp.nan)
+        past = vae_layers.Past
+        return vae.decode_leave(features, past()), vae.encode_enter(pixels, past())
+
+    video, encoded = (np.isnan(x[0, 0, :, 0, 0]).nonzero()[0] for x in run(smallest))
+    rim = vae_tiles.decode_rim(smallest.config)
+    assert rim == 8
+    above, below = broken * factor - video.min(), video.max() - (broken * factor + factor - 1)
+    assert (rim - 1) * factor < max(above, below) <= rim * factor
+    rim = vae_tiles.encode_rim(smallest.config)
+    assert rim == 6
+    assert rim - 2 < max(broken - encoded.min(), encoded.max() - broken) <= rim
+
+
+def test_pieces_keep_to_the_memory():
+    config = VAEConfig.from_dict(vae_weights.WAN_VAE)
+    assert vae_tiles.decode_rim(config) == 13 and vae_tiles.encode_rim(config) == 10
+    assert vae_tiles.pieces(config, (9, 16, 16)) is None
+    for grid, tile in (((21, 60, 104), None), ((21, 90, 160), (90, 80))):
+        cut = vae_tiles.pieces(config, grid)
+        assert cut == (tile, 1)
+        rows, columns = tile or grid[1:]
+        rim = 2 * vae_tiles.decode_rim(config) if tile else 0
+        pixels = 4 * 64 * min(rows + rim, grid[1]) * min(columns + rim, grid[2])
+        assert pixels <= vae_tiles.MOST_PIXELS * 2
+
+
 def test_gradient_of_the_norm_is_finite_at_zero():
     gradient = jax.grad(lambda x: vae_layers.rms_norm(x, jnp.ones(4)).sum())(jnp.zeros(4))
     assert np.isfinite(gradient).all()
@@ -155,19 +208,21 @@ def test_bfloat16_weights_give_float32_results(smallest):
     video = jax.eval_shape(VAE.decode, narrow, latents)
     assert video.dtype == jnp.float32
     assert jax.eval_shape(VAE.encode, narrow, video).dtype == jnp.float32
-    features = jax.eval_shape(lambda vae, x: vae.decoder(x), narrow, latents)
+    features = jax.eval_shape(
+        lambda vae, x: vae.decode_enter(x, vae_layers.Past()), narrow, latents
+    )
     assert features.dtype == jnp.bfloat16
 
 
-def test_full_size_keys():
-    shapes = json.loads((FIXTURES / "wan/full_size_shapes.json").read_text())["vae"]
-    config = VAEConfig.from_dict(
-        dev_config(base_dim=96, dim_mult=[1, 2, 4, 4], attn_scales=[], dropout=0.0)
-    )
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_full_size_keys(layout):
+    shapes = full_size("vae", layout)
+    config = VAEConfig.from_dict(vae_weights.WAN_VAE)
+    table = vae_weights.TABLE if layout == "diffusers" else vae_weights.original_table(config)
     template = jax.eval_shape(lambda: VAE(config, nnx.Rngs(0)))
     slots = checkpoints.parameter_shapes(template)
     tensors = [checkpoints.Tensor(k, "F32", tuple(s), Path("x")) for k, s in shapes.items()]
-    matches = checkpoints.match_tensors(tensors, slots, wan_vae.TABLE)
+    matches = match_tensors(tensors, slots, table)
     assert sorted(m.tensor.key for found in matches.values() for m in found) == sorted(shapes)
     assert sum(np.prod(slot.shape) for slot in slots.values()) == 126_892_531
     decoded = jax.eval_shape(VAE.decode, template, jax.ShapeDtypeStruct((1, 21, 60, 104, 16), "f4"))

@@ -5,7 +5,9 @@ the machine's speed meets all alike; a ratio is the median over rounds of the ra
 """
 
 import functools
+import math
 import pathlib
+import sys
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -16,11 +18,13 @@ import numpy as np
 
 from astraea_jax import denoise as loop
 from astraea_jax import files, flops, report, solvers
+from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
-from astraea_ports import wan
 
 DYNAMIC_STEPS = 4
+PROJECTED_STEPS = 50
+"""Steps of the projection: the first dense, the rest at the level, all guidance branches."""
 
 
 class Case(NamedTuple):
@@ -48,24 +52,38 @@ class Case(NamedTuple):
 def command(
     *,
     model: str = "tiny",
+    checkpoint: pathlib.Path | None = None,
+    random: bool = False,
+    dtype: Dtype | None = None,
+    precision: Precision = "fast",
     method: str = "astraea",
     levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
+    drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
     rounds: int = 15,
+    seconds: float = math.inf,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
+    stages: bool = True,
     output: pathlib.Path | None = None,
 ) -> None:
     """Times a step, dense and at each level, with both drivers, in one run.
 
     Args:
-      model: "tiny", a folder, or a hub id.
+      model: "tiny", "wan" or "wan-14b" with --checkpoint or --random, a folder, or a hub id.
+      checkpoint: Folder or hub id of the weights.
+      random: Random weights of the model's real size.
+      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
+      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
       method: A method that computes some of the tokens.
       levels: Tenths of the tokens, 1..10.
+      drivers: "static", "dynamic" or both.
       rounds: How often each is timed.
+      seconds: No round starts after so many, counted from the first warm run; one always runs.
       frames: Frames of the video, 4k + 1; the model's default when left out.
       height: Pixels.
       width: Pixels.
+      stages: Also time text and decoding.
       output: A .json file for every number.
     """
     if method not in METHODS:
@@ -74,15 +92,32 @@ def command(
         raise ValueError(f"expected levels in 1..{LEVELS} and rounds of at least 1")
     if output is not None:
         files.check_output(output, (".json",))
-    pipeline = wan.Pipeline.from_pretrained(model)
+    choice = ModelChoice(model, checkpoint, random, dtype, precision)
+    began = time.perf_counter()
+    pipeline = choice.open()
+    say(f"model ready after {time.perf_counter() - began:.1f} s")
     size = pipeline.size(frames, height, width)
-    cases = make_cases(pipeline, size, METHODS[method], levels)
-    seconds = time_in_turn([case.run for case in cases], rounds)
-    rows = summarise(cases, seconds, pipeline.workload(*size))
-    rows += time_stages(pipeline, size, rounds)
+    cases = make_cases(pipeline, size, METHODS[method], levels, drivers)
+    timed = time_in_turn([case.run for case in cases], rounds, seconds)
+    rows = summarise(cases, timed, pipeline.workload(*size))
+    if stages:
+        rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
+    say(f"most memory held on the device: {device_peak()}")
     if output is not None:
-        report.write_json(output, {"environment": report.environment(), "rows": rows})
+        what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
+        report.write_json(output, {"environment": report.environment(), "run": what, "rows": rows})
+
+
+def say(line: str) -> None:
+    """A line on stderr at once: a long run that is cut short has still said something."""
+    print(f"{line}", file=sys.stderr, flush=True)
+
+
+def device_peak() -> str:
+    """The most bytes that the device's allocator held, where it counts them."""
+    peak = (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return "not counted here" if peak is None else report.human_bytes(peak)
 
 
 COLUMNS = {
@@ -95,10 +130,11 @@ COLUMNS = {
     "share": "of the bound",
     "peak": "peak memory",
     "compile": "compile s",
+    "projected": f"s for {PROJECTED_STEPS} steps",
 }
 
 
-def make_cases(pipeline, size, method: Method, levels) -> list[Case]:
+def make_cases(pipeline, size, method: Method, levels, drivers) -> list[Case]:
     """Compiled programs: the plain model first, then each level with each driver."""
     model = pipeline.transformer
     keys = jax.random.split(jax.random.key(0))
@@ -107,16 +143,25 @@ def make_cases(pipeline, size, method: Method, levels) -> list[Case]:
     solver = solvers.unipc(DYNAMIC_STEPS, shift=pipeline.shift)
     geometry = model.geometry(latents.shape)
     cases = []
-    for driver in ("static", "dynamic"):
+    for driver in drivers:
+        held: dict[Method, Any] = {}
         for chosen, level in ((Dense(), LEVELS), *((method, level) for level in levels)):
             settings = loop.Settings(chosen, geometry, 2, trace=False)
-            make = _static_case if driver == "static" else _dynamic_case
-            cases.append(make(model, latents, context, solver, settings, level))
+            arguments = (model, latents, context, solver, settings, level)
+            if driver == "static":
+                cases.append(_static_case(*arguments, held))
+            else:
+                cases.append(_dynamic_case(*arguments))
+            case = cases[-1]
+            say(f"{driver} {chosen.name} level {level}: compiled in {case.compile:.1f} s")
     return cases
 
 
-def _static_case(model, latents, context, solver, settings, level: int) -> Case:
-    """One donated step at a level, from the state that a dense step leaves."""
+def _static_case(model, latents, context, solver, settings, level: int, held: dict) -> Case:
+    """One donated step at a level, from the state that a dense step leaves.
+
+    The levels of a method pass one state on: at full size each would fill a tenth of a GPU.
+    """
     prepared, state = loop.start_static(model, latents, context, settings=settings)
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
     scale, key = jnp.float32(5.0), jax.random.key(0)
@@ -131,12 +176,15 @@ def _static_case(model, latents, context, solver, settings, level: int) -> Case:
     began = time.perf_counter()
     program = lower(level, state).compile()
     compile_seconds = time.perf_counter() - began
-    dense = program if level == LEVELS else lower(LEVELS, state).compile()
     arguments = (row, jnp.int8(level), jnp.int32(1), scale, key)
-    holder = [dense(model, prepared, state, *arguments)[0]]
+    if settings.method not in held:
+        dense = program if level == LEVELS else lower(LEVELS, state).compile()
+        held[settings.method] = dense(model, prepared, state, *arguments)[0]
 
     def run() -> None:
-        holder[0] = jax.block_until_ready(program(model, prepared, holder[0], *arguments)[0])
+        state = held[settings.method]
+        held[settings.method] = program(model, prepared, state, *arguments)[0]
+        jax.block_until_ready(held[settings.method])
 
     return Case("static", settings.method, level, run, 1, _peak(program), compile_seconds)
 
@@ -174,15 +222,28 @@ def _peak(program) -> int:
     return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
 
 
-def time_in_turn(runs: list[Callable[[], None]], rounds: int) -> np.ndarray:
-    """Seconds of each run in each round, [rounds, runs]; a warm-up round is not counted."""
-    seconds = np.zeros((rounds + 1, len(runs)))
-    for turn in range(rounds + 1):
-        for index, run in enumerate(runs):
-            began = time.perf_counter()
-            run()
-            seconds[turn, index] = time.perf_counter() - began
-    return seconds[1:]
+def time_in_turn(runs: list[Callable[[], None]], rounds: int, most: float = math.inf) -> np.ndarray:
+    """Seconds of each run in each round, [rounds, runs]; a warm-up round is not counted.
+
+    No round but the first starts once `most` seconds have gone by.
+    """
+    began = time.perf_counter()
+    seconds = [_round(runs)]
+    while len(seconds) < 2 or (len(seconds) <= rounds and time.perf_counter() - began < most):
+        seconds.append(_round(runs))
+        said = ", ".join(f"{second:.3f}" for second in seconds[-1])
+        if seconds[-1].sum() > 10:
+            say(f"round {len(seconds) - 1}: {said} s")
+    return np.array(seconds[1:])
+
+
+def _round(runs: list[Callable[[], None]]) -> np.ndarray:
+    seconds = np.zeros(len(runs))
+    for index, run in enumerate(runs):
+        began = time.perf_counter()
+        run()
+        seconds[index] = time.perf_counter() - began
+    return seconds
 
 
 def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) -> list[dict]:
@@ -199,13 +260,15 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
     for index, case in enumerate(cases):
         bound = flops.speedup_bound(workload, case.level)
         speedup = float(np.median(plain[case.driver] / per_step[:, index]))
+        dense, step = np.median(plain[case.driver]), np.median(per_step[:, index])
         rows.append(
             {
                 "driver": case.driver,
                 "method": case.method.name,
                 "level": case.level,
                 "rows": rows_at(case.level, workload.num_tokens),
-                "milliseconds": 1e3 * float(np.median(per_step[:, index])),
+                "milliseconds": 1e3 * float(step),
+                "projected": float(dense + (PROJECTED_STEPS - 1) * step),
                 "speedup": speedup,
                 "bound": bound,
                 "share": speedup / bound,
@@ -216,15 +279,14 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
     return rows
 
 
-def time_stages(pipeline, size, rounds: int) -> list[dict]:
+def time_stages(pipeline, size, rounds: int, most: float) -> list[dict]:
     """The stages beside denoising: text and the VAE's decoding."""
     latents = jax.random.normal(jax.random.key(1), (1, *pipeline.latents_shape(*size)))
-    decode = jax.jit(lambda vae, latents: vae.decode(latents))
     stages = {
         "text": functools.partial(pipeline.encode_text, ["a video"]),
-        "decode": lambda: jax.block_until_ready(decode(pipeline.vae, latents)),
+        "decode": functools.partial(pipeline.decode, latents),
     }
-    seconds = time_in_turn(list(stages.values()), min(rounds, 5))
+    seconds = time_in_turn(list(stages.values()), rounds, most)
     return [
         {"driver": name, "milliseconds": 1e3 * float(np.median(seconds[:, index]))}
         for index, name in enumerate(stages)

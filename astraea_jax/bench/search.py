@@ -148,6 +148,7 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
             row["method"],
             solver,
             float(pipeline.shift),
+            pipeline.grid,
             fingerprint(pipeline.transformer),
             {**quality, "prompts": len(row["psnr_each"])},
             {"budget": schedule.budget},

@@ -158,7 +158,9 @@ class Study:
 
     def solver(self, name: str, steps: int | None = None) -> solvers.Solver:
         """The solver's table."""
-        return solvers.make(name, steps or self.options.steps, shift=self.pipeline.shift)
+        return solvers.make(
+            name, steps or self.options.steps, shift=self.pipeline.shift, grid=self.pipeline.grid
+        )
 
     @functools.cache  # noqa: B019 - one study a process
     def scorer(self, method: str, solver: str, part: str) -> Scorer:

@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, search, sensitivity, info, bench.
+"""The command `astraea`: generate, convert, search, sensitivity, info, bench.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -18,11 +18,14 @@ import rich.console
 import tyro
 from tyro.conf import Positional, arg
 
-from astraea_jax import attention, report
+from astraea_jax import attention, report, solvers
+from astraea_jax.bench import attention as bench_attention
+from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, scoring, sheet
 from astraea_jax.bench import search as bench_search
-from astraea_jax.cli import search, sensitivity
+from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.cli import convert, search, sensitivity
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -47,9 +50,16 @@ def generate(
     budget: float | None = None,
     compare: bool = False,
     model: str = "tiny",
+    checkpoint: pathlib.Path | None = None,
+    random: bool = False,
+    dtype: Dtype | None = None,
+    precision: Precision = "reference",
+    lora: tuple[str, ...] = (),
     method: MethodName | None = None,
     schedule: pathlib.Path | None = None,
-    solver: Literal["unipc", "euler"] = "unipc",
+    solver: Literal["unipc", "dpm++", "euler"] = "unipc",
+    grid: solvers.Grid | None = None,
+    shift: float | None = None,
     steps: int | None = None,
     guidance: float | None = None,
     negative_prompt: str = "",
@@ -67,10 +77,19 @@ def generate(
       prompt: What the video shows.
       budget: Mean share of the tokens to compute, above 0 and at most 1. All when left out.
       compare: Also make the dense video, and show both and their difference side by side.
-      model: "tiny" (ships with the package), a folder in the Diffusers layout, or a hub id.
+      model: "tiny" (ships with the package), "wan" or "wan-14b" with --checkpoint or --random, a
+        model's folder, or a hub id.
+      checkpoint: Folder or hub id of the weights, in Diffusers' layout, the original's, or as
+        `astraea convert` wrote it.
+      random: Random weights of the model's real size, for timing; the video is noise.
+      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
+      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
+      lora: Files of low-rank changes to merge, each with ":strength" or without.
       method: How steps are computed; left out, what measured best for the budget or schedule.
       schedule: A schedule file, instead of a budget.
       solver: Solver of the flow.
+      grid: Whose noise levels; left out, those of the checkpoint's layout.
+      shift: Flow shift; the model's own when left out.
       steps: Denoising steps; the model's default when left out.
       guidance: Scale of classifier-free guidance; the model's default when left out.
       negative_prompt: What the video should not show.
@@ -86,11 +105,15 @@ def generate(
         keep_compiled_programs()
     request = Request(
         prompt=prompt,
-        model=model,
+        model=ModelChoice(
+            model, checkpoint, random, dtype, precision, lora, staged=model != "tiny"
+        ),
         budget=budget,
         schedule=None if schedule is None else read_schedule(schedule),
         method=None if method is None else METHODS[method],
         solver=solver,
+        grid=grid,
+        shift=shift,
         steps=steps,
         guidance=guidance,
         negative_prompt=negative_prompt,
@@ -165,19 +188,27 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`denoise`), quality, ways to search (`search`); `sheet` draws videos."""
+    """Measures speed (`bench attention`, `bench denoise`), quality and searches.
+
+    `bench quality` compares methods, `bench search` ways to find a schedule, `bench scoring` ways
+    to score many; `bench compile` compiles for a GPU that need not be there; `bench sheet` draws
+    videos.
+    """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
 COMMANDS = {
     "generate": generate,
+    "convert": convert.command,
     "search": search.command,
     "sensitivity": sensitivity.command,
     "info": info,
     "bench": bench,
 }
 BENCHES = {
+    "attention": bench_attention.command,
     "denoise": bench_denoise.command,
+    "compile": bench_compile.command,
     "quality": quality.command,
     "scoring": scoring.command,
     "search": bench_search.command,

@@ -1,5 +1,6 @@
 """`astraea generate`: a video, and beside it what the acceleration saved and cost."""
 
+import contextlib
 import dataclasses
 import pathlib
 import warnings
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from astraea_jax import flops, methods, metrics, report, schedule, video
+from astraea_jax.bench.models import ModelChoice
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.recipe import Recipe, recipes_in
+from astraea_jax.solvers import Grid
 from astraea_ports import wan
 
 
@@ -25,11 +28,13 @@ class Request:
     """
 
     prompt: str
-    model: str
+    model: ModelChoice
     budget: float | None
     schedule: Schedule | Recipe | None
     method: Method | None
     solver: str
+    grid: Grid | None
+    shift: float | None
     steps: int | None
     guidance: float | None
     negative_prompt: str
@@ -50,7 +55,7 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
         schedule.check_budget(request.budget)
     video.check_output(request.output)
     with progress.stage("load the model"):
-        pipeline = wan.Pipeline.from_pretrained(request.model)
+        pipeline = request.model.open()
     method, levels = plan(request, pipeline.defaults.steps, suitable(request, pipeline))
     runs: list[tuple[Method, Schedule]] = []
     if request.compare:
@@ -76,11 +81,19 @@ def suitable(request: Request, pipeline) -> list[Recipe]:
 
     Warns where the schedule that the request names was searched for something else.
     """
-    if request.budget is None and not isinstance(request.schedule, Recipe):
+    recipes = [request.schedule] if isinstance(request.schedule, Recipe) else []
+    if request.budget is not None and request.method is None and pipeline.folder is not None:
+        recipes = recipes_in(pipeline.folder / "schedules")
+    if not recipes:
         return []
-    steps = pipeline.defaults.steps if request.steps is None else request.steps
-    run = {"solver": request.solver, "shift": pipeline.shift, "steps": steps}
-    run["model"] = fingerprint(pipeline.transformer)
+    loader = pipeline.loaders.get("transformer")
+    run = {
+        "model": fingerprint(pipeline.transformer if loader is None else loader.load()),
+        "solver": request.solver,
+        "shift": pipeline.shift if request.shift is None else request.shift,
+        "grid": pipeline.grid if request.grid is None else request.grid,
+        "steps": pipeline.defaults.steps if request.steps is None else request.steps,
+    }
     if isinstance(request.schedule, Recipe):
         run["steps"] = request.schedule.schedule.steps
         differences = request.schedule.differences(**run)
@@ -90,9 +103,6 @@ def suitable(request: Request, pipeline) -> list[Recipe]:
                 "quality does not hold here",
                 stacklevel=2,
             )
-    if request.budget is None or pipeline.folder is None:
-        return []
-    recipes = recipes_in(pipeline.folder / "schedules")
     return [recipe for recipe in recipes if not recipe.differences(**run)]
 
 
@@ -135,9 +145,9 @@ SKIPPING = StepLevel(correct=True)
 
 
 def _run(request: Request, pipeline, method, levels, progress: report.Progress) -> wan.Result:
-    """One run with a bar for its steps."""
+    """One run with a bar for each of its stages."""
     frames, height, width = request.size
-    with progress.stage(f"denoise, {method.name}", levels.steps) as bar:
+    with _Bars(progress, method.name) as bars:
         return pipeline(
             request.prompt,
             frames=frames,
@@ -149,11 +159,30 @@ def _run(request: Request, pipeline, method, levels, progress: report.Progress) 
             method=method,
             schedule=levels,
             solver=request.solver,
+            grid=request.grid,
+            shift=request.shift,
             trace=request.show_selection,
-            progress=lambda stage, done, total: (
-                bar.advance() if stage == "denoise" and done else None
-            ),
+            progress=bars,
         )
+
+
+class _Bars(contextlib.ExitStack):
+    """A bar for each stage of a pipeline, opened when the stage first reports."""
+
+    def __init__(self, progress: report.Progress, method: str):
+        super().__init__()
+        self._progress, self._method = progress, method
+        self._stage, self._bar = "", None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Takes what a pipeline reports."""
+        if stage != self._stage or not done:
+            self.close()
+            name = f"{stage}, {self._method}" if stage == "denoise" else stage
+            self._stage = stage
+            self._bar = self.enter_context(self._progress.stage(name, total))
+        elif self._bar is not None:
+            self._bar.advance()
 
 
 def _row(pipeline, method: Method, levels: Schedule, result: wan.Result) -> dict:

@@ -13,6 +13,7 @@ import rich.console
 
 import astraea_jax
 from astraea_jax import files, metrics
+from astraea_jax.bench.models import Dtype, ModelChoice
 from astraea_jax.cli.subject import SearchMethod, SolverName, Subject, Target, make_space
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
@@ -31,6 +32,9 @@ def command(
     output: pathlib.Path = pathlib.Path("out.json"),
     folder: pathlib.Path = pathlib.Path("out_search"),
     model: str = "tiny",
+    checkpoint: pathlib.Path | None = None,
+    random: bool = False,
+    dtype: Dtype | None = None,
     method: SearchMethod = "step-level-corrected",
     solver: SolverName = "unipc",
     steps: int | None = None,
@@ -63,7 +67,10 @@ def command(
       seconds: or seconds of denoising, both by step times measured on this machine.
       output: The schedule file.
       folder: For the journal, the state and the picture; a search that was stopped goes on there.
-      model: "tiny", a folder in the Diffusers layout, or a hub id.
+      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
+      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
+      random: or random weights of their size.
+      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
       method: What computes the steps; the step-level ones compute whole steps or skip them.
       solver: Solver of the flow.
       steps: Denoising steps; the model's default when left out.
@@ -106,7 +113,8 @@ def command(
         jax.distributed.initialize()
     console = rich.console.Console(highlight=False)
     size = (frames, height, width)
-    subject = Subject.load(model, prompts, 0, count, solver, steps, size, method)
+    choice = ModelChoice(model, checkpoint, random, dtype)
+    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method)
     make = functools.partial(
         _parts, subject, dense_start=dense_start, pixels=fitness == "pixels",
         split=patience is not None, lanes=lanes,
@@ -144,7 +152,7 @@ def command(
         _draw(folder / "pareto.png", evaluator, best, table)
     quality = measure(subject, best, prompts, count, heldout, solver)
     Recipe(
-        best, method, solver, float(subject.pipeline.shift), header["model"],
+        best, method, solver, float(subject.pipeline.shift), subject.pipeline.grid, header["model"],
         quality, _cost(best, table), astraea_jax.__version__,
     ).save(output)  # fmt: skip
     console.print(

@@ -7,6 +7,7 @@ import numpy as np
 import rich.console
 
 from astraea_jax import files, report
+from astraea_jax.bench.models import Dtype, ModelChoice
 from astraea_jax.cli.subject import SearchMethod, SolverName, Subject
 from astraea_jax.schedule import LEVELS
 from astraea_jax.search import plots
@@ -16,6 +17,9 @@ def command(
     *,
     output: pathlib.Path = pathlib.Path("out.png"),
     model: str = "tiny",
+    checkpoint: pathlib.Path | None = None,
+    random: bool = False,
+    dtype: Dtype | None = None,
     method: SearchMethod = "step-level",
     solver: SolverName = "unipc",
     steps: int | None = None,
@@ -30,7 +34,10 @@ def command(
 
     Args:
       output: A .png, .svg or .pdf file; the numbers go beside it as .json.
-      model: "tiny", a folder in the Diffusers layout, or a hub id.
+      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
+      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
+      random: or random weights of their size.
+      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
       method: What is reused at the skipped step.
       solver: Solver of the flow.
       steps: Denoising steps; the model's default when left out.
@@ -47,7 +54,8 @@ def command(
         raise ValueError(f"count must be at least 1; got {count}")
     began = time.perf_counter()
     size = (frames, height, width)
-    subject = Subject.load(model, prompts, 0, count, solver, steps, size, method)
+    choice = ModelChoice(model, checkpoint, random, dtype)
+    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method)
     number = subject.solver.steps
     rows = np.full((number - 1, number), LEVELS, np.int8)
     rows[np.arange(number - 1), np.arange(1, number)] = 0

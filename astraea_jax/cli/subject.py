@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from astraea_jax import report, solvers
 from astraea_jax.bench.latency import latency_table
+from astraea_jax.bench.models import ModelChoice
 from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import LEVELS, check_budget
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
-from astraea_ports import wan
 
 SolverName = Literal["unipc", "euler"]
 SearchMethod = Literal[
@@ -58,7 +58,7 @@ class Subject(NamedTuple):
     @classmethod
     def load(cls, model, prompts, skip: int, count: int, solver, steps, size, method):
         """Loads the model and `count` prompts of the file, after the first `skip`."""
-        pipeline = wan.Pipeline.from_pretrained(model) if isinstance(model, str) else model
+        pipeline = model.open() if isinstance(model, ModelChoice) else model
         lines = read_prompts(prompts, pipeline.folder)
         if skip + count > len(lines):
             raise ValueError(
@@ -72,7 +72,7 @@ class Subject(NamedTuple):
         guided = pipeline.defaults.guidance > 1
         context = pipeline.encode_text(lines, "" if guided else None)
         steps = pipeline.defaults.steps if steps is None else steps
-        table = solvers.make(solver, steps, shift=pipeline.shift)
+        table = solvers.make(solver, steps, shift=pipeline.shift, grid=pipeline.grid)
         return cls(pipeline, size, tuple(lines), noise, context, table, method)
 
     @property

@@ -1,7 +1,8 @@
 """ASTRAEA: a share of the tokens a step, chosen by selection, the rest from the token cache."""
 
 import dataclasses
-from typing import Any, NamedTuple
+import functools
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -15,6 +16,11 @@ from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.selection import SelectionConfig
+
+SMALL_TENTH = 256
+"""Rows below which a tenth of the tokens is too small a product to run near the machine's rate."""
+
+Pieces = Literal["branch", "loop"]
 
 
 class AstraeaState(NamedTuple):
@@ -60,7 +66,7 @@ class Filled(NamedTuple):
     """What the selected rows of a block are written to, or the rows themselves.
 
     Attributes:
-      merged: the tokens that leave the block, fresh and stale.
+      merged: the tokens that leave the block where they are fresh, those that entered elsewhere.
       out: the cache's large array, of all blocks; of rows, what is kept of them.
       lse: one log-sum-exp a token.
     """
@@ -77,14 +83,14 @@ class Opened(NamedTuple):
       carry: what entered the block, its reference brought up to date.
       choice: which rows to compute.
       keys_values: of all tokens.
-      stale: what the cache holds of the block.
+      before: what entered the next block a step earlier; see `Carry`.
       filled: what the rows are written to.
     """
 
     carry: Carry
     choice: Choice
     keys_values: Any
-    stale: Float[Array, "B N H"]
+    before: Float[Array, "B N W"]
     filled: Filled
 
 
@@ -99,12 +105,16 @@ class Astraea:
       selection: how tokens are chosen and what stale ones get.
       correct: whether, once a token's next velocity is known, the steps that reused its last one
         are taken again along the line between the two; needs velocity "kept".
+      pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
+        nine that are compiled. "loop": two tenths at a time, which compiles three times faster
+        and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
 
     Source: ASTRAEA 3.2 and Algorithm 1.
     """
 
     selection: SelectionConfig = SelectionConfig()
     correct: bool = False
+    pieces: Pieces | None = None
 
     def __post_init__(self):
         if self.correct and self.selection.velocity != "kept":
@@ -166,7 +176,9 @@ class Astraea:
         if mode == base.SKIP:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
-        run = Run(self.selection, model, prepared, modulation, geometry, inputs, num_branches)
+        run = Run(
+            self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
+        )
         if mode == base.DENSE:
             return run.dense(state)
         return run.sparse(state, inputs.level if mode.level is None else mode.level)
@@ -202,6 +214,7 @@ class Run:
     """
 
     config: SelectionConfig
+    pieces: Pieces | None
     model: VideoDiT
     prepared: Prepared
     modulation: core.Modulation
@@ -253,7 +266,7 @@ class Run:
                     scatter_rows(filled.lse, indices, fresh.lse),
                 )
 
-            filled = self._each_chunk(compute, opened.filled, opened.choice, level)
+            filled = self._at_level(compute, opened.filled, opened.choice, level)
             return self.close_block(opened, filled, index)
 
         return self.finish(self._scan(step, carry), state)
@@ -300,16 +313,21 @@ class Run:
                 cache = cache._replace(reference=stack)
             carry = carry._replace(cache=cache)
         keys_values = block.keys_values(carry.tokens)
-        out, stale = token_cache.read_block(carry.cache.out, index)
-        merged = carry.tokens + stale if config.reuse == "residual" else stale
+        before, out = carry.before, carry.cache.out
+        if config.chained:
+            out, before = token_cache.read_block(out, index)
         lse = carry.cache.lse[index if config.scope == "block" else 0]
-        return Opened(carry, choice, keys_values, stale, Filled(merged, out, lse))
+        return Opened(carry, choice, keys_values, before, Filled(carry.tokens, out, lse))
 
     def close_block(self, opened: Opened, filled: Filled, index) -> Carry:
         """What enters the next block, once the selected rows are computed."""
         config, carry, choice = self.config, opened.carry, opened.choice
         cache = carry.cache
         per_block = config.scope == "block"
+        # Read after the write, which left the stale rows alone: nothing has to be kept aside.
+        stale = token_cache.block_rows(filled.out, index)
+        stale = carry.tokens + stale if config.reuse == "residual" else stale
+        merged = jnp.where(choice.fresh[..., None], filled.merged, stale)
         lse = filled.lse
         if not per_block:
             # One selection serves all blocks, weighed by the first block's attention.
@@ -325,8 +343,8 @@ class Run:
         )
         same = selection.overlap(choice.fresh, carry.previous)
         return Carry(
-            tokens=filled.merged,
-            before=opened.stale if config.chained else carry.before,
+            tokens=merged,
+            before=opened.before,
             cache=cache,
             previous=choice.fresh,
             computed=carry.computed + choice.fresh,
@@ -346,21 +364,23 @@ class Run:
         trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
-    def _each_chunk(self, compute, state, choice: Choice, level):
-        """Runs the selected rows at once when their number is known, else two tenths at a time."""
+    def _at_level(self, compute, state, choice: Choice, level):
+        """Runs the selected rows: at once when their number is known, else by `pieces`."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, choice.indices[:, : level * rows])
 
-        def chunk(state, first, tenths):
+        def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
             return compute(state, indices)
 
-        # Small products run far below the machine's rate, so chunks are as large as can serve
-        # every level: pairs of tenths, and one more where the level is odd.
-        state = lax.fori_loop(0, level // 2, lambda pair, state: chunk(state, 2 * pair, 2), state)
+        if self.pieces == "branch" or (self.pieces is None and rows < SMALL_TENTH):
+            levels = range(1, selection.LEVELS)
+            branches = [functools.partial(run, first=0, tenths=tenths) for tenths in levels]
+            return lax.switch(level - 1, branches, state)
+        state = lax.fori_loop(0, level // 2, lambda pair, state: run(state, 2 * pair, 2), state)
         return lax.cond(
-            level % 2 == 1, lambda state: chunk(state, level - 1, 1), lambda state: state, state
+            level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
         )
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:

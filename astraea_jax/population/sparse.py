@@ -74,7 +74,8 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
     config = settings.method.selection
 
     def run(modulation, inputs) -> Run:
-        return Run(config, model, prepared, modulation, geometry, inputs, settings.num_branches)
+        branches = settings.num_branches
+        return Run(config, None, model, prepared, modulation, geometry, inputs, branches)
 
     def begin(modulation, inputs, state):
         return run(modulation, inputs).begin(state, inputs.level)

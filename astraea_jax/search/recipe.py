@@ -20,6 +20,7 @@ class Recipe:
       method: name of the method whose steps they are, as commands know it.
       solver: name of the solver.
       shift: flow shift.
+      grid: whose noise levels the solver steps through.
       model: fingerprint of the model, of `astraea_jax.model.fingerprint`.
       quality: measured against the dense video: "psnr" in dB, "mse" of the latents, "prompts"
         that they are means over, and whatever else was measured.
@@ -34,13 +35,14 @@ class Recipe:
     method: str
     solver: str
     shift: float
+    grid: str
     model: str
     quality: Mapping[str, float]
     cost: Mapping[str, float]
     version: str
 
     def __post_init__(self):
-        for name in ("method", "solver", "model", "version"):
+        for name in ("method", "solver", "grid", "model", "version"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
                 raise ValueError(f"expected text for {name!r} of a schedule; got {value!r}")
@@ -80,7 +82,9 @@ class Recipe:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
-    def differences(self, *, model: str, solver: str, shift: float, steps: int) -> list[str]:
+    def differences(
+        self, *, model: str, solver: str, shift: float, grid: str, steps: int
+    ) -> list[str]:
         """In what a run differs from what the schedule was searched for; empty when in nothing."""
         said = []
         if model != self.model:
@@ -88,6 +92,7 @@ class Recipe:
         for name, mine, other in (
             ("solver", self.solver, solver),
             ("shift", self.shift, shift),
+            ("grid", self.grid, grid),
             ("steps", self.schedule.steps, steps),
         ):
             if mine != other:

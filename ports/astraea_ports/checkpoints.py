@@ -1,283 +1,238 @@
-"""Safetensors files to parameters, by a table that every tensor must match exactly once.
+"""Files of weights to parameters, by a table that every tensor must match exactly once.
 
 Loading is strict both ways and reads the headers first: whatever does not fit is reported, all of
-it together, before a single weight is read. Weights then come memory-mapped, one tensor at a time.
+it together, before a single weight is read. Weights then come one tensor at a time: the host never
+holds more than the parameters and a copy or two of one tensor.
 """
 
+import hashlib
 import os
-import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors import SafetensorError, safe_open
 
+from astraea_ports import converted
 from astraea_ports.folders import checkpoint_files
 from astraea_ports.folders import model_folder as model_folder
 from astraea_ports.folders import read_config as read_config
+from astraea_ports.matching import Entry as Entry
+from astraea_ports.matching import Match as Match
+from astraea_ports.matching import Transform as Transform
+from astraea_ports.matching import best_table
+from astraea_ports.matching import conv2d as conv2d
+from astraea_ports.matching import conv3d as conv3d
+from astraea_ports.matching import identity as identity
+from astraea_ports.matching import linear as linear
+from astraea_ports.matching import match_tensors as match_tensors
+from astraea_ports.matching import parameter_shapes as parameter_shapes
+from astraea_ports.matching import time_conv as time_conv
+from astraea_ports.matching import vector as vector
+from astraea_ports.tensor_files import Tensor as Tensor
+from astraea_ports.tensor_files import TensorFiles
 
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
-SHOWN_PER_KIND = 20  # a wrong file gives thousands of problems; the counts say the rest
+Table = Sequence[Entry]
 
-Transform = Callable[[np.ndarray], np.ndarray]
+Deltas = Mapping[tuple[str, int | None], Callable[[], np.ndarray]]
+"""What is added to a parameter (dotted path, layer) while it is read, float32."""
 
-
-def identity(array: np.ndarray) -> np.ndarray:
-    """The tensor as it is."""
-    return array
-
-
-def linear(array: np.ndarray) -> np.ndarray:
-    """[out, in] -> [in, out]; trailing axes of length 1 (a 1x1 convolution) are dropped."""
-    return array.reshape(array.shape[:2]).T
-
-
-def conv2d(array: np.ndarray) -> np.ndarray:
-    """[out, in, height, width] -> [height, width, in, out]."""
-    return array.transpose(2, 3, 1, 0)
-
-
-def conv3d(array: np.ndarray) -> np.ndarray:
-    """[out, in, time, height, width] -> [time, height, width, in, out]."""
-    return array.transpose(2, 3, 4, 1, 0)
+ReadDeltas = Callable[[Mapping[str, jax.ShapeDtypeStruct], Sequence[Table]], Deltas]
+"""Reads deltas for these parameters, their files' keys as in one of these tables."""
 
 
-def time_conv(array: np.ndarray) -> np.ndarray:
-    """[out, in, time, 1, 1] -> [time, in, out]."""
-    return array.reshape(array.shape[:3]).transpose(2, 1, 0)
+@runtime_checkable
+class Loadable[M](Protocol):
+    """A module that can be had: what it will look like, and the way to get it."""
+
+    @property
+    def template(self) -> M:
+        """The module with `jax.ShapeDtypeStruct` for leaves."""
+        ...
+
+    def load(self) -> M:
+        """The module."""
+        ...
 
 
-def vector(array: np.ndarray) -> np.ndarray:
-    """[channels, 1, ...] -> [channels]."""
-    return array.reshape(array.shape[:1])
-
-
-class Entry(NamedTuple):
-    r"""One row of a checkpoint map.
+class Checkpoint[M](NamedTuple):
+    """Weights whose headers fit a module; none is read yet.
 
     Attributes:
-      pattern: regular expression that the whole key must match. A group named `layer` is the
-        index on the parameter's leading (stacked) axis.
-      path: dotted path of the parameter in the module; may use the groups (`\1`, `\g<name>`).
-      transform: numpy array in the checkpoint's layout -> the parameter's layout.
+      template: the module built under `jax.eval_shape`; its leaves say shapes and dtypes.
+      files: what holds the weights.
+      matches: the tensors of each parameter, by its dotted path.
+      deltas: what is added to them.
     """
 
-    pattern: str
-    path: str
-    transform: Transform = identity
+    template: M
+    files: TensorFiles
+    matches: Mapping[str, list[Match]]
+    deltas: Deltas
+
+    def load(self) -> M:
+        """The module with jax arrays for leaves.
+
+        Raises:
+          ValueError: a parameter was saved under two names and the two differ.
+        """
+        arrays = []
+        for path, slot in parameter_shapes(self.template).items():
+            values = self._read(path, slot)
+            # Aligned, so that on a CPU the array takes over the memory instead of copying it.
+            arrays.append(jax.device_put(values))
+        return jax.tree.unflatten(jax.tree.structure(self.template), arrays)
+
+    def _read(self, path: str, slot: jax.ShapeDtypeStruct) -> np.ndarray:
+        """The tensors of one parameter in one array, allocated once."""
+        out = aligned_empty(slot.shape, slot.dtype)
+        first: dict[int | None, str] = {}
+        for tensor, entry, layer in self.matches[path]:
+            target = out if layer is None else out[layer]
+            values = entry.transform(self.files.read(tensor))
+            if (path, layer) in self.deltas:
+                values = values.astype(np.float32) + self.deltas[path, layer]()
+            if layer not in first:
+                first[layer] = tensor.key
+                target[...] = values
+            elif not np.array_equal(target, values.astype(slot.dtype)):
+                raise ValueError(
+                    f"expected one value for {path}, got two that differ: {first[layer]} and "
+                    f"{tensor.key}; remove the wrong one from the checkpoint"
+                )
+        return out
 
 
-class Tensor(NamedTuple):
-    """What a safetensors header says of a tensor, and the file it is in."""
-
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-
-
-class Match(NamedTuple):
-    """A tensor, the entry it matches, and its layer where the parameter is stacked."""
-
-    tensor: Tensor
-    entry: Entry
-    layer: int | None
-
-
-def load_parameters[M](
-    source: str | os.PathLike[str],
-    template: M,
-    table: Sequence[Entry],
-    *,
-    dtype: DTypeLike | None = None,
-) -> M:
-    """Fills a module with the weights of a checkpoint.
-
-    A parameter may come twice (tied weights saved under both names) if both copies are equal.
+def open_checkpoint[M](
+    source: str | os.PathLike[str], template: M, *tables: Table, deltas: ReadDeltas | None = None
+) -> Loadable[M]:
+    """Holds a checkpoint against a module, by the headers.
 
     Args:
-      source: a .safetensors file, or a folder holding one (`diffusion_pytorch_model.safetensors` or
-        `model.safetensors`) or its shards and their `*.safetensors.index.json`.
-      template: the module built under `jax.eval_shape`; its leaves say the shapes expected.
-      table: the checkpoint map; each key must match exactly one entry.
-      dtype: of the parameters; None keeps the template's.
-
-    Returns:
-      The module with jax arrays for leaves.
+      source: a file of weights, or a folder holding one (`diffusion_pytorch_model.safetensors` or
+        `model.safetensors`), its shards and their `*.safetensors.index.json`, or what
+        `astraea convert` wrote.
+      template: the module built under `jax.eval_shape`; its leaves say shapes and dtypes.
+      tables: of each layout that the checkpoint may have; the one that more keys match counts.
+      deltas: reads what is added to the weights.
 
     Raises:
       ValueError: the source is no readable checkpoint, or does not fit: keys missing, unexpected,
         of the wrong shape or dtype, matched by two entries. All such problems come in one error.
     """
-    files = checkpoint_files(source)
-    tree = jax.tree_util.tree_structure(template)
-    slots = parameter_shapes(template)
-    with ExitStack() as stack:
-        handles = {file: stack.enter_context(_open(file)) for file in files}
-        found = match_tensors(_tensors(handles), slots, table, name=str(source))
-        arrays = []
-        for path, leaf in slots.items():
-            target = np.dtype(leaf.dtype if dtype is None else dtype)
-            arrays.append(jnp.asarray(_read(path, leaf.shape, target, found[path], handles)))
-    return jax.tree_util.tree_unflatten(tree, arrays)
+    if converted.is_converted(source):
+        if deltas is not None:
+            raise ValueError(f"{source} is converted: merge a LoRA when converting, not after")
+        return converted.Converted(template, Path(source))
+    files = TensorFiles(checkpoint_files(source))
+    tensors, slots = files.tensors(), parameter_shapes(template)
+    table = best_table(tensors, tables)
+    matches = match_tensors(tensors, slots, table, name=str(source))
+    return Checkpoint(template, files, matches, {} if deltas is None else deltas(slots, tables))
 
 
-def _open(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="numpy")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
-            f"{file} is not a readable safetensors file ({error}); it is truncated, corrupt or of "
-            "another format: fetch or convert it again"
-        ) from error
+def load_parameters[M](
+    source: str | os.PathLike[str],
+    template: M,
+    *tables: Table,
+    dtype: DTypeLike | None = None,
+) -> M:
+    """Fills a module with the weights of a checkpoint; see `open_checkpoint`.
+
+    A parameter may come twice (tied weights saved under both names) if both copies are equal.
+
+    Args:
+      source: of the weights.
+      template: the module built under `jax.eval_shape`.
+      tables: one for each layout.
+      dtype: of the parameters; None keeps the template's.
+    """
+    if dtype is not None:
+        template = with_dtype(template, dtype)
+    return open_checkpoint(source, template, *tables).load()
 
 
-def _tensors(handles: Mapping[Path, Any]) -> Iterable[Tensor]:
-    for file, handle in handles.items():
-        for key in handle.keys():  # noqa: SIM118 - a file handle, no mapping
-            view = handle.get_slice(key)
-            yield Tensor(key, view.get_dtype(), tuple(view.get_shape()), file)
+def with_dtype[M](template: M, dtype: DTypeLike) -> M:
+    """The template with another dtype for every leaf."""
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
 
 
-def parameter_shapes(template: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """A module's parameters by dotted path, in the order of its leaves."""
-    slots = {}
-    for path, leaf in jax.tree_util.tree_flatten_with_path(template)[0]:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        slots[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-    return slots
+class Place(NamedTuple):
+    """Where one part of a model lies, and what its config says."""
+
+    weights: Path
+    config: Mapping[str, Any]
 
 
-def match_tensors(
-    tensors: Iterable[Tensor],
-    slots: Mapping[str, jax.ShapeDtypeStruct],
-    table: Sequence[Entry],
+def find_part(
+    source: str | os.PathLike[str],
     *,
-    name: str = "the checkpoint",
-) -> dict[str, list[Match]]:
-    """Sends every tensor to its parameter; reads nothing but the headers.
+    folder: str,
+    kinds: Sequence[str],
+    config: Mapping[str, Any] | None,
+    single: Sequence[str] = (),
+    single_config: Mapping[str, Any] | None = None,
+) -> Place:
+    """Finds a part of a model: its weights and its config.
+
+    Args:
+      source: a file of weights; the part's folder; the model's folder or hub id.
+      folder: the part's name in the Diffusers layout.
+      kinds: what its config.json may describe.
+      config: what config.json would hold; None reads it.
+      single: names of the part's file in a model's folder of the original layout.
+      single_config: the config of such a file, which has none beside it.
 
     Raises:
-      ValueError: they don't fit one to one; all problems in one error, under `name`.
+      ValueError: there is no such part, or a file comes without a config.
     """
-    compiled = [(re.compile(entry.pattern), entry) for entry in table]
-    matches: dict[str, list[Match]] = defaultdict(list)
-    problems: list[tuple[str, str]] = []
-    for tensor in tensors:
-        hits = [(m, entry) for regex, entry in compiled if (m := regex.fullmatch(tensor.key))]
-        if not hits:
-            problems.append(("unexpected", f"{tensor.key}: no such tensor in this model"))
-            continue
-        if len(hits) > 1:
-            patterns = " and ".join(entry.pattern for _, entry in hits)
-            problems.append(("ambiguous", f"{tensor.key}: matches {patterns}; mend the table"))
-            continue
-        regex_match, entry = hits[0]
-        layer = regex_match.groupdict().get("layer")
-        match = Match(tensor, entry, None if layer is None else int(layer))
-        path = regex_match.expand(entry.path)
-        problem = _misfit(match, path, slots)
-        if problem:
-            problems.append(problem)
-        if problem is None or problem[0] != "unexpected":
-            matches[path].append(match)
-    problems += _missing(matches, slots, table)
-    if problems:
-        raise ValueError(_report(name, problems))
-    return matches
-
-
-def _misfit(match: Match, path: str, slots: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The kind of misfit of a tensor for its parameter, and its description; None if it fits."""
-    tensor, entry, layer = match
-    if path not in slots:
-        return "unexpected", f"{tensor.key}: this model has no {path}; check its config"
-    expected = tuple(slots[path].shape)
-    if layer is not None:
-        if layer >= expected[0]:
-            return "unexpected", (
-                f"{tensor.key}: {path} has layers 0..{expected[0] - 1} only; "
-                "check the number of layers in the config"
-            )
-        expected = expected[1:]
-    if tensor.dtype not in FLOAT_DTYPES:
-        wanted = ", ".join(sorted(FLOAT_DTYPES))
-        return "wrong dtype", f"{tensor.key}: expected one of {wanted}, got {tensor.dtype}"
-    try:
-        # One element seen as an array of this shape: the transforms run on it and read no weights.
-        got = entry.transform(np.broadcast_to(np.zeros((), np.int8), tensor.shape)).shape
-    except (ValueError, IndexError):
-        got = None
-    if got == expected:
-        return None
-    detail = "which has too few or too many axes" if got is None else f"that is {list(got)} here"
-    return "wrong shape", (
-        f"{tensor.key}: expected {list(expected)} for {path}, got {list(tensor.shape)}, {detail}; "
-        "check the config"
-    )
-
-
-def _missing(
-    matches: Mapping[str, list[Match]], slots: Mapping[str, Any], table: Sequence[Entry]
-) -> list[tuple[str, str]]:
-    problems = []
-    for path, leaf in slots.items():
-        feeding = [entry for entry in table if entry.path == path]
-        feeding = feeding or [entry for entry in table if _may_feed(entry, path)]
-        stacked = any("(?P<layer>" in entry.pattern for entry in feeding)
-        hint = " or ".join(entry.pattern for entry in feeding) or "nothing: mend the table"
-        wanted = set(range(leaf.shape[0])) if stacked else {None}
-        for layer in sorted(
-            wanted - {match.layer for match in matches.get(path, ())}, key=lambda layer: layer or 0
-        ):
-            name = path if layer is None else f"{path}, layer {layer}"
-            problems.append(("missing", f"{name}: expected a key like {hint}, got none"))
-    return problems
-
-
-def _may_feed(entry: Entry, path: str) -> bool:
-    literal = re.split(r"\\(?:\d+|g<\w+>)", entry.path)
-    return re.fullmatch(r"\w+".join(map(re.escape, literal)), path) is not None
-
-
-def _read(
-    path: str,
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    matches: Sequence[Match],
-    handles: Mapping[Path, Any],
-) -> np.ndarray:
-    """Reads the tensors of one parameter into one array, allocated once."""
-    out = np.empty(shape, dtype)
-    first: dict[int | None, str] = {}
-    for tensor, entry, layer in matches:
-        target = out if layer is None else out[layer]
-        values = entry.transform(handles[tensor.file].get_tensor(tensor.key))
-        if layer not in first:
-            first[layer] = tensor.key
-            target[...] = values
-        elif not np.array_equal(target, values.astype(dtype)):
+    path = Path(source).expanduser()
+    if path.is_file():
+        if config is None and path.name in single:
+            config = single_config
+        if config is None:
             raise ValueError(
-                f"expected one value for {path}, got two that differ: {first[layer]} and "
-                f"{tensor.key}; remove the wrong one from the checkpoint"
+                f"{path} has no config.json beside it; pass config={{...}} or a folder"
             )
-    return out
+        return Place(path, config)
+    path = model_folder(source, [f"{folder}/*.safetensors", "diffusion_pytorch_model*", *single])
+    if (path / "model_index.json").is_file():
+        path = path / folder
+    named = next((path / name for name in single if (path / name).is_file()), None)
+    if named is not None and single_config is not None:
+        return Place(named, single_config if config is None else config)
+    return Place(path, read_config(path, expected=kinds) if config is None else config)
 
 
-def _report(name: str, problems: Sequence[tuple[str, str]]) -> str:
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for kind, text in problems:
-        kinds[kind].append(text)
-    counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in kinds.items())
-    lines = [f"{name} does not fit this model: {counts}"]
-    for kind, texts in kinds.items():
-        lines += [f"  {kind}: {text}" for text in texts[:SHOWN_PER_KIND]]
-        if len(texts) > SHOWN_PER_KIND:
-            lines.append(f"  {kind}: ... and {len(texts) - SHOWN_PER_KIND} more")
-    return "\n".join(lines)
+def fingerprint(loadable: Loadable) -> str:
+    """Stands for a checkpoint's content: a hash of its headers and of samples of its numbers.
+
+    Of each file the first 64 KiB (a safetensors header lies there) and 64 KiB at fifteen more
+    places, its size and name, and the dtype asked for; a whole text encoder takes a minute to read.
+    """
+    content = hashlib.sha256()
+    for path, slot in parameter_shapes(loadable.template).items():
+        content.update(f"{path} {slot.shape} {slot.dtype}\n".encode())
+    if isinstance(loadable, Checkpoint):
+        paths = list(loadable.files.files)
+    else:
+        paths = converted.files(loadable)
+    for path in sorted(paths):
+        size = path.stat().st_size
+        content.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            for place in range(16):
+                file.seek(place * size // 16)
+                content.update(file.read(1 << 16))
+    return content.hexdigest()
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array of whatever is there, on a boundary that JAX's CPU arrays need."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)

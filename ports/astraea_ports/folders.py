@@ -3,19 +3,22 @@
 import json
 import os
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
-def model_folder(source: str | os.PathLike[str]) -> Path:
+def model_folder(
+    source: str | os.PathLike[str], weights: Sequence[str] = ("*.safetensors",)
+) -> Path:
     """The local folder of a model: itself, or a snapshot of it from the Hugging Face hub.
 
     Args:
-      source: a folder, or a hub id `owner/name`. Only JSON, safetensors and the tokenizer are
-        fetched; the hub's local cache stands in when the hub can't be reached.
+      source: a folder, or a hub id `owner/name`. Only JSON, the tokenizer and weights are fetched;
+        the hub's local cache stands in when the hub can't be reached.
+      weights: patterns of the files of weights to fetch.
 
     Raises:
       ValueError: it is neither, or the hub has no such model or can't be reached.
@@ -34,7 +37,7 @@ def model_folder(source: str | os.PathLike[str]) -> Path:
     try:
         return Path(
             huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", "*.safetensors", "tokenizer/*"]
+                name, allow_patterns=["*.json", *weights, "tokenizer/*"]
             )
         )
     except Exception as error:  # a dozen classes of several libraries: for the user all one
@@ -97,7 +100,8 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise ValueError(
         f"expected {' or '.join(SINGLE_FILES)} or an index of shards (*.safetensors.index.json) in "
-        f"{folder}, got {found}; convert other formats (.bin, .pth) to safetensors first"
+        f"{folder}, got {found}; convert other formats (.bin, .pth) to safetensors first, or name "
+        "the .pth file"
     )
 
 

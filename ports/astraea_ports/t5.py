@@ -9,7 +9,6 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -37,6 +36,37 @@ TABLE = (
     ),
     Entry(r"encoder\.final_layer_norm\.weight", "final_norm"),
 )
+
+_ORIGINAL_BLOCK = r"blocks\.(?P<layer>\d+)\."
+ORIGINAL = (
+    Entry(r"token_embedding\.weight", "embedding"),
+    Entry(_ORIGINAL_BLOCK + r"norm1\.weight", "blocks.attention_norm"),
+    Entry(_ORIGINAL_BLOCK + r"attn\.([qkvo])\.weight", r"blocks.\2", checkpoints.linear),
+    Entry(_ORIGINAL_BLOCK + r"pos_embedding\.embedding\.weight", "position_bias"),
+    Entry(_ORIGINAL_BLOCK + r"norm2\.weight", "blocks.mlp_norm"),
+    Entry(_ORIGINAL_BLOCK + r"ffn\.gate\.0\.weight", "blocks.wi_0", checkpoints.linear),
+    Entry(_ORIGINAL_BLOCK + r"ffn\.fc1\.weight", "blocks.wi_1", checkpoints.linear),
+    Entry(_ORIGINAL_BLOCK + r"ffn\.fc2\.weight", "blocks.wo", checkpoints.linear),
+    Entry(r"norm\.weight", "final_norm"),
+)
+"""The keys of Wan's original UMT5."""
+
+ORIGINAL_FILES = (
+    "models_t5_umt5-xxl-enc-bf16.safetensors",
+    "models_t5_umt5-xxl-enc-bf16.pth",
+)
+"""Its file in a model's folder; no config lies beside it."""
+
+UMT5_XXL: Mapping[str, Any] = {
+    "model_type": "umt5",
+    "vocab_size": 256384,
+    "d_model": 4096,
+    "d_kv": 64,
+    "d_ff": 10240,
+    "num_layers": 24,
+    "num_heads": 64,
+}
+"""What config.json says of the encoder of both sizes of Wan."""
 
 
 @dataclass(frozen=True)
@@ -222,28 +252,42 @@ class T5Encoder(nnx.Module):
         return jnp.moveaxis(table[buckets], -1, 0)
 
 
+def open_text_encoder(
+    source: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike | None = None,
+) -> checkpoints.Loadable[T5Encoder]:
+    """Finds an encoder and holds its headers against its config; see `load_text_encoder`."""
+    place = checkpoints.find_part(
+        source,
+        folder="text_encoder",
+        kinds=("umt5", "t5"),
+        config=config,
+        single=ORIGINAL_FILES,
+        single_config=UMT5_XXL,
+    )
+    parsed = T5Config.from_dict(place.config)
+    template = jax.eval_shape(lambda: T5Encoder(parsed, nnx.Rngs(0)))
+    template = template if dtype is None else checkpoints.with_dtype(template, dtype)
+    return checkpoints.open_checkpoint(place.weights, template, TABLE, ORIGINAL)
+
+
 def load_text_encoder(
     source: str | os.PathLike[str],
     *,
     config: Mapping[str, Any] | None = None,
     dtype: DTypeLike | None = None,
 ) -> T5Encoder:
-    """Loads an encoder.
+    """Loads an encoder in transformers' layout or Wan's original one.
 
     Args:
-      source: a folder with config.json and the weights, or a single .safetensors file.
-      config: what config.json holds; needed with a single file.
+      source: a folder with config.json and the weights, a whole model's folder or hub id, or a
+        single file of weights (.safetensors; .pth where torch is installed).
+      config: what config.json holds; needed with a single file that is not the original's.
       dtype: of the parameters and of the computation; None is float32.
 
     Raises:
       ValueError: the config or the weights are missing, broken, or don't fit.
     """
-    if config is None:
-        if Path(source).is_file():
-            raise ValueError(
-                f"{source} has no config.json beside it; pass config={{...}} or a folder"
-            )
-        config = checkpoints.read_config(source, expected=("umt5", "t5"))
-    parsed = T5Config.from_dict(config)
-    template = jax.eval_shape(lambda: T5Encoder(parsed, nnx.Rngs(0)))
-    return checkpoints.load_parameters(source, template, TABLE, dtype=dtype)
+    return open_text_encoder(source, config=config, dtype=dtype).load()

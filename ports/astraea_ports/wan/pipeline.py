@@ -1,12 +1,10 @@
 """Prompts to videos with a Wan model: encode the text, denoise, decode."""
 
 import dataclasses
-import math
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,36 +14,22 @@ from jaxtyping import Array, Float
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.flops import Workload
-from astraea_jax.methods import Dense, Method, Trace
+from astraea_jax.methods import Method, Trace
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
-from astraea_ports import checkpoints, t5, tiny
-from astraea_ports.wan import transformer_weights, vae
+from astraea_ports import t5
+from astraea_ports.checkpoints import Loadable
+from astraea_ports.wan import embeddings, parts, vae, vae_tiles
+from astraea_ports.wan import plan as plans
+from astraea_ports.wan.lora import Lora
+from astraea_ports.wan.parts import Defaults
 from astraea_ports.wan.text import Tokenizer
-from astraea_ports.wan.transformer import Transformer
+from astraea_ports.wan.transformer import Precision, Transformer
 
-SHIPPED = {"tiny": tiny.FOLDER}
-"""Models inside the package, by name."""
+Stage = Literal["text", "load", "denoise", "decode"]
 
-Stage = Literal["text", "denoise", "decode"]
-
-
-class Defaults(NamedTuple):
-    """What a call uses where it is not told; a folder's astraea.json may say otherwise.
-
-    Attributes:
-      frames: of the video, 4k + 1.
-      height: pixels, a multiple of 16.
-      width: pixels, a multiple of 16.
-      steps: denoising steps.
-      guidance: scale of classifier-free guidance.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    steps: int = 50
-    guidance: float = 5.0
+Progress = Callable[[Stage, int, int], None]
+"""Called as progress(stage, done, total)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +42,8 @@ class Result:
       branches: guidance branches that were run, 1 or 2.
       schedule: the levels that were run.
       trace: which tokens each step computed, or () when it was not asked for.
-      seconds: of each stage, compilation apart.
+      seconds: of each stage, compilation apart; "load" is that of transformer and VAE, where they
+        are loaded for their stage.
     """
 
     video: Float[Array, "B F height width 3"]
@@ -69,11 +54,8 @@ class Result:
     seconds: Mapping[Stage, Stopwatch]
 
 
-@timed_jit()
-def _encode_text(encoder: t5.T5Encoder, ids, mask):
-    """Embeddings with every row past the text's end set to zero, as Wan was trained."""
-    embeddings = encoder(ids, mask)
-    return embeddings * mask[..., None].astype(embeddings.dtype)
+def _quiet(stage: Stage, done: int, total: int) -> None:
+    """No progress is asked for."""
 
 
 @timed_jit()
@@ -92,6 +74,10 @@ class Pipeline:
       vae: latents to pixels.
       shift: flow shift of the model's scheduler.
       defaults: what a call uses where it is not told.
+      grid: whose noise levels a call steps through unless told.
+      loaders: the way to get a part that is shapes alone; it is loaded for its stage, then let go.
+      text_cache: folder where embeddings are kept, or None.
+      text_name: stands for the text encoder's weights there.
       folder: where the model was read from; it may carry searched schedules and prompts.
     """
 
@@ -101,32 +87,77 @@ class Pipeline:
     vae: vae.VAE
     shift: float
     defaults: Defaults
+    grid: solvers.Grid = "diffusers"
+    loaders: Mapping[str, Loadable] = dataclasses.field(default_factory=dict)
+    text_cache: Path | None = None
+    text_name: str = ""
     folder: Path | None = None
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str] = "tiny", *, dtype: DTypeLike = jnp.float32
+        cls,
+        source: str | os.PathLike[str] = "tiny",
+        *,
+        dtype: DTypeLike = jnp.float32,
+        precision: Precision = "reference",
+        lora: Sequence[Lora] = (),
+        staged: bool = False,
+        text_cache: str | os.PathLike[str] | None = None,
     ) -> "Pipeline":
-        """Loads every part of a model in the Diffusers layout.
+        """Opens every part of a model, in Diffusers' layout or the original one.
 
         Args:
           source: a folder, a hub id, or "tiny" for the small model that ships.
           dtype: of the transformer and the text encoder; the VAE is float32, as upstream.
+          precision: what the transformer leaves in float32; see `transformer.Precision`.
+          lora: files of low-rank changes to the transformer.
+          staged: loads each part for its stage and lets go of it after, instead of all now.
+          text_cache: folder that keeps embeddings, by a hash of tokens and encoder.
 
         Raises:
           ValueError: no such model, or a part that is missing, broken, or of another kind.
         """
-        folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
-        checkpoints.read_config(folder, "model_index.json", expected="WanPipeline")
-        scheduler = checkpoints.read_config(folder / "scheduler", "scheduler_config.json")
+        found = parts.open_parts(source, dtype=dtype, precision=precision, lora=lora)
+        return cls._of(found, staged=staged, text_cache=text_cache)
+
+    @classmethod
+    def random(
+        cls,
+        size: str = "1.3B",
+        *,
+        dtype: DTypeLike = jnp.float32,
+        precision: Precision = "reference",
+        seed: int = 0,
+        staged: bool = False,
+    ) -> "Pipeline":
+        """A model of a real size with random weights, for timing; it reads text with a stand-in.
+
+        Raises:
+          ValueError: an unknown size or policy.
+        """
+        made = parts.random_parts(size, dtype=dtype, precision=precision, seed=seed)
+        return cls._of(made, staged=staged, text_cache=None)
+
+    @classmethod
+    def _of(cls, found: parts.Parts, *, staged: bool, text_cache) -> "Pipeline":
+        loaders: dict[str, Loadable] = {
+            "text_encoder": found.text_encoder,
+            "transformer": found.transformer,
+            "vae": found.vae,
+        }
+        modules: dict[str, Any] = {
+            name: loader.template if staged else loader.load() for name, loader in loaders.items()
+        }
         return cls(
-            tokenizer=Tokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder=t5.load_text_encoder(folder / "text_encoder", dtype=dtype),
-            transformer=transformer_weights.load_transformer(folder / "transformer", dtype=dtype),
-            vae=vae.load_vae(folder / "vae"),
-            shift=float(scheduler.get("flow_shift", scheduler.get("shift", 1.0))),
-            defaults=_defaults(folder),
-            folder=folder,
+            tokenizer=found.tokenizer,
+            shift=found.shift,
+            defaults=found.defaults,
+            grid=found.grid,
+            loaders=loaders if staged else {},
+            text_cache=None if text_cache is None else Path(text_cache).expanduser(),
+            text_name=found.text_name,
+            folder=found.folder,
+            **modules,
         )
 
     def __call__(
@@ -145,8 +176,9 @@ class Pipeline:
         schedule: Schedule | None = None,
         solver: str = "unipc",
         shift: float | None = None,
+        grid: solvers.Grid | None = None,
         driver: loop.Driver = "static",
-        progress: Callable[[Stage, int, int], None] | None = None,
+        progress: Progress | None = None,
         trace: bool = False,
     ) -> Result:
         """Makes a video for each prompt.
@@ -163,8 +195,9 @@ class Pipeline:
           latents: noise to start from instead.
           method: how steps are computed; None is the plain model.
           schedule: a level for each step; None is dense.
-          solver: "unipc" or "euler".
+          solver: "unipc", "dpm++" or "euler".
           shift: flow shift; None is the model's own.
+          grid: "diffusers" or "original" noise levels; None is the model's layout's.
           driver: see `astraea_jax.denoise`.
           progress: called as progress(stage, done, total).
           trace: whether to return which tokens were computed.
@@ -175,66 +208,108 @@ class Pipeline:
         Raises:
           ValueError: any of these out of range, before any long work.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-        size = self.size(frames, height, width)
-        self._check_prompts(prompts)
+        shape = self.latents_shape(*self.size(frames, height, width))
         if steps is None:
             steps = self.defaults.steps if schedule is None else schedule.steps
-        table = solvers.make(solver, steps, shift=self.shift if shift is None else shift)
-        schedule = Schedule.dense(steps) if schedule is None else schedule
-        if schedule.steps != steps:
-            raise ValueError(
-                f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
-            )
-        guidance = self.defaults.guidance if guidance is None else guidance
-        if not math.isfinite(guidance):
-            raise ValueError(
-                f"guidance must be a finite number, 1 or less for none; got {guidance}"
-            )
-        noise = self._noise(len(prompts), size, seed, latents)
-        report = progress or (lambda stage, done, total: None)
-
+        plan = plans.make(
+            [prompts] if isinstance(prompts, str) else prompts,
+            self.tokenizer,
+            shape,
+            steps=steps,
+            solver=solver,
+            shift=self.shift if shift is None else shift,
+            grid=self.grid if grid is None else grid,
+            schedule=schedule,
+            method=method,
+            guidance=self.defaults.guidance if guidance is None else guidance,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            latents=latents,
+        )
+        report = progress or _quiet
+        seconds: dict[Stage, Stopwatch] = {}
         report("text", 0, 1)
-        with stopwatch() as text_watch:
-            context = self.encode_text(prompts, negative_prompt if guidance > 1 else None)
+        with stopwatch() as seconds["text"]:
+            context = self.encode_text(plan.prompts, plan.negative_prompt)
         report("text", 1, 1)
+        denoised = self._denoise(plan, context, driver, trace, report, seconds)
+        video = self.decode(denoised.latents, report, seconds)
+        branches = 1 if plan.guidance is None else 2
+        return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)
+
+    def _denoise(self, plan: plans.Plan, context, driver, trace, report, seconds) -> loop.Denoised:
+        """The denoising stage; a transformer that was loaded for it is gone when it ends."""
+        transformer = self._resident("transformer", report, seconds)
+        steps = plan.solver.steps
         report("denoise", 0, steps)
-        with stopwatch() as denoise_watch:
-            denoised = loop.denoise(
-                self.transformer,
-                noise,
-                context,
-                solver=table,
-                schedule=schedule,
-                method=Dense() if method is None else method,
-                guidance=guidance if guidance > 1 else None,
-                key=jax.random.key(seed),
-                driver=driver,
-                progress=lambda done: report("denoise", done, steps),
-                trace=trace,
+        with stopwatch() as seconds["denoise"]:
+            return jax.block_until_ready(
+                loop.denoise(
+                    transformer,
+                    plan.noise,
+                    context,
+                    solver=plan.solver,
+                    schedule=plan.schedule,
+                    method=plan.method,
+                    guidance=plan.guidance,
+                    key=jax.random.key(plan.seed),
+                    driver=driver,
+                    progress=lambda done: report("denoise", done, steps),
+                    trace=trace,
+                )
             )
-            jax.block_until_ready(denoised)
-        report("decode", 0, len(prompts))
-        with stopwatch() as decode_watch:
-            videos = []
-            for index in range(len(prompts)):
-                # One at a time: the VAE's memory is that of the pixels.
-                videos.append(_decode(self.vae, denoised.latents[index : index + 1]))
-                jax.block_until_ready(videos[-1])
-                report("decode", index + 1, len(prompts))
-        seconds: dict[Stage, Stopwatch] = {
-            "text": text_watch,
-            "denoise": denoise_watch,
-            "decode": decode_watch,
-        }
-        video = jnp.concatenate(videos)
-        branches = 2 if guidance > 1 else 1
-        return Result(video, denoised.latents, branches, schedule, denoised.trace, seconds)
+
+    def decode(
+        self,
+        latents: Float[Array, "B f h w 16"],
+        report: Progress = _quiet,
+        seconds: dict[Stage, Stopwatch] | None = None,
+    ) -> Float[Array, "B F height width 3"]:
+        """Latents to videos in [0, 1], one video at a time, in pieces where it is large.
+
+        Args:
+          latents: denoised, normalised.
+          report: takes progress.
+          seconds: gets those of loading and decoding.
+        """
+        seconds = {} if seconds is None else seconds
+        model = self._resident("vae", report, seconds)
+        frames, rows, columns = latents.shape[1:4]
+        cut = vae_tiles.pieces(model.config, (frames, rows, columns))
+        report("decode", 0, len(latents))
+        videos = []
+        with stopwatch() as seconds["decode"]:
+            for index in range(len(latents)):
+                one = latents[index : index + 1]
+                if cut is None:
+                    video = _decode(model, one)
+                else:
+                    whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
+                    video = (jnp.asarray(whole) + 1) / 2
+                videos.append(jax.block_until_ready(video))
+                report("decode", index + 1, len(latents))
+        return jnp.concatenate(videos)
+
+    def _resident(self, name: str, report: Progress, seconds: dict[Stage, Stopwatch]):
+        """A part with its weights: the pipeline's own, or loaded now."""
+        module = getattr(self, name)
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(module)):
+            return module
+        report("load", 0, 1)
+        with stopwatch() as watch:
+            module = jax.block_until_ready(self.loaders[name].load())
+        total = seconds.setdefault("load", Stopwatch())
+        total.run += watch.run
+        total.compile += watch.compile
+        report("load", 1, 1)
+        return module
 
     def encode_text(
         self, prompts: Sequence[str], negative_prompt: str | None = ""
     ) -> Float[Array, "rows M D"]:
         """Text embeddings for `denoise`: the prompts, then as often the negative prompt.
+
+        Each text is encoded by itself, once, so that its embedding depends on no other.
 
         Args:
           prompts: P of them.
@@ -246,9 +321,12 @@ class Pipeline:
         texts = list(prompts)
         if negative_prompt is not None:
             texts += [negative_prompt] * len(prompts)
-        tokens = self.tokenizer(texts)
-        return jax.block_until_ready(
-            _encode_text(self.text_encoder, jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+        return embeddings.encode(
+            texts,
+            self.tokenizer,
+            self.text_encoder.config.d_model,
+            lambda: self._resident("text_encoder", _quiet, {}),
+            cache=None if self.text_cache is None else (self.text_cache, self.text_name),
         )
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -289,58 +367,6 @@ class Pipeline:
             default.height if height is None else height,
             default.width if width is None else width,
         )
-        config, patch = self.vae.config, self.transformer.config.patch_size
-        pixels = config.spatial_factor * patch[1], config.spatial_factor * patch[2]
-        for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):
-            if not isinstance(value, int) or value < unit or value % unit:
-                raise ValueError(
-                    f"{name} must be a multiple of {unit} pixels; got {value!r}: the nearest is "
-                    f"{max(unit, unit * round(float(value) / unit))}"
-                )
-        time = config.temporal_factor
-        if not isinstance(size[0], int) or size[0] < 1 or (size[0] - 1) % time:
-            nearest = max(1, time * round((float(size[0]) - 1) / time) + 1)
-            raise ValueError(
-                f"frames must be a multiple of {time} plus 1; got {size[0]!r}: "
-                f"the nearest is {nearest}"
-            )
+        plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size
-
-    def _check_prompts(self, prompts: Sequence[str]) -> None:
-        if not prompts:
-            raise ValueError("expected at least one prompt; got none")
-        for prompt in prompts:
-            if not isinstance(prompt, str) or not prompt.strip():
-                raise ValueError(
-                    f"a prompt must say something; got {prompt!r}: describe the video to make"
-                )
-        unknown = [word for prompt in prompts for word in self.tokenizer.unknown_words(prompt)]
-        if unknown:
-            warnings.warn(
-                f"the model does not know: {', '.join(dict.fromkeys(unknown))}; "
-                "it can only spell such words, and the video may not show them",
-                stacklevel=3,
-            )
-
-    def _noise(self, count: int, size, seed: int, latents) -> Float[Array, "B f h w 16"]:
-        shape = self.latents_shape(*size)
-        if latents is not None:
-            if tuple(latents.shape) != (count, *shape):
-                raise ValueError(
-                    f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
-                )
-            return jnp.asarray(latents, jnp.float32)
-        if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be an integer in 0..2^32-1; got {seed!r}")
-        keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
-        return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
-
-
-def _defaults(folder: Path) -> Defaults:
-    """Wan's own, or what the folder's astraea.json says."""
-    if not (folder / "astraea.json").is_file():
-        return Defaults()
-    values = checkpoints.read_config(folder, "astraea.json")
-    known = {name: values[name] for name in Defaults._fields if name in values}
-    return Defaults(**known)

@@ -4,6 +4,7 @@ Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/tokenizers.py` (cleanin
 """
 
 import html
+import json
 import os
 import re
 import string
@@ -79,6 +80,7 @@ class Tokenizer:
         self._backend = backend
         self._pad, self._end = ids[pad], ids[end]
         self._unknown = None if unknown is None else backend.token_to_id(unknown)
+        self._config = {"pad_token": pad, "eos_token": end, "unk_token": unknown}
 
     @classmethod
     def from_pretrained(
@@ -149,6 +151,14 @@ class Tokenizer:
             ids[row, : len(kept)] = kept
             mask[row, : len(kept)] = 1
         return TokenIds(ids, mask)
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Writes what `from_pretrained` reads."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        self._backend.save(str(folder / "tokenizer.json"))
+        config = self._config | {"model_max_length": self.length}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
     def unknown_words(self, prompt: str) -> tuple[str, ...]:
         """The words of a prompt that the vocabulary can only spell, or not even that; each once.

@@ -3,75 +3,29 @@
 Source: Wan-Video/Wan2.1 wan/modules/model.py; Diffusers transformer_wan (key names).
 """
 
-import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from astraea_jax import model as core
 from astraea_jax.attention import query_sparse_attention
+from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
+Precision = Literal["reference", "fast"]
+"""What weights of bfloat16 leave in float32.
 
-@dataclasses.dataclass(frozen=True)
-class TransformerConfig:
-    """Sizes of a Wan transformer, named as in Diffusers' config.json.
+"reference": the tokens between sub-layers (the residual stream), time embedding, modulation, norms
+and head, as the original's autocast does. "fast": the same but for the tokens, which are rounded
+to the weights' dtype after each sub-layer, as in Diffusers; half the cache, half the traffic.
+"""
 
-    Attributes:
-      num_attention_heads: heads, A.
-      attention_head_dim: channels of a head, C; the width H is A * C.
-      in_channels: latent channels.
-      out_channels: velocity channels.
-      text_dim: channels of the text embedding.
-      freq_dim: channels of the sinusoidal time embedding.
-      ffn_dim: hidden channels of the feed-forward.
-      num_layers: blocks, L.
-      patch_size: latent frames, rows and columns that make a token.
-      eps: added inside every normalisation.
-      rope_max_seq_len: largest position along an axis.
-    """
-
-    num_attention_heads: int
-    attention_head_dim: int
-    in_channels: int
-    out_channels: int
-    text_dim: int
-    freq_dim: int
-    ffn_dim: int
-    num_layers: int
-    patch_size: tuple[int, int, int] = (1, 2, 2)
-    eps: float = 1e-6
-    rope_max_seq_len: int = 1024
-
-    @property
-    def width(self) -> int:
-        """Channels of a token, H."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @classmethod
-    def from_dict(cls, values: Mapping) -> "TransformerConfig":
-        """Reads Diffusers' config.json.
-
-        Raises:
-          ValueError: a key that is missing, or a variant of Wan that is not text-to-video.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
-        missing = [name for name in required if values.get(name) is None]
-        if missing:
-            raise ValueError(f"expected a WanTransformer3DModel config; it lacks {missing}")
-        expected = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
-        expected |= {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
-        for name, value in expected.items():
-            if values.get(name, value) != value:
-                raise ValueError(f"{name} must be {value} (text-to-video); got {values[name]}")
-        chosen = {name: values[name] for name in fields if values.get(name) is not None}
-        chosen["patch_size"] = tuple(chosen.get("patch_size", cls.patch_size))
-        return cls(**chosen)
+WIDE = ("time_1", "time_2", "time_proj", "scale_shift_table", "norm", "proj_out")
+"""Parameters that stay float32 under either policy: 1 % of the model, by parts of their paths."""
 
 
 class RMSNorm(nnx.Module):
@@ -163,26 +117,10 @@ class Block(nnx.Module):
 
 
 class KeysValues(NamedTuple):
-    """Keys and values head by head, [B, A, N, C]: the layout that the products read.
-
-    Stored so, they are laid out once a block; every tenth of the rows that the dynamic driver
-    computes would lay them out again.
-    """
+    """Keys and values of every token, or of the text, [B, N, A, C]."""
 
     keys: Array
     values: Array
-
-
-def _by_head(keys: Float[Array, "B N A C"], values: Float[Array, "B N A C"]) -> KeysValues:
-    """Lays keys and values out head by head, and holds XLA to it."""
-    by_head = KeysValues(keys.swapaxes(1, 2), values.swapaxes(1, 2))
-    return jax.lax.optimization_barrier(by_head)
-
-
-def _attend(queries: Float[Array, "B K A C"], keys_values: KeysValues):
-    """Query-only attention to what `_by_head` laid out; the swaps cancel out when compiled."""
-    keys, values = (x.swapaxes(1, 2) for x in keys_values)
-    return query_sparse_attention(queries, keys, values)
 
 
 class Prepared(NamedTuple):
@@ -204,7 +142,11 @@ class BoundBlock:
 
     def __init__(self, block: Block, text: KeysValues, rope: Rope, modulation: Array):
         self.block, self.text, self.rope = block, text, rope
-        total = block.scale_shift_table[...].astype(jnp.float32) + modulation
+        self.dtype = block.ffn_in.kernel.dtype  # of the products; rows may be wider
+        # Held as a value of its own: fused into the rows' loops it is added again for every row.
+        total = jax.lax.optimization_barrier(
+            block.scale_shift_table[...].astype(jnp.float32) + modulation
+        )
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             total[:, index, None] for index in range(6)
         )
@@ -217,7 +159,7 @@ class BoundBlock:
         attention = self.block.attn1
         x = self._modulated(tokens)
         keys = attention.split(attention.norm_k(attention.to_k(x)))
-        return _by_head(rotate(keys, self.rope), attention.split(attention.to_v(x)))
+        return KeysValues(rotate(keys, self.rope), attention.split(attention.to_v(x)))
 
     def self_attention(
         self,
@@ -231,44 +173,48 @@ class BoundBlock:
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
         queries = attention.split(attention.norm_q(attention.to_q(self._modulated(rows))))
-        out, lse = _attend(rotate(queries, rope), keys_values)
+        out, lse = query_sparse_attention(rotate(queries, rope), *keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """Rows attend to the text, padding included, as the model was trained."""
         attention, norm = self.block.attn2, self.block.norm2
         x = norm(rows.astype(jnp.float32))
-        queries = attention.split(attention.norm_q(attention.to_q(x.astype(rows.dtype))))
-        out, _ = _attend(queries, self.text)
+        queries = attention.split(attention.norm_q(attention.to_q(x.astype(self.dtype))))
+        out, _ = query_sparse_attention(queries, *self.text)
         return attention.to_out(out.reshape(rows.shape))
 
     def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """Feed-forward with the tanh GELU."""
         x = layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
-        hidden = self.block.ffn_in(x.astype(rows.dtype))
+        hidden = self.block.ffn_in(x.astype(self.dtype))
         return self.block.ffn_out(jax.nn.gelu(hidden, approximate=True))
 
     def _modulated(self, x: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """What the self-attention reads: normed, scaled and shifted by the step."""
         y = layer_norm(x, self.block.eps) * (1 + self.attention_scale) + self.attention_shift
-        return y.astype(x.dtype)
+        return y.astype(self.dtype)
 
 
 class Transformer(nnx.Module):
     """Wan 2.1: patches of a noised video latent and a text in, velocity out; a core.VideoDiT."""
 
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+    def __init__(
+        self, config: TransformerConfig, rngs: nnx.Rngs, *, precision: Precision = "reference"
+    ):
         width, patch = config.width, int(np.prod(config.patch_size))
-        self.config = config
+        self.config, self.precision = config, precision
+        exact = jax.lax.Precision.HIGHEST  # a GPU's default rounds float32 products to 10 bits
         self.patch_embedding = nnx.Linear(patch * config.in_channels, width, rngs=rngs)
         self.text_1 = nnx.Linear(config.text_dim, width, rngs=rngs)
         self.text_2 = nnx.Linear(width, width, rngs=rngs)
-        self.time_1 = nnx.Linear(config.freq_dim, width, rngs=rngs)
-        self.time_2 = nnx.Linear(width, width, rngs=rngs)
-        self.time_proj = nnx.Linear(width, 6 * width, rngs=rngs)
+        self.time_1 = nnx.Linear(config.freq_dim, width, precision=exact, rngs=rngs)
+        self.time_2 = nnx.Linear(width, width, precision=exact, rngs=rngs)
+        self.time_proj = nnx.Linear(width, 6 * width, precision=exact, rngs=rngs)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
-        self.proj_out = nnx.Linear(width, patch * config.out_channels, rngs=rngs)
+        num_out = patch * config.out_channels
+        self.proj_out = nnx.Linear(width, num_out, precision=exact, rngs=rngs)
         table = jax.random.normal(rngs.params(), (2, width)) / width**0.5
         self.scale_shift_table = nnx.Param(table)
 
@@ -283,8 +229,10 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the parameters, and of the tokens."""
-        return self.proj_out.kernel.dtype
+        """Dtype of the tokens, and of what is cached of them."""
+        if self.precision == "reference":
+            return jnp.dtype(jnp.float32)
+        return self.patch_embedding.kernel.dtype
 
     def geometry(self, latents_shape: tuple[int, ...]) -> core.Geometry:
         """Token grid for latents [B, F, H, W, C].
@@ -319,12 +267,13 @@ class Transformer(nnx.Module):
 
     def prepare(self, context: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
         """Text keys and values of every block, and the rotary tables: once a run."""
-        text = self.text_2(jax.nn.gelu(self.text_1(context.astype(self.dtype)), approximate=True))
+        context = context.astype(self.text_1.kernel.dtype)
+        text = self.text_2(jax.nn.gelu(self.text_1(context), approximate=True))
 
         def project(block: Block) -> KeysValues:
             attention = block.attn2
             keys = attention.split(attention.norm_k(attention.to_k(text)))
-            return _by_head(keys, attention.split(attention.to_v(text)))
+            return KeysValues(keys, attention.split(attention.to_v(text)))
 
         rope = rope_tables(geometry.grid, self.config.attention_head_dim)
         return Prepared(jax.vmap(project)(self.blocks), rope)
@@ -334,12 +283,10 @@ class Transformer(nnx.Module):
         half = self.config.freq_dim // 2
         frequency = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angle = timestep.astype(jnp.float32)[:, None] * frequency
-        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1).astype(self.dtype)
+        features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         embedding = self.time_2(jax.nn.silu(self.time_1(features)))
-        projected = self.time_proj(jax.nn.silu(embedding)).astype(jnp.float32)
-        return TimeModulation(
-            embedding.astype(jnp.float32), projected.reshape(-1, 6, self.config.width)
-        )
+        projected = self.time_proj(jax.nn.silu(embedding))
+        return TimeModulation(embedding, projected.reshape(-1, 6, self.config.width))
 
     def embed(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B N H"]:
         """Patches, flattened as (frame, row, column, channel), projected to tokens."""
@@ -347,7 +294,7 @@ class Transformer(nnx.Module):
         steps = tuple(n for pair in zip(grid, self.config.patch_size, strict=True) for n in pair)
         x = latents.reshape(latents.shape[0], *steps, latents.shape[-1])
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(latents.shape[0], int(np.prod(grid)), -1)
-        return self.patch_embedding(x.astype(self.dtype))
+        return self.patch_embedding(x.astype(self.patch_embedding.kernel.dtype)).astype(self.dtype)
 
     def layers(self, prepared: Prepared) -> tuple[Block, KeysValues]:
         """Stacked parameters and text of the blocks."""
@@ -370,7 +317,7 @@ class Transformer(nnx.Module):
         table = self.scale_shift_table[...].astype(jnp.float32) + modulation.embedding[:, None]
         shift, scale = table[:, 0, None], table[:, 1, None]
         x = layer_norm(tokens, self.config.eps) * (1 + scale) + shift
-        return self.proj_out(x.astype(self.dtype)).astype(jnp.float32)
+        return self.proj_out(x)
 
     def unpatchify(
         self, patches: Float[Array, "B N P"], geometry: core.Geometry
@@ -381,3 +328,17 @@ class Transformer(nnx.Module):
         x = x.transpose(0, 1, 4, 2, 5, 3, 6, 7)
         sizes = (n * p for n, p in zip(geometry.grid, patch, strict=True))
         return x.reshape(patches.shape[0], *sizes, channels)
+
+
+def with_policy(model: Transformer, dtype: DTypeLike) -> Transformer:
+    """The model (or its template) with the dtype that each parameter has under its policy."""
+
+    def cast(path, leaf):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        wide = any(part.startswith(WIDE) for part in name.split("."))
+        target = jnp.float32 if wide else dtype
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(leaf.shape, target)
+        return leaf.astype(target)
+
+    return jax.tree_util.tree_map_with_path(cast, model)

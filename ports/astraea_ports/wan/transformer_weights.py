@@ -1,9 +1,9 @@
 """Loading a Wan transformer's weights: the table from checkpoint keys to parameters."""
 
+import functools
 import os
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
-from astraea_ports.wan.transformer import Transformer, TransformerConfig
+from astraea_ports.wan import lora as lora_files
+from astraea_ports.wan.transformer import Precision, Transformer, TransformerConfig, with_policy
 
 _CONDITION = r"condition_embedder\."
 _BLOCK = r"blocks\.(?P<layer>\d+)\."
@@ -52,29 +53,86 @@ TABLE = (
 )
 """Diffusers' keys. The cross-attention's norm is norm2 there (norm3 in the original layout)."""
 
+ORIGINAL = (
+    Entry(r"patch_embedding\.weight", "patch_embedding.kernel", _patches),
+    Entry(r"patch_embedding\.bias", "patch_embedding.bias"),
+    *_linear(r"(text|time)_embedding\.0", r"\1_1"),
+    *_linear(r"(text|time)_embedding\.2", r"\1_2"),
+    *_linear(r"time_projection\.1", "time_proj"),
+    Entry(_BLOCK + "modulation", "blocks.scale_shift_table", _first),
+    *_linear(_BLOCK + r"self_attn\.(?P<p>[qkv])", r"blocks.attn1.to_\g<p>"),
+    *_linear(_BLOCK + r"cross_attn\.(?P<p>[qkv])", r"blocks.attn2.to_\g<p>"),
+    *_linear(_BLOCK + r"self_attn\.o", "blocks.attn1.to_out"),
+    *_linear(_BLOCK + r"cross_attn\.o", "blocks.attn2.to_out"),
+    Entry(_BLOCK + r"self_attn\.(?P<n>norm_[qk])\.weight", r"blocks.attn1.\g<n>.weight"),
+    Entry(_BLOCK + r"cross_attn\.(?P<n>norm_[qk])\.weight", r"blocks.attn2.\g<n>.weight"),
+    Entry(_BLOCK + r"norm3\.weight", "blocks.norm2.scale"),
+    Entry(_BLOCK + r"norm3\.bias", "blocks.norm2.bias"),
+    *_linear(_BLOCK + r"ffn\.0", "blocks.ffn_in"),
+    *_linear(_BLOCK + r"ffn\.2", "blocks.ffn_out"),
+    *_linear(r"head\.head", "proj_out"),
+    Entry(r"head\.modulation", "scale_shift_table", _first),
+)
+"""The original's keys."""
+
+
+def transformer_template(
+    config: TransformerConfig, *, dtype: DTypeLike, precision: Precision
+) -> Transformer:
+    """A transformer of shapes alone, each parameter in the dtype that the policy gives it.
+
+    Raises:
+      ValueError: an unknown policy.
+    """
+    if precision not in get_args(Precision):
+        known = " or ".join(get_args(Precision))
+        raise ValueError(f"precision must be {known}; got {precision!r}")
+    template = jax.eval_shape(lambda: Transformer(config, nnx.Rngs(0), precision=precision))
+    return with_policy(template, dtype)
+
+
+def open_transformer(
+    source: str | os.PathLike[str],
+    *,
+    config: Mapping[str, Any] | None = None,
+    dtype: DTypeLike = jnp.float32,
+    precision: Precision = "reference",
+    lora: Sequence[lora_files.Lora] = (),
+) -> checkpoints.Loadable[Transformer]:
+    """Finds a transformer and holds its headers against its config; see `load_transformer`."""
+    place = checkpoints.find_part(
+        source,
+        folder="transformer",
+        kinds=("WanTransformer3DModel", "WanModel"),
+        config=config,
+    )
+    parsed = TransformerConfig.from_dict(place.config)
+    template = transformer_template(parsed, dtype=dtype, precision=precision)
+    deltas = functools.partial(lora_files.read_deltas, lora) if lora else None
+    return checkpoints.open_checkpoint(place.weights, template, TABLE, ORIGINAL, deltas=deltas)
+
 
 def load_transformer(
     source: str | os.PathLike[str],
     *,
     config: Mapping[str, Any] | None = None,
     dtype: DTypeLike = jnp.float32,
+    precision: Precision = "reference",
+    lora: Sequence[lora_files.Lora] = (),
 ) -> Transformer:
-    """Loads a Wan transformer in the Diffusers layout.
+    """Loads a Wan transformer in Diffusers' layout or the original one.
 
     Args:
-      source: a folder with config.json and the weights, or a single .safetensors file.
-      config: what config.json holds; needed with a single file.
-      dtype: of the parameters and of the tokens.
+      source: a folder with config.json and the weights, a whole model's folder or hub id, or a
+        single file of weights (.safetensors; .pth where torch is installed).
+      config: what config.json holds, under Diffusers' names or the original's; needed with a file.
+      dtype: of the large products' weights.
+      precision: what stays float32 where `dtype` is narrower; see `transformer.Precision`.
+      lora: files of low-rank changes and their strengths, merged while the weights are read.
 
     Raises:
       ValueError: the config or the weights are missing, broken, or don't fit.
     """
-    if config is None:
-        if Path(source).is_file():
-            raise ValueError(
-                f"{source} has no config.json beside it; pass config={{...}} or a folder"
-            )
-        config = checkpoints.read_config(source, expected="WanTransformer3DModel")
-    parsed = TransformerConfig.from_dict(config)
-    template = jax.eval_shape(lambda: Transformer(parsed, nnx.Rngs(0)))
-    return checkpoints.load_parameters(source, template, TABLE, dtype=dtype)
+    return open_transformer(
+        source, config=config, dtype=dtype, precision=precision, lora=lora
+    ).load()

@@ -1,68 +1,30 @@
-"""The causal 3-D VAE of Wan 2.1: videos to latents and back, the whole clip at once.
+"""The causal 3-D VAE of Wan 2.1: videos to latents and back.
 
 Each frame sees itself and frames before it only; the first one stands for itself in time, so 4k+1
-frames become k+1 latent ones. Upstream runs clips in chunks with caches to save memory; one pass
-with plain causal convolutions gives the same numbers.
+frames become k+1 latent ones. Here a clip goes through whole; `vae_tiles` cuts it in time and space
+to bound the memory, with the same numbers.
 
 Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/vae.py`; Diffusers' `AutoencoderKLWan`.
 """
 
 import itertools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from astraea_ports import checkpoints
-from astraea_ports.checkpoints import Entry
-from astraea_ports.wan.vae_layers import Convolution, Down, Middle, Residual, Up, norm_silu
-
-_PART = r"(encoder|decoder)\."
-
-
-def _conv(key: str, path: str, transform: checkpoints.Transform) -> tuple[Entry, Entry]:
-    kernel = Entry(key + r"\.weight", path + ".kernel", transform)
-    return kernel, Entry(key + r"\.bias", path + ".bias")
-
-
-def _residual(key: str, path: str) -> tuple[Entry, ...]:
-    return (
-        Entry(key + r"\.(?P<n>norm[12])\.gamma", path + r".\g<n>", checkpoints.vector),
-        *_conv(key + r"\.(?P<n>conv[12])", path + r".\g<n>", checkpoints.conv3d),
-        *_conv(key + r"\.conv_shortcut", path + ".shortcut", checkpoints.linear),
-    )
-
-
-def _resample(key: str, path: str) -> tuple[Entry, ...]:
-    return (
-        *_conv(key + r"\.resample\.1", path + ".spatial", checkpoints.conv2d),
-        *_conv(key + r"\.time_conv", path + ".time", checkpoints.time_conv),
-    )
-
-
-_ATTENTION = _PART + r"mid_block\.attentions\.0\."
-TABLE = (
-    *_conv("quant_conv", "quant", checkpoints.linear),
-    *_conv("post_quant_conv", "post_quant", checkpoints.linear),
-    *_conv(_PART + r"(conv_in|conv_out)", r"\1.\2", checkpoints.conv3d),
-    Entry(_PART + r"norm_out\.gamma", r"\1.norm_out", checkpoints.vector),
-    *_residual(_PART + r"mid_block\.resnets\.(\d)", r"\1.mid.blocks.\2"),
-    Entry(_ATTENTION + r"norm\.gamma", r"\1.mid.attention.norm", checkpoints.vector),
-    *_conv(_ATTENTION + r"to_qkv", r"\1.mid.attention.qkv", checkpoints.linear),
-    *_conv(_ATTENTION + r"proj", r"\1.mid.attention.out", checkpoints.linear),
-    *_residual(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
-    *_resample(r"encoder\.down_blocks\.(\d+)", r"encoder.layers.\1"),
-    *_residual(r"decoder\.up_blocks\.(\d)\.resnets\.(\d)", r"decoder.stages.\1.blocks.\2"),
-    *_resample(r"decoder\.up_blocks\.(\d)\.upsamplers\.0", r"decoder.stages.\1.up"),
+from astraea_ports.wan.vae_layers import (
+    Convolution,
+    Down,
+    Middle,
+    Past,
+    Residual,
+    Up,
+    norm_silu,
 )
-
 
 # What the keys of config.json must hold that have no default.
 _KINDS = {
@@ -162,6 +124,22 @@ class VAEConfig:
             image_channels=config.get("in_channels", 3),
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads."""
+        return {
+            "_class_name": "AutoencoderKLWan",
+            "base_dim": self.encoder_width,
+            "decoder_base_dim": self.decoder_width,
+            "z_dim": self.latent_channels,
+            "dim_mult": list(self.multipliers),
+            "num_res_blocks": self.num_blocks,
+            "temperal_downsample": list(self.temporal),
+            "latents_mean": list(self.latents_mean),
+            "latents_std": list(self.latents_std),
+            "in_channels": self.image_channels,
+            "out_channels": self.image_channels,
+        }
+
 
 class Encoder(nnx.Module):
     """Pixels to the mean and log variance of the latents, before the last 1x1x1 convolution."""
@@ -181,12 +159,16 @@ class Encoder(nnx.Module):
         self.norm_out = nnx.Param(jnp.ones(widths[-1]))
         self.conv_out = Convolution((3, 3, 3, widths[-1], 2 * config.latent_channels), rngs)
 
-    def __call__(self, x: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w D"]:
-        """Applies it."""
-        x = self.conv_in.causal(x)
+    def enter(self, x: Float[Array, "B F height width 3"], past: Past) -> Float[Array, "B f h w C"]:
+        """The layers that see a neighbourhood only, down to the size of the latents."""
+        x = self.conv_in.causal(x, past)
         for layer in self.layers:
-            x = layer(x)
-        return self.conv_out.causal(norm_silu(self.mid(x), self.norm_out[...]))
+            x = layer(x, past)
+        return x
+
+    def leave(self, x: Float[Array, "B f h w C"], past: Past) -> Float[Array, "B f h w D"]:
+        """The rest, whose attention sees the whole of a frame."""
+        return self.conv_out.causal(norm_silu(self.mid(x, past), self.norm_out[...]), past)
 
 
 class Stage(nnx.Module):
@@ -198,11 +180,13 @@ class Stage(nnx.Module):
         self.blocks = nnx.List([Residual(size, width, rngs) for size in inputs])
         self.up = None if up is None else Up(width, up, rngs)
 
-    def __call__(self, x: Float[Array, "B f h w I"]) -> Float[Array, "B F height width O"]:
+    def __call__(
+        self, x: Float[Array, "B f h w I"], past: Past
+    ) -> Float[Array, "B F height width O"]:
         """Applies it."""
         for block in self.blocks:
-            x = block(x)
-        return x if self.up is None else self.up(x)
+            x = block(x, past)
+        return x if self.up is None else self.up(x, past)
 
 
 class Decoder(nnx.Module):
@@ -225,12 +209,15 @@ class Decoder(nnx.Module):
         self.norm_out = nnx.Param(jnp.ones(widths[-1]))
         self.conv_out = Convolution((3, 3, 3, widths[-1], config.image_channels), rngs)
 
-    def __call__(self, x: Float[Array, "B f h w C"]) -> Float[Array, "B F height width 3"]:
-        """Applies it."""
-        x = self.mid(self.conv_in.causal(x))
+    def enter(self, x: Float[Array, "B f h w C"], past: Past) -> Float[Array, "B f h w D"]:
+        """What happens at the size of the latents: its attention sees the whole of a frame."""
+        return self.mid(self.conv_in.causal(x, past), past)
+
+    def leave(self, x: Float[Array, "B f h w D"], past: Past) -> Float[Array, "B F height width 3"]:
+        """The layers that see a neighbourhood only, up to the size of the pixels."""
         for stage in self.stages:
-            x = stage(x)
-        return self.conv_out.causal(norm_silu(x, self.norm_out[...]))
+            x = stage(x, past)
+        return self.conv_out.causal(norm_silu(x, self.norm_out[...]), past)
 
 
 class VAE(nnx.Module):
@@ -264,15 +251,8 @@ class VAE(nnx.Module):
         Raises:
           ValueError: the shape is not that of latents.
         """
-        channels = self.config.latent_channels
-        if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
-            raise ValueError(
-                f"expected latents of shape [batch, frames, height, width, {channels}], got "
-                f"{list(latents.shape)}; put the channels last"
-            )
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
-        scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
-        video = self.decoder(self.post_quant.pointwise(scaled)).astype(jnp.float32)
+        past = Past()
+        video = self.decode_leave(self.decode_enter(latents, past), past)
         return jnp.clip(video, -1.0, 1.0) if clamp else video
 
     def encode(self, video: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w C"]:
@@ -287,6 +267,50 @@ class VAE(nnx.Module):
         Raises:
           ValueError: the shape is not that of such a video.
         """
+        self.check_video(video)
+        past = Past()
+        return self.encode_leave(self.encode_enter(video, past), past)
+
+    def decode_enter(
+        self, latents: Float[Array, "B f h w C"], past: Past
+    ) -> Float[Array, "B f h w D"]:
+        """The first part of `decode`, for a piece of a clip in time."""
+        self.check_latents(latents)
+        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
+        return self.decoder.enter(self.post_quant.pointwise(scaled), past)
+
+    def decode_leave(
+        self, features: Float[Array, "B f h w D"], past: Past
+    ) -> Float[Array, "B F height width 3"]:
+        """The rest of `decode`, for a piece in time and space; not clamped."""
+        return self.decoder.leave(features, past).astype(jnp.float32)
+
+    def encode_enter(
+        self, video: Float[Array, "B F height width 3"], past: Past
+    ) -> Float[Array, "B f h w D"]:
+        """The first part of `encode`, for a piece in time and space."""
+        return self.encoder.enter(video.astype(self.quant.kernel.dtype), past)
+
+    def encode_leave(
+        self, features: Float[Array, "B f h w D"], past: Past
+    ) -> Float[Array, "B f h w C"]:
+        """The rest of `encode`, for a piece of a clip in time."""
+        encoded = self.quant.pointwise(self.encoder.leave(features, past))
+        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        return (encoded[..., : self.config.latent_channels].astype(jnp.float32) - mean) / std
+
+    def check_latents(self, latents: Float[Array, "..."]) -> None:
+        """Refuses what are no latents."""
+        channels = self.config.latent_channels
+        if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
+            raise ValueError(
+                f"expected latents of shape [batch, frames, height, width, {channels}], got "
+                f"{list(latents.shape)}; put the channels last"
+            )
+
+    def check_video(self, video: Float[Array, "..."]) -> None:
+        """Refuses what is no video of a size that has latents."""
         config = self.config
         space, time = config.spatial_factor, config.temporal_factor
         if video.ndim != 5 or video.shape[-1] != config.image_channels or 0 in video.shape:
@@ -300,36 +324,6 @@ class VAE(nnx.Module):
                 f"expected {time}k+1 frames and a height and width that are multiples of {space}, "
                 f"got {frames} frames of {height}x{width}; cut or pad the video"
             )
-        encoded = self.quant.pointwise(self.encoder(video.astype(self.quant.kernel.dtype)))
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
-        return (encoded[..., : config.latent_channels].astype(jnp.float32) - mean) / std
 
     def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         return self.config.latents_mean, self.config.latents_std
-
-
-def load_vae(
-    source: str | os.PathLike[str],
-    *,
-    config: Mapping[str, Any] | None = None,
-    dtype: DTypeLike | None = None,
-) -> VAE:
-    """Loads a VAE in the Diffusers layout.
-
-    Args:
-      source: a folder with config.json and the weights, or a single .safetensors file.
-      config: what config.json holds; needed with a single file.
-      dtype: of the parameters and of the computation; None is float32, as upstream runs it.
-
-    Raises:
-      ValueError: the config or the weights are missing, broken, or don't fit.
-    """
-    if config is None:
-        if Path(source).is_file():
-            raise ValueError(
-                f"{source} has no config.json beside it; pass config={{...}} or a folder"
-            )
-        config = checkpoints.read_config(source, expected="AutoencoderKLWan")
-    parsed = VAEConfig.from_dict(config)
-    template = jax.eval_shape(lambda: VAE(parsed, nnx.Rngs(0)))
-    return checkpoints.load_parameters(source, template, TABLE, dtype=dtype)

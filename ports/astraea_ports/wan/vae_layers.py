@@ -4,6 +4,8 @@ XLA has no fast 3-D convolution for few channels, on CPU or GPU; 2-D ones over f
 the batch are several times faster. Times are of float32 on two CPU cores (JAX 0.12.0.1), compiled.
 """
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -29,14 +31,50 @@ def conv2d(
     return y.reshape(*x.shape[:-3], *y.shape[1:])
 
 
-def shifts(x: Float[Array, "B F height width C"]) -> list[Array]:
+class Past:
+    """The frames before a piece of a clip, that the causal layers still need.
+
+    Layers ask for theirs in the order in which they run, and leave those for the next piece.
+
+    Attributes:
+      first: whether the piece starts the clip.
+      kept: what the layers left for the next piece.
+    """
+
+    def __init__(self, before: Sequence[Array] | None = None):
+        """`before` is what the piece before left in `kept`; None starts a clip."""
+        self.first = before is None
+        self.kept: list[Array] = []
+        self._before = iter(before or ())
+
+    def extend(
+        self, x: Float[Array, "B F height width C"], frames: int
+    ) -> Float[Array, "B G height width C"]:
+        """The piece with some frames before it: the last ones, or zeros where the clip starts."""
+        if self.first:
+            longer = jnp.pad(x, ((0, 0), (frames, 0), (0, 0), (0, 0), (0, 0)))
+        else:
+            longer = jnp.concatenate([next(self._before), x], 1)
+        self.kept.append(longer[:, longer.shape[1] - frames :])
+        return longer
+
+    def with_last(
+        self, x: Float[Array, "B F height width C"]
+    ) -> Float[Array, "B G height width C"]:
+        """The piece with the last frame before it, if there is one."""
+        longer = x if self.first else jnp.concatenate([next(self._before), x], 1)
+        self.kept.append(longer[:, -1:])
+        return longer
+
+
+def shifts(x: Float[Array, "B F height width C"], past: Past) -> list[Array]:
     """The frames two, one and no frames late, with zeros before the start."""
-    padded = jnp.pad(x, ((0, 0), (2, 0), (0, 0), (0, 0), (0, 0)))
-    return [padded[:, i : i + x.shape[1]] for i in range(3)]
+    longer = past.extend(x, 2)
+    return [longer[:, i : i + x.shape[1]] for i in range(3)]
 
 
 def causal_conv3d(
-    x: Float[Array, "B F height width I"], kernel: Float[Array, "3 3 3 I O"]
+    x: Float[Array, "B F height width I"], kernel: Float[Array, "3 3 3 I O"], past: Past
 ) -> Float[Array, "B F height width O"]:
     """A 3x3x3 convolution, zeros around in space and before the first frame in time.
 
@@ -45,7 +83,7 @@ def causal_conv3d(
     """
     num_in, num_out = kernel.shape[-2:]
     stacked = kernel.transpose(1, 2, 0, 3, 4).reshape(3, 3, 3 * num_in, num_out)
-    return conv2d(jnp.concatenate(shifts(x), -1), stacked, ((1, 1), (1, 1)))
+    return conv2d(jnp.concatenate(shifts(x, past), -1), stacked, ((1, 1), (1, 1)))
 
 
 def rms_norm(x: Float[Array, "*pixels C"], gamma: Float[Array, " C"]) -> Float[Array, "*pixels C"]:
@@ -70,9 +108,9 @@ class Convolution(nnx.Module):
         self.kernel = nnx.Param(initialise(rngs.params(), shape, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(shape[-1]))
 
-    def causal(self, x: Array) -> Array:
+    def causal(self, x: Array, past: Past) -> Array:
         """As a causal 3x3x3 convolution."""
-        return causal_conv3d(x, self.kernel[...]) + self.bias[...]
+        return causal_conv3d(x, self.kernel[...], past) + self.bias[...]
 
     def pointwise(self, x: Array) -> Array:
         """As a 1x1x1 convolution."""
@@ -90,10 +128,12 @@ class Residual(nnx.Module):
         self.conv2 = Convolution((3, 3, 3, num_out, num_out), rngs)
         self.shortcut = Convolution((num_in, num_out), rngs) if num_in != num_out else None
 
-    def __call__(self, x: Float[Array, "B F height width I"]) -> Float[Array, "B F height width O"]:
+    def __call__(
+        self, x: Float[Array, "B F height width I"], past: Past
+    ) -> Float[Array, "B F height width O"]:
         """Applies the block."""
-        y = self.conv1.causal(norm_silu(x, self.norm1[...]))
-        y = self.conv2.causal(norm_silu(y, self.norm2[...]))
+        y = self.conv1.causal(norm_silu(x, self.norm1[...]), past)
+        y = self.conv2.causal(norm_silu(y, self.norm2[...]), past)
         return y + (x if self.shortcut is None else self.shortcut.pointwise(x))
 
 
@@ -127,9 +167,11 @@ class Middle(nnx.Module):
         self.blocks = nnx.List([Residual(width, width, rngs) for _ in range(2)])
         self.attention = Attention(width, rngs)
 
-    def __call__(self, x: Float[Array, "B F height width C"]) -> Float[Array, "B F height width C"]:
+    def __call__(
+        self, x: Float[Array, "B F height width C"], past: Past
+    ) -> Float[Array, "B F height width C"]:
         """Applies the three."""
-        return self.blocks[1](self.attention(self.blocks[0](x)))
+        return self.blocks[1](self.attention(self.blocks[0](x, past)), past)
 
 
 class Down(nnx.Module):
@@ -140,15 +182,18 @@ class Down(nnx.Module):
         self.spatial = Convolution((3, 3, width, width), rngs)
         self.time = Convolution((3, width, width), rngs) if temporal else None
 
-    def __call__(self, x: Float[Array, "B F height width C"]) -> Float[Array, "B f h w C"]:
+    def __call__(
+        self, x: Float[Array, "B F height width C"], past: Past
+    ) -> Float[Array, "B f h w C"]:
         """Space first (zeros on the right and below only); the first frame stays in time."""
         x = conv2d(x, self.spatial.kernel[...], ((0, 1), (0, 1)), stride=2) + self.spatial.bias[...]
         if self.time is None:
             return x
+        x = past.with_last(x)
         triples = jnp.concatenate([x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]], -1)
         kernel = self.time.kernel[...]
         later = triples @ kernel.reshape(-1, kernel.shape[-1]) + self.time.bias[...]
-        return jnp.concatenate([x[:, :1], later], 1)
+        return jnp.concatenate([x[:, :1], later], 1) if past.first else later
 
 
 class Up(nnx.Module):
@@ -159,12 +204,15 @@ class Up(nnx.Module):
         self.time = Convolution((3, width, 2 * width), rngs) if temporal else None
         self.spatial = Convolution((3, 3, width, width // 2), rngs)
 
-    def __call__(self, x: Float[Array, "B F h w C"]) -> Float[Array, "B f height width O"]:
+    def __call__(
+        self, x: Float[Array, "B F h w C"], past: Past
+    ) -> Float[Array, "B f height width O"]:
         """Time first: the first frame stays as it is and is not seen by those after it."""
         if self.time is not None:
-            first, rest = x[:, :1], x[:, 1:]
+            first, rest = (x[:, :1], x[:, 1:]) if past.first else (x[:, :0], x)
             kernel, bias = self.time.kernel[...], self.time.bias[...]
-            pairs = jnp.concatenate(shifts(rest), -1) @ kernel.reshape(-1, kernel.shape[-1]) + bias
+            late = jnp.concatenate(shifts(rest, past), -1)
+            pairs = late @ kernel.reshape(-1, kernel.shape[-1]) + bias
             # The first half of the channels is the earlier of the two frames.
             both = jnp.stack(jnp.split(pairs, 2, -1), 2)
             rest = both.reshape(x.shape[0], 2 * rest.shape[1], *rest.shape[2:])

@@ -1,0 +1,327 @@
+"""`astraea bench attention`: every implementation that runs here, side by side, checked first.
+
+All are checked against float64 on inputs that are new at every run, then timed in turn, round after
+round, so that a drift of the machine's speed meets all alike. One that fails is reported and left
+out; the rest goes on.
+"""
+
+import dataclasses
+import functools
+import itertools
+import pathlib
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from astraea_jax import attention, files, report
+from astraea_jax.attention import query_sparse_attention
+from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
+from astraea_jax.kernels import machine, tilings
+
+SECONDS_A_RUN = 0.02  # calls are queued for about so long before the clock is read
+CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
+    (1, 130, 150, 2, 128, (129,)),
+    (2, 100, 300, 2, 72, (100, 0)),
+    (3, 64, 257, 1, 64, (64, 1, 63)),
+    (1, 1, 1, 1, 96, (1,)),
+    (2, 15, 30, 3, 72, (15, 7)),
+    (1, 200, 4099, 1, 128, (200,)),
+)
+LIMITS = {"bfloat16": 2e-3, "float16": 2e-3, "float32": 1e-5}
+LSE_LIMIT = 1e-5
+SHOWN = 8  # tilings that are printed for each shape, the fastest
+
+
+def command(
+    *,
+    shapes: tuple[str, ...] = tuple(SHAPES),
+    shares: tuple[float, ...] = SHARES,
+    implementations: tuple[attention.Implementation, ...] = (),
+    rounds: int = 5,
+    tune: bool = False,
+    output: pathlib.Path | None = None,
+) -> None:
+    """Checks and times query-only attention on the shapes of real models.
+
+    Args:
+      shapes: Names of shapes; see astraea_jax/bench/shapes.py.
+      shares: Shares of the tokens that are queries, above 0 and at most 1.
+      implementations: Those to run; all that run here when left out.
+      rounds: How often each is timed.
+      tune: Time every tiling of the kernels first, and remember the fastest for this machine.
+      output: A .json file for every number.
+    """
+    unknown = [name for name in shapes if name not in SHAPES]
+    if unknown or not shapes:
+        raise ValueError(f"shapes must be of {', '.join(SHAPES)}; got {', '.join(shapes)}")
+    if rounds < 1 or not shares or not all(0 < share <= 1 for share in shares):
+        raise ValueError("expected shares above 0 and at most 1, and rounds of at least 1")
+    if output is not None:
+        files.check_output(output, (".json",))
+    names: Sequence[Any] = implementations or get_args(attention.Implementation)
+    states = attention.implementations()
+    for name in names:
+        if states[name] != "runs":
+            print(f"{name}: {states[name]}")
+    names = [name for name in names if states[name] == "runs"]
+    checks = check_all(names)
+    print(report.markdown(checks, CHECK_COLUMNS), flush=True)
+    tuned = [tune_shape(SHAPES[name], shares, rounds) for name in shapes] if tune else []
+    timings = [
+        row for name in shapes for row in time_shape(name, SHAPES[name], shares, names, rounds)
+    ]
+    print(report.markdown(timings, COLUMNS))
+    wrong = [row for row in checks if row["verdict"] != "right"]
+    print(f"checks: {len(checks) - len(wrong)} of {len(checks)} right")
+    if output is not None:
+        content = {"environment": report.environment(), "checks": checks, "timings": timings}
+        report.write_json(output, content | {"tilings": list(itertools.chain(*tuned))})
+
+
+CHECK_COLUMNS = {
+    "implementation": "implementation",
+    "dtype": "dtype",
+    "case": "B, K, N, A, C, count",
+    "out": "error of out",
+    "lse": "error of lse",
+    "verdict": "verdict",
+}
+COLUMNS = {
+    "shape": "shape",
+    "queries": "K",
+    "implementation": "implementation",
+    "milliseconds": "ms",
+    "teraflops": "TFLOP/s",
+    "ratio": "time(K)/time(N)",
+    "share": "K/N",
+    "floor": "ms, floor of an H200",
+    "without_lse": "ms, no LSE",
+    "out": "error of out",
+    "lse": "error of lse",
+    "failed": "failed",
+}
+
+
+def _cases(name: str) -> Iterable[tuple[str, tuple]]:
+    dtypes = ("float32",) if name == "xla" else ("bfloat16", "float16")
+    return itertools.product(dtypes, CHECKED)
+
+
+def inputs(
+    batch: int, queries: int, keys: int, heads: int, width: int, dtype: str = "bfloat16"
+) -> list[jax.Array]:
+    """Normal q, k, v that nobody has seen before."""
+    seed = int.from_bytes(np.random.default_rng().bytes(4), "little")
+    sizes = [(batch, length, heads, width) for length in (queries, keys, keys)]
+    each = jax.random.split(jax.random.key(seed), 3)
+    return [jax.random.normal(key, size, dtype) for key, size in zip(each, sizes, strict=True)]
+
+
+def by_hand(q, k, v, scale: float) -> tuple[np.ndarray, np.ndarray]:
+    """Softmax attention in float64, on the host: (out, lse)."""
+    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
+    logits = np.einsum("bkac,bnac->bakn", q, k, optimize=True) * scale
+    largest = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    out = np.einsum("bakn,bnac->bkac", weights / total, v, optimize=True)
+    return out, (largest + np.log(total))[..., 0]
+
+
+def poison(*arrays: jax.Array) -> None:
+    """Fills memory of these sizes with NaN and gives it back, for the next results to lie in."""
+    jax.block_until_ready([jnp.full(array.shape, jnp.nan, array.dtype) for array in arrays])
+
+
+def check_all(names: Iterable[attention.Implementation]) -> list[dict[str, Any]]:
+    """Every implementation on every small case; rows of the table."""
+    problems = {}
+    for name in names:
+        for dtype, case in _cases(name):
+            arrays = inputs(*case[:-1], dtype=dtype)
+            problems[name, dtype, case] = (*arrays, jnp.asarray(case[-1], jnp.int32))
+
+    def maker(key):
+        attend = functools.partial(query_sparse_attention, implementation=key[0])
+        run = jax.jit(lambda q, k, v, count: attend(q, k, v, count=count))
+        return lambda: run.lower(*problems[key]).compile()
+
+    programs = compile_all({key: maker(key) for key in problems})
+    return [check(key, program, problems[key]) for key, program in programs.items()]
+
+
+def check(key: tuple, program, arguments: tuple) -> dict[str, Any]:
+    """One compiled implementation against float64; a row of the table."""
+    name, dtype, case = key
+    q, k, v, count = arguments
+    row: dict[str, Any] = {"implementation": name, "dtype": dtype, "case": str(case)[1:-1]}
+    try:
+        if isinstance(program, Exception):
+            raise program
+        poison(q, q, q)
+        out, lse = jax.block_until_ready(program(*arguments))
+    except Exception as error:  # whatever a compiler or driver says, the others are to run
+        return row | {"verdict": _short(error)}
+    expected, expected_lse = by_hand(q, k, v, q.shape[-1] ** -0.5)
+    used = np.arange(q.shape[1]) < np.asarray(count)[:, None]
+    out, lse = (np.asarray(x.astype(jnp.float32), np.float64) for x in (out, lse))
+    row["out"] = float(np.abs(out - expected)[used].max(initial=0.0))
+    lse, expected_lse = lse.swapaxes(1, 2), expected_lse.swapaxes(1, 2)
+    row["lse"] = float(np.abs(lse - expected_lse)[used].max(initial=0.0))
+    empty = not out[~used].any() and (lse[~used] == -np.inf).all()
+    # Relative to the values that a row is a mean of: the output is rounded to its dtype.
+    close = row["out"] <= LIMITS[dtype] * max(1.0, float(jnp.abs(v).max()))
+    close = close and row["lse"] <= LSE_LIMIT * max(1.0, np.abs(expected_lse).max())
+    return row | {"verdict": ("right" if close else "wrong") + ("" if empty else ", rows past")}
+
+
+def compile_all(makers: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
+    """Compiles side by side; an error stands in the place of what it kept from being made."""
+
+    def attempt(make):
+        try:
+            return make()
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(makers, pool.map(attempt, makers.values()), strict=True))
+
+
+def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list[dict[str, Any]]:
+    """A row for each share of the queries and each implementation."""
+    q, k, v = inputs(shape.batch, shape.tokens, *shape[1:])
+    queries = {share: q[:, : rows(shape, share)] for share in sorted({1.0, *shares}, reverse=True)}
+
+    def maker(implementation, share, lse):
+        def attend(q, k, v):
+            both = query_sparse_attention(q, k, v, implementation=implementation)
+            return both if lse else both[0]
+
+        return lambda: jax.jit(attend).lower(queries[share], k, v).compile()
+
+    programs = compile_all(
+        {
+            (implementation, share, lse): maker(implementation, share, lse)
+            for implementation in implementations
+            for share in queries
+            for lse in ((True, False) if share == 1.0 else (True,))
+        }
+    )
+    runs = {
+        key: functools.partial(program, queries[key[1]], k, v)
+        for key, program in programs.items()
+        if not isinstance(program, Exception)
+    }
+    seconds, failed = time_runs(runs, rounds)
+    failed |= {key: error for key, error in programs.items() if isinstance(error, Exception)}
+    result = []
+    for share, implementation in itertools.product(queries, implementations):
+        key = (implementation, share, True)
+        used = queries[share].shape[1]
+        row = {"shape": name, "queries": used, "implementation": implementation}
+        row |= {"share": used / shape.tokens, "floor": 1e3 * shape.floor(used)}
+        if key in failed:
+            result.append(row | {"failed": _short(failed[key])})
+            continue
+        row["milliseconds"] = 1e3 * seconds[key]
+        row["teraflops"] = shape.flops(used) / seconds[key] / 1e12
+        row["ratio"] = seconds[key] / seconds.get((implementation, 1.0, True), np.nan)
+        without = seconds.get((implementation, share, False))
+        row["without_lse"] = None if without is None else 1e3 * without
+        result.append(row | sampled_errors(runs[key](), queries[share], k, v))
+    return result
+
+
+def sampled_errors(results, q, k, v) -> dict[str, float]:
+    """Errors of some rows of a large result against float64."""
+    out, lse = results
+    picked = np.unique(np.linspace(0, q.shape[1] - 1, 7).astype(int))
+    heads = np.unique([0, q.shape[2] - 1])
+    take = lambda x: x[:1][:, :, heads]  # noqa: E731
+    expected, expected_lse = by_hand(take(q)[:, picked], take(k), take(v), q.shape[-1] ** -0.5)
+    out = np.asarray(take(out)[:, picked].astype(jnp.float32))
+    lse = np.asarray(lse[:1][:, heads][:, :, picked])
+    return {
+        "out": float(np.abs(out - expected).max()),
+        "lse": float(np.abs(lse - expected_lse).max()),
+    }
+
+
+def time_runs(runs: dict[Any, Callable], rounds: int) -> tuple[dict[Any, float], dict]:
+    """Median seconds of a call of each, timed in turn, and the errors of those that failed."""
+    calls, failed = {}, {}
+    for key, run in runs.items():
+        try:
+            jax.block_until_ready(run())
+            began = time.perf_counter()
+            jax.block_until_ready(run())
+            estimate = time.perf_counter() - began
+            calls[key] = max(1, min(100, round(SECONDS_A_RUN / estimate)))
+        except Exception as error:
+            failed[key] = error
+    seconds: dict[Any, list[float]] = {key: [] for key in calls}
+    for _ in range(rounds):
+        for key, number in calls.items():
+            began = time.perf_counter()
+            for _ in range(number):
+                last = runs[key]()
+            jax.block_until_ready(last)
+            seconds[key].append((time.perf_counter() - began) / number)
+    return {key: float(np.median(values)) for key, values in seconds.items()}, failed
+
+
+def tune_shape(
+    shape: Shape, shares, rounds: int, names: Iterable[str] = ("mosaic", "triton")
+) -> list[dict[str, Any]]:
+    """Times every tiling of the kernels that run here; the fastest go to the user's table."""
+    here = machine.gpu()
+    found = []
+    for name in names:
+        if here is None or attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
+            continue
+        module = attention.kernel_module(name)
+        for share in shares:
+            used = rows(shape, share)
+            q, k, v = inputs(shape.batch, used, *shape[1:])
+
+            def maker(tiling, module=module, arguments=(q, k, v)):
+                attend = functools.partial(
+                    module.attend, count=None, scale=shape.width**-0.5, tiling=tiling
+                )
+                return lambda: jax.jit(attend).lower(*arguments).compile()
+
+            tilings_ = module.candidates(shape.width, used, shape.tokens)
+            programs = compile_all({tiling: maker(tiling) for tiling in tilings_})
+            runs = {
+                tiling: functools.partial(program, q, k, v)
+                for tiling, program in programs.items()
+                if not isinstance(program, Exception)
+            }
+            seconds, _ = time_runs(runs, rounds)
+            for tiling, time_ in sorted(seconds.items(), key=lambda item: item[1])[:SHOWN]:
+                rate = shape.flops(used) / time_ / 1e12
+                print(f"{name} {shape} K={used} {tiling}: {1e3 * time_:.3f} ms, {rate:.0f} TFLOP/s")
+            if seconds:
+                best = min(seconds, key=seconds.__getitem__)
+                row = dict(implementation=name, capability=here.version, width=shape.width)
+                row |= dict(queries=_bucket(used), keys=_bucket(shape.tokens))
+                found.append(row | {"tiling": dataclasses.asdict(best)})
+    if found:
+        print(f"remembered in {tilings.remember(found)}")
+    return found
+
+
+def _bucket(length: int) -> int:
+    """The next power of two."""
+    return 1 << (length - 1).bit_length()
+
+
+def _short(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0][:160]}"

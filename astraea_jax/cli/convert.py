@@ -1,0 +1,37 @@
+"""`astraea convert`: a model's weights as Orbax keeps them, quicker to load."""
+
+import pathlib
+from typing import Annotated
+
+from tyro.conf import Positional, arg
+
+from astraea_jax import report
+from astraea_jax.bench.models import Dtype, read_lora
+from astraea_ports.wan import convert
+
+
+def command(
+    source: Positional[str],
+    /,
+    *,
+    output: Annotated[pathlib.Path, arg(aliases=["-o"])],
+    dtype: Dtype = "bfloat16",
+    lora: tuple[str, ...] = (),
+) -> None:
+    """Writes a Wan model's weights in the layout and dtype they run in, for Orbax to load.
+
+    Args:
+      source: A model's folder or hub id, in Diffusers' layout or the original one.
+      output: The folder to make; it must not exist yet. `--model` takes it like any other.
+      dtype: Of the weights that are not always float32.
+      lora: Files of low-rank changes to merge, each with ":strength" or without.
+    """
+    with report.Progress() as progress:
+        convert.convert_model(
+            source,
+            output,
+            dtype=dtype,
+            lora=[read_lora(text) for text in lora],
+            stage=progress.stage,
+        )
+    print(f"written: {output}")

@@ -1,0 +1,57 @@
+"""Query-only attention through cuDNN: gathered queries, fused attention, float32 log-sum-exp.
+
+`jax.nn.dot_product_attention(implementation="cudnn", return_residual=True)` casts the log-sum-exp
+to the dtype of the output, which for bfloat16 leaves two decimal digits; the float32 one is only to
+be had from the function beneath, which JAX keeps private.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from astraea_jax.kernels.machine import Gpu
+
+
+def refusal(gpu: Gpu, width: int, dtype) -> str | None:
+    """Why cuDNN can't take heads of this width and dtype on this GPU; None if it can."""
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+    except ImportError as error:
+        return f"this JAX has no cuDNN attention that returns a float32 log-sum-exp ({error})"
+    if not hasattr(fused, "dot_product_attention"):
+        return "this JAX has no cuDNN attention that returns a float32 log-sum-exp"
+    if gpu.capability < (8, 0):
+        return f"needs compute capability 8.0 or more; {gpu.kind} has {gpu.version}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
+    if width % 8 or width > 128:
+        return f"takes head widths to 128 in steps of 8; got {width}: pad it, or use xla"
+    return None
+
+
+def attend(
+    q: Float[Array, "B K A C"],
+    k: Float[Array, "B N A C"],
+    v: Float[Array, "B N A C"],
+    count: Int[Array, "B"] | None,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "B K A C"], Float[Array, "B A K"]]:
+    """See `astraea_jax.attention.query_sparse_attention`."""
+    from jax._src.cudnn import fused_attention_stablehlo as fused
+
+    lengths, mask_type = (None, None), fused.MaskType.NO_MASK
+    if count is not None:
+        # cuDNN has no empty row of the batch: it computes one query, and it is masked here.
+        keys = jnp.full_like(count, k.shape[1])
+        lengths, mask_type = (jnp.maximum(count, 1), keys), fused.MaskType.PADDING
+    results: Any = fused.dot_product_attention(
+        q, k, v, None, None, *lengths, scale=scale, mask_type=mask_type, return_residual=True
+    )
+    out, lse = results
+    if count is not None:
+        used = jnp.arange(q.shape[1]) < count[:, None]
+        out = jnp.where(used[:, :, None, None], out, 0)
+        lse = jnp.where(used[:, None], lse, -jnp.inf)
+    return out, lse

@@ -1,0 +1,203 @@
+"""The parts of a Wan model, found and checked before any weight is read; or made of random ones."""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from astraea_jax import solvers
+from astraea_ports import checkpoints, t5, tiny
+from astraea_ports.checkpoints import Loadable
+from astraea_ports.wan import lora as lora_files
+from astraea_ports.wan import transformer_weights, vae, vae_weights
+from astraea_ports.wan.config import CONFIGS
+from astraea_ports.wan.text import LONGEST, Tokenizer
+from astraea_ports.wan.transformer import Precision, Transformer
+
+SHIPPED = {"tiny": tiny.FOLDER}
+"""Models inside the package, by name."""
+
+TEXT_LENGTH = 512
+"""Tokens that Wan reads; its tokenizer's own files may state no limit."""
+
+ORIGINAL_SHIFT = 5.0
+"""The original's flow shift for text-to-video; its advice for the 1.3B at 480p is 8."""
+
+
+class Defaults(NamedTuple):
+    """What a call uses where it is not told; a folder's astraea.json may say otherwise.
+
+    Attributes:
+      frames: of the video, 4k + 1.
+      height: pixels, a multiple of 16.
+      width: pixels, a multiple of 16.
+      steps: denoising steps.
+      guidance: scale of classifier-free guidance.
+    """
+
+    frames: int = 81
+    height: int = 480
+    width: int = 832
+    steps: int = 50
+    guidance: float = 5.0
+
+
+class Parts(NamedTuple):
+    """What a model is made of, not loaded yet.
+
+    Attributes:
+      tokenizer: text to ids.
+      text_encoder: ids to embeddings.
+      transformer: the denoiser.
+      vae: latents to pixels.
+      shift: the model's flow shift.
+      grid: whose noise levels it is sampled on.
+      defaults: of a call.
+      text_name: stands for the text encoder's weights, where embeddings are kept.
+      folder: where the model lies; None for one of random weights.
+    """
+
+    tokenizer: Tokenizer
+    text_encoder: Loadable[t5.T5Encoder]
+    transformer: Loadable[Transformer]
+    vae: Loadable[vae.VAE]
+    shift: float
+    grid: solvers.Grid
+    defaults: Defaults
+    text_name: str
+    folder: Path | None = None
+
+
+def open_parts(
+    source: str | os.PathLike[str],
+    *,
+    dtype: DTypeLike,
+    precision: Precision,
+    lora: Sequence[lora_files.Lora],
+) -> Parts:
+    """Finds the parts of a model in either layout and holds their headers against their configs.
+
+    Raises:
+      ValueError: no such model, or a part that is missing, broken, or of another kind.
+    """
+    folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
+    original = _is_original(folder)
+    if original and not Path(source).expanduser().is_dir():
+        # From the hub, where the original's text encoder and VAE are pickles: fetched only now.
+        folder = checkpoints.model_folder(source, ["*.safetensors", "*.pth", "google/*"])
+    if original:
+        grid, shift = "original", ORIGINAL_SHIFT
+        tokenizer = folder / "google/umt5-xxl"
+    else:
+        checkpoints.read_config(folder, "model_index.json", expected="WanPipeline")
+        scheduler = checkpoints.read_config(folder / "scheduler", "scheduler_config.json")
+        grid = _settings(folder).get("grid", "diffusers")
+        shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
+        tokenizer = folder / "tokenizer"
+    text_encoder = t5.open_text_encoder(folder, dtype=dtype)
+    return Parts(
+        tokenizer=_tokenizer(tokenizer),
+        text_encoder=text_encoder,
+        transformer=transformer_weights.open_transformer(
+            folder, dtype=dtype, precision=precision, lora=lora
+        ),
+        vae=vae_weights.open_vae(folder),
+        shift=shift,
+        grid=grid,
+        defaults=_defaults(folder),
+        text_name=checkpoints.fingerprint(text_encoder),
+        folder=folder,
+    )
+
+
+def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int) -> Parts:
+    """A model of a real size with random weights; its text encoder is a small stand-in.
+
+    Raises:
+      ValueError: an unknown size.
+    """
+    if size not in CONFIGS:
+        raise ValueError(f"size must be one of {', '.join(CONFIGS)}; got {size!r}")
+    config = CONFIGS[size]
+    small = t5.T5Config.from_dict(
+        {"vocab_size": 1024, "d_model": config.text_dim, "d_kv": 64, "d_ff": 64}
+        | {"num_layers": 1, "num_heads": 1}
+    )
+    template = jax.eval_shape(lambda: t5.T5Encoder(small, nnx.Rngs(0)))
+    parsed = vae.VAEConfig.from_dict(vae_weights.WAN_VAE)
+    transformer = transformer_weights.transformer_template(config, dtype=dtype, precision=precision)
+    return Parts(
+        tokenizer=Tokenizer.from_pretrained(tiny.FOLDER / "tokenizer", length=TEXT_LENGTH),
+        text_encoder=RandomWeights(checkpoints.with_dtype(template, dtype), seed),
+        transformer=RandomWeights(transformer, seed + 1),
+        vae=RandomWeights(jax.eval_shape(lambda: vae.VAE(parsed, nnx.Rngs(0))), seed + 2),
+        shift=ORIGINAL_SHIFT,
+        grid="original",
+        defaults=Defaults(),
+        text_name=f"random {seed}",
+    )
+
+
+class RandomWeights[M](NamedTuple):
+    """A module that is made, leaf by leaf, of random numbers of a sane scale."""
+
+    template: M
+    seed: int
+
+    def load(self) -> M:
+        """The module: norms are 1, biases 0, and a product keeps the size of what goes in."""
+        key, arrays = jax.random.key(self.seed), []
+        for index, (path, slot) in enumerate(checkpoints.parameter_shapes(self.template).items()):
+            value = _random(jax.random.fold_in(key, index), path, slot)
+            arrays.append(jax.block_until_ready(value))  # one at a time: their scratch space is
+        return jax.tree.unflatten(jax.tree.structure(self.template), arrays)
+
+
+def _random(key, path: str, slot: jax.ShapeDtypeStruct) -> jax.Array:
+    name = path.rsplit(".", 1)[-1]
+    if name == "bias":
+        return jnp.zeros(slot.shape, slot.dtype)
+    own = slot.shape[1:] if path.startswith("blocks.") else slot.shape
+    if len(own) == 1:
+        return jnp.ones(slot.shape, slot.dtype)
+    fan_in = own[-1] if name == "scale_shift_table" else math.prod(own[:-1])
+    scale = 1.0 if name == "embedding" else fan_in**-0.5
+    return _normal(key, slot.shape, slot.dtype, scale)
+
+
+_normal = jax.jit(
+    lambda key, shape, dtype, scale: (jax.random.normal(key, shape) * scale).astype(dtype),
+    static_argnums=(1, 2),
+)
+
+
+def _is_original(folder: Path) -> bool:
+    """Whether a model's folder has the original layout."""
+    if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
+        return False
+    return checkpoints.read_config(folder).get("_class_name") == "WanModel"
+
+
+def _tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer with the length that the model was trained with."""
+    stated = checkpoints.read_config(folder, "tokenizer_config.json").get("model_max_length")
+    known = isinstance(stated, int) and 2 <= stated <= LONGEST
+    return Tokenizer.from_pretrained(folder, length=None if known else TEXT_LENGTH)
+
+
+def _settings(folder: Path) -> Mapping[str, Any]:
+    """What a folder's astraea.json says, if it is there."""
+    path = folder / "astraea.json"
+    return checkpoints.read_config(folder, path.name) if path.is_file() else {}
+
+
+def _defaults(folder: Path) -> Defaults:
+    """Wan's own, or what the folder's settings say."""
+    values = _settings(folder)
+    return Defaults(**{name: values[name] for name in Defaults._fields if name in values})
