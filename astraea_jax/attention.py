@@ -6,10 +6,6 @@ selected queries gives exactly the rows that dense attention would give.
 
 import contextlib
 import functools
-import importlib
-import types
-import warnings
-from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.core
@@ -18,35 +14,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from astraea_jax.kernels import backward
-from astraea_jax.kernels.machine import Gpu, gpu
-
-Implementation = Literal["xla", "cudnn", "triton", "mosaic"]
-MODULES = {"cudnn": "cudnn", "triton": "ampere", "mosaic": "hopper"}
-"""Implementation -> its module in kernels/; imported only where there is a GPU to run it."""
+from astraea_jax.kernels import dispatch
+from astraea_jax.kernels.dispatch import Implementation as Implementation
+from astraea_jax.kernels.dispatch import implementations as implementations
 
 # Tile sizes of the XLA reference: scores held at once are [B, A, QUERY_TILE, KEY_TILE] float32.
 QUERY_TILE = 2048
 KEY_TILE = 2048
-
-
-def implementations() -> dict[str, str]:
-    """Which implementations run on this machine: name -> "runs", or the reason why not."""
-    here = gpu()
-    reasons = {name: refusal(name, here, 128, jnp.bfloat16) for name in get_args(Implementation)}
-    return {name: reason or "runs" for name, reason in reasons.items()}
-
-
-def refusal(name: str, here: Gpu | None, width: int, dtype) -> str | None:
-    """Why an implementation can't run on a GPU (None: no GPU), for a head width and dtype."""
-    if name == "xla":
-        return None
-    if here is None:
-        return f"needs an NVIDIA GPU; this process has {jax.devices()[0].device_kind}"
-    try:
-        return kernel_module(name).refusal(here, width, dtype)
-    except ImportError as error:
-        return f"this JAX has no such back end ({error})"
 
 
 def query_sparse_attention(
@@ -85,131 +59,21 @@ def query_sparse_attention(
     Source: ASTRAEA 3.2, Figure 3 and Algorithm 1 lines 3-5.
     """
     _check(q, k, v, indices, count)
-    if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
-            f"implementation must be None or one of {', '.join(get_args(Implementation))}; "
-            f"got {implementation!r}"
-        )
+    num_queries = q.shape[1] if indices is None else indices.shape[1]
+    name, by_platform = dispatch.choose(implementation, q, k, num_queries)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    here = gpu()
-    if implementation is None:
-        num_queries = q.shape[1] if indices is None else indices.shape[1]
-        names = preferred(here, num_queries, k.shape[1])
-        chosen = _first_that_runs(names, here, q.shape[-1], jnp.dtype(k.dtype))
-        settings = Settings(chosen, factor, by_platform=True)
-    else:
-        reason = refusal(implementation, here, q.shape[-1], k.dtype)
-        if reason is not None:
-            raise ValueError(f"implementation {implementation!r} can't run: it {reason}")
-        settings = Settings(implementation, factor, by_platform=False)
-    if settings.name == "xla":
-        # Not through the custom gradient: XLA differentiates its own.
+    if name == "xla":
+        # Not through the kernels' gradient: XLA differentiates its own.
         return _xla(q, k, v, count, indices, factor)
-    return _attend(settings, q, k, v, count, indices)
-
-
-def preferred(here: Gpu | None, num_queries: int, num_keys: int) -> tuple[Implementation, ...]:
-    """Implementations to try where none is named, best first."""
-    if here is None:
-        return ("xla",)
-    # A Hopper tile is 64 queries of a warpgroup, twice: most of it would be waste.
-    if here.capability[0] == 9 and num_queries > 64:
-        return ("mosaic", "triton", "xla")
-    return ("triton", "xla")
-
-
-class Settings(NamedTuple):
-    """What is compiled in.
-
-    Attributes:
-      name: the implementation.
-      scale: factor on the logits.
-      by_platform: run it on CUDA, and xla on other platforms, whichever the program is lowered for.
-    """
-
-    name: Implementation
-    scale: float
-    by_platform: bool
-
-
-@functools.cache
-def _first_that_runs(names, here: Gpu | None, width: int, dtype) -> Implementation:
-    """The first that has no reason against it; says once what was passed over."""
-    reasons = {}
-    for name in names:
-        reasons[name] = refusal(name, here, width, dtype)
-        if reasons[name] is None:
-            break
-    chosen = list(reasons)[-1]
-    # float32 is for exactness: nobody expects a tensor-core kernel to take it.
-    if len(reasons) > 1 and dtype != jnp.float32:
-        passed = "; ".join(f"{name} {reason}" for name, reason in reasons.items() if reason)
-        warnings.warn(f"attention falls back to {chosen}: {passed}", stacklevel=4)
-    return chosen
-
-
-def kernel_module(name: str) -> types.ModuleType:
-    """The module in kernels/ that has an implementation; imported when first asked for."""
-    return importlib.import_module(f"astraea_jax.kernels.{MODULES[name]}")
-
-
-def _xla(q, k, v, count, indices, scale):
-    """The reference, on any platform."""
-    if indices is not None:
-        q = gather_rows(q, indices)
-    # On a GPU, float32 products are rounded to TF32 unless more is asked for.
-    exact = gpu() is not None and q.dtype == jnp.float32
-    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
-    if count is not None:
-        used = jnp.arange(q.shape[1]) < count[:, None]
-        out = jnp.where(used[:, :, None, None], out, 0)
-        lse = jnp.where(used[:, None, :], lse, -jnp.inf)
-    return out, lse
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(settings: Settings, q, k, v, count, indices):
-    """A kernel, with a gradient."""
-    kernel = functools.partial(_run_kernel, settings)
-    if not settings.by_platform:
-        return kernel(q, k, v, count, indices)
-    reference = functools.partial(_xla, scale=settings.scale)
-    return lax.platform_dependent(q, k, v, count, indices, cuda=kernel, default=reference)
-
-
-def _run_kernel(settings: Settings, q, k, v, count, indices):
-    module = kernel_module(settings.name)
-    if settings.name == "triton":  # it gathers by itself
-        return module.attend(q, k, v, count, indices, scale=settings.scale)
-    if indices is not None:
-        q = gather_rows(q, indices)
-    return module.attend(q, k, v, count, scale=settings.scale)
-
-
-def _attend_forward(settings: Settings, q, k, v, count, indices):
-    out, lse = _attend(settings, q, k, v, count, indices)
-    return (out, lse), (q, k, v, count, indices, out, lse)
-
-
-def _attend_backward(settings: Settings, saved, gradients):
-    q, k, v, _, indices, out, lse = saved
-    rows = q if indices is None else gather_rows(q, indices)
-    rows, k, v = backward.gradient(rows, k, v, out, lse, *gradients, scale=settings.scale)
-    if indices is not None:
-        batch = jnp.arange(q.shape[0])[:, None]
-        rows = jnp.zeros_like(q).at[batch, jnp.minimum(indices, q.shape[1] - 1)].add(rows)
-    return rows, k, v, None, None
-
-
-_attend.defvjp(_attend_forward, _attend_backward)
+    settings = dispatch.Settings(name, factor, _xla if by_platform else None)
+    return dispatch.attend(settings, q, k, v, count, indices)
 
 
 def gather_rows(
     values: Float[Array, "B N *rest"], indices: Int[Array, "B K"]
 ) -> Float[Array, "B K *rest"]:
     """Rows of `values` at `indices`; an index past the end gives the last row."""
-    return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(values, indices)
+    return dispatch.rows_at(values, indices)
 
 
 def scatter_rows(
@@ -218,6 +82,21 @@ def scatter_rows(
     """`values` with `rows` put at `indices` (no two alike); an index past the end is dropped."""
     batch = jnp.arange(values.shape[0])[:, None]
     return values.at[batch, indices].set(rows, mode="drop", unique_indices=True)
+
+
+def _xla(q, k, v, count, indices, scale):
+    """The reference, on any platform."""
+    if indices is not None:
+        q = gather_rows(q, indices)
+    # On a GPU, float32 products are rounded to TF32 unless more is asked for.
+    exact = dispatch.gpu() is not None and q.dtype == jnp.float32
+    with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
+        out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
+    if count is not None:
+        used = jnp.arange(q.shape[1]) < count[:, None]
+        out = jnp.where(used[:, :, None, None], out, 0)
+        lse = jnp.where(used[:, None, :], lse, -jnp.inf)
+    return out, lse
 
 
 def _tiled(q, k, v):

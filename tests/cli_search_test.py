@@ -111,16 +111,6 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, words):
     assert words in refused(capsys, *arguments)
 
 
-def test_without_matplotlib_the_error_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert "astraea-jax[search]" in refused(capsys, "search", "--budget", "0.5", *SMALL)
-
-
-def test_without_orbax_the_error_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "orbax", None)
-    assert "astraea-jax[search]" in refused(capsys, "search", "--budget", "0.5", *SMALL)
-
-
 def test_every_shipped_schedule_is_for_the_model_that_carries_it():
     pipeline = wan.Pipeline.from_pretrained()
     recipes = recipes_in(tiny.FOLDER / "schedules")

@@ -11,8 +11,7 @@ import functools
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import PartitionSpec as P
 from attention_oracle import assert_close, by_hand, new_seed, random_inputs
-from astraea_jax import attention
-from astraea_jax.kernels import ampere
+from astraea_jax.kernels import ampere, dispatch
 from astraea_jax.parallel import attention_by_heads, attention_by_queries
 
 assert len(jax.devices()) == 4
@@ -45,11 +44,11 @@ def queries(q, k, v, count, **settings):
 tokens = P(None, "x")
 for settings in ({}, {"implementation": "triton"}):
     if settings:  # the kernel, under the interpreter
-        attention.refusal = lambda *_: None
+        dispatch.refusal = lambda *_: None
         kernel = functools.partial(
             ampere.attend, tiling=ampere.Tiling(16, 16, 1, 1), splits=1, interpret=True
         )
-        attention._run_kernel = lambda settings, q, k, v, count, indices: kernel(
+        dispatch._run_kernel = lambda settings, q, k, v, count, indices: kernel(
             q, k, v, count, indices, scale=settings.scale
         )
     check(functools.partial(heads, **settings), (tokens,) * 3, P(None, None, "x"))

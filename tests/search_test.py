@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import evolution, sensitivity
+from astraea_jax.search import evolution, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluator
@@ -229,14 +229,26 @@ def test_hopeless_schedules_stop_after_the_first_prompt():
         return two_prompts(levels)[:, 1:]
 
     parts = [lambda levels: two_prompts(levels)[:, :1], later]
-    evaluator = Evaluator(parts, patience=20.0, keep=2, batch=4)
-    good = np.array([[10, 10, 9, 9], [10, 9, 10, 9], [10, 9, 9, 10]], np.int8)
-    bad = np.array([[10, 0, 0, 0], [10, 10, 9, 8]], np.int8)
+    evaluator = Evaluator(parts, patience=1.2, keep=2, batch=4)
+    good = np.array([[10, 5, 5, 5], [10, 6, 5, 4], [10, 5, 6, 4]], np.int8)
+    uneven = np.array([[10, *each] for each in itertools.permutations((10, 5, 0))], np.int8)
+    worst = uneven[[separable(uneven).argmax()]]
+    bad = np.concatenate([worst, [[10, 6, 4, 5]]]).astype(np.int8)
     evaluator(good)
     fitness = evaluator(bad)
     assert np.isinf(fitness[0]) and np.isfinite(fitness[1]) and second == [3, 1]
     stopped = evaluator.known[tuple(bad[0].tolist())]
     assert stopped.stopped and len(stopped.errors) == 1
+
+
+def test_a_dearer_schedule_is_no_rival():
+    parts = [lambda levels: two_prompts(levels)[:, :1], lambda levels: two_prompts(levels)[:, 1:]]
+    evaluator = Evaluator(parts, patience=1.0, keep=2)
+    evaluator(np.array([[10, 10, 9, 9], [10, 10, 10, 9], [10, 10, 10, 8]], np.int8))
+    # What was scored at a larger budget is far better, and must not empty a later search.
+    space = Space.for_budget(4, 0.5)
+    state = study.evolve(space, SearchConfig(6, 2, 1), evaluator, jax.random.key(0))
+    assert state.best.budget == 0.5 and np.isfinite(state.fitness)
 
 
 def test_nan_is_discarded_and_all_nan_stops_with_a_reason():

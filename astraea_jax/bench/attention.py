@@ -21,7 +21,7 @@ import numpy as np
 from astraea_jax import attention, files, report
 from astraea_jax.attention import query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
-from astraea_jax.kernels import machine, tilings
+from astraea_jax.kernels import dispatch, machine, tilings
 
 SECONDS_A_RUN = 0.02  # calls are queued for about so long before the clock is read
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
@@ -39,7 +39,7 @@ SHOWN = 8  # tilings that are printed for each shape, the fastest
 
 def command(
     *,
-    shapes: tuple[str, ...] = tuple(SHAPES),
+    shapes: tuple[str, ...] = (),
     shares: tuple[float, ...] = SHARES,
     implementations: tuple[attention.Implementation, ...] = (),
     rounds: int = 5,
@@ -49,15 +49,16 @@ def command(
     """Checks and times query-only attention on the shapes of real models.
 
     Args:
-      shapes: Names of shapes; see astraea_jax/bench/shapes.py.
+      shapes: Names in astraea_jax/bench/shapes.py; all when left out, without a GPU the smallest.
       shares: Shares of the tokens that are queries, above 0 and at most 1.
       implementations: Those to run; all that run here when left out.
       rounds: How often each is timed.
       tune: Time every tiling of the kernels first, and remember the fastest for this machine.
       output: A .json file for every number.
     """
-    unknown = [name for name in shapes if name not in SHAPES]
-    if unknown or not shapes:
+    smallest = min(SHAPES, key=lambda name: SHAPES[name].flops(SHAPES[name].tokens))
+    shapes = shapes or (tuple(SHAPES) if machine.gpu() else (smallest,))
+    if not set(shapes) <= SHAPES.keys():
         raise ValueError(f"shapes must be of {', '.join(SHAPES)}; got {', '.join(shapes)}")
     if rounds < 1 or not shares or not all(0 < share <= 1 for share in shares):
         raise ValueError("expected shares above 0 and at most 1, and rounds of at least 1")
@@ -283,9 +284,9 @@ def tune_shape(
     here = machine.gpu()
     found = []
     for name in names:
-        if here is None or attention.refusal(name, here, shape.width, jnp.bfloat16) is not None:
+        if here is None or dispatch.refusal(name, here, shape.width, jnp.bfloat16) is not None:
             continue
-        module = attention.kernel_module(name)
+        module = dispatch.kernel_module(name)
         for share in shares:
             used = rows(shape, share)
             q, k, v = inputs(shape.batch, used, *shape[1:])

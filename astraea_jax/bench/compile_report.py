@@ -24,8 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
 from astraea_jax import report
-from astraea_jax.attention import kernel_module
 from astraea_jax.kernels import tilings
+from astraea_jax.kernels.dispatch import kernel_module
 
 TARGETS = {"9.0": "NVIDIA H200", "8.0": "NVIDIA A100-SXM4-80GB"}
 SHARED = {"9.0": (233472, 232448), "8.0": (167936, 166912)}  # of a processor, of a program

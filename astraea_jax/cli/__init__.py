@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, convert, search, sensitivity, info, bench.
+"""The command `astraea`: make videos, find schedules, convert, train, measure.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -24,8 +24,9 @@ from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import quality, scoring, sheet
 from astraea_jax.bench import search as bench_search
+from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.cli import convert, search, sensitivity
+from astraea_jax.cli import convert, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -188,11 +189,10 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`bench attention`, `bench denoise`), quality and searches.
+    """Measures speed (`attention`, `denoise`, `training`), quality and searches.
 
-    `bench quality` compares methods, `bench search` ways to find a schedule, `bench scoring` ways
-    to score many; `bench compile` compiles for a GPU that need not be there; `bench sheet` draws
-    videos.
+    `quality` compares methods, `search` ways to find a schedule, `scoring` ways to score many;
+    `compile` compiles for a GPU that need not be there; `sheet` draws videos.
     """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
@@ -202,6 +202,8 @@ COMMANDS = {
     "convert": convert.command,
     "search": search.command,
     "sensitivity": sensitivity.command,
+    "train-tiny": train.train_tiny,
+    "score-tiny": train.score_tiny,
     "info": info,
     "bench": bench,
 }
@@ -213,6 +215,7 @@ BENCHES = {
     "scoring": scoring.command,
     "search": bench_search.command,
     "sheet": sheet.command,
+    "training": bench_training.command,
 }
 
 

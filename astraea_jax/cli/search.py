@@ -107,8 +107,6 @@ def command(
     if patience is not None and count < 2:
         raise ValueError("patience compares the first prompt: it needs a count of at least 2")
     files.check_output(output, (".json",))
-    plots.pyplot()
-    study.checkpointer()
     if distributed:
         jax.distributed.initialize()
     console = rich.console.Console(highlight=False)

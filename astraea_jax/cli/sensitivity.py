@@ -49,7 +49,6 @@ def command(
       width: Pixels.
     """
     files.check_output(output, plots.SUFFIXES)
-    plots.pyplot()
     if count < 1:
         raise ValueError(f"count must be at least 1; got {count}")
     began = time.perf_counter()

@@ -15,18 +15,18 @@ from astraea_jax.kernels.machine import Gpu
 
 def refusal(gpu: Gpu, width: int, dtype) -> str | None:
     """Why cuDNN can't take heads of this width and dtype on this GPU; None if it can."""
-    try:
-        from jax._src.cudnn import fused_attention_stablehlo as fused
-    except ImportError as error:
-        return f"this JAX has no cuDNN attention that returns a float32 log-sum-exp ({error})"
-    if not hasattr(fused, "dot_product_attention"):
-        return "this JAX has no cuDNN attention that returns a float32 log-sum-exp"
     if gpu.capability < (8, 0):
         return f"needs compute capability 8.0 or more; {gpu.kind} has {gpu.version}"
     if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
         return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
     if width % 8 or width > 128:
         return f"takes head widths to 128 in steps of 8; got {width}: pad it, or use xla"
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as fused
+
+        fused.check_cudnn_version()
+    except (ImportError, AttributeError, RuntimeError) as error:
+        return f"needs cuDNN, and the attention through it that JAX keeps private ({error})"
     return None
 
 

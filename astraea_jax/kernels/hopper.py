@@ -3,6 +3,27 @@
 A program has two compute warpgroups of 64 queries each, which take turns: while one multiplies on
 the tensor cores, the other does its softmax. A third warpgroup only loads keys and values.
 
+What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1): 168
+registers a thread at launch (240 for those that compute, 24 for those that load), one program a
+processor, and no spills:
+
+    C    width  block_kv  stages  persistent   bytes of shared memory: keys whole   in parts
+    64   64     128       3       yes                               116736         149504
+    72   80     128       3       yes                               163840         186368
+    96   96     128       3       yes                               174080         223232
+    128  128    192       2       no                                231424         231424
+
+Measured on an H100 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; bench/attention.json), K = N,
+against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
+
+    shape                mosaic   cudnn   triton    xla   floor
+    wan-33                 1.88    2.18     2.96   16.9    1.53    triton and xla: in another run
+    wan-65                 6.58    7.61    10.76   56.6    5.47
+    wan-81                10.74   11.60                    8.35    block_kv 128, persistent
+    wan-14b-720p          186.1   208.8                     148    block_kv 128, persistent
+    opensora-spatial-15    0.63    0.63     0.89    4.1    0.22    mosaic 0.52 if given padded
+    opensora-temporal-15   0.92    0.56     0.11    0.35   0.05
+
 Source: FlashAttention-3; the structure is that of jax.experimental.pallas.ops.gpu.attention_mgpu.
 """
 
@@ -24,7 +45,6 @@ from astraea_jax.kernels.hopper_tiling import candidates as candidates
 from astraea_jax.kernels.machine import Gpu, gpu
 
 WIDEST = 128
-SEMANTICS = plgpu.LoweringSemantics.Warpgroup
 
 
 def refusal(here: Gpu, width: int, dtype) -> str | None:
@@ -90,13 +110,14 @@ def attend(
         q, scale = -q, -scale
     q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
     num_items = batch * heads * num_tiles * splits
+    num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
         program,
         scale=scale * LOG2_E,
         num_keys=num_keys,
         splits=splits,
         num_items=num_items,
-        num_programs=min(num_items, processors),
+        num_programs=num_programs,
         tiling=tiling,
         interpret=interpret,
     )
@@ -107,17 +128,15 @@ def attend(
             # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
             jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * ROWS), jnp.float32),
         ),
-        # One for each processor: what one item of work leaves over, the next takes up at once.
-        grid=(min(num_items, processors),),
+        # Neighbours in the grid share keys and values, and find them in L2.
+        grid=(num_programs,),
         grid_names=("program",),
         num_threads=COMPUTE + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types(
             q.dtype, tiling, (out_shape[-1], out_dtype) if own_rows else None
         ),
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, lowering_semantics=SEMANTICS, reduction_scratch_bytes=512
-        ),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     outs, lses = call(q, k, v, count.astype(jnp.int32))

@@ -20,11 +20,14 @@ class Tiling:
       width: channels of a head in shared memory, in steps of 16; heads are padded to it with zeros.
       block_kv: keys of a tile, in steps of 16.
       stages: tiles of keys and values in flight.
+      persistent: whether a processor goes from one tile of queries to the next within a program,
+        the next one's keys loading behind the end of the last; it costs registers.
     """
 
     width: int
     block_kv: int
     stages: int
+    persistent: bool = True
 
 
 def shared_memory(tiling: Tiling) -> int:
@@ -39,10 +42,11 @@ def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
     """Tilings worth timing for a head width."""
     del num_queries
     return [
-        Tiling(padded, block_kv, stages)
+        Tiling(padded, block_kv, stages, persistent)
         for padded in (64, 80, 96, 128)
         for block_kv in (64, 128, 192)
         for stages in (2, 3, 4)
+        for persistent in (True, False)
         if width <= padded < width + 64
         and block_kv < num_keys + 64
         and shared_memory(Tiling(padded, block_kv, stages)) <= SHARED_MEMORY

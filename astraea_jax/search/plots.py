@@ -1,30 +1,15 @@
-"""Pictures of a search; matplotlib is asked for when one is drawn."""
+"""Pictures of a search, drawn without a display."""
 
 import os
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from astraea_jax import files
 from astraea_jax.search.scoring import Evaluation
 
 SUFFIXES = (".png", ".svg", ".pdf")
-
-
-def pyplot():
-    """Matplotlib's figures, without a display.
-
-    Raises:
-      ValueError: matplotlib is not installed.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ValueError(
-            "pictures of a search need matplotlib, which is not installed: "
-            "pip install 'astraea-jax[search]'"
-        ) from error
-    return Figure
 
 
 def pareto(
@@ -43,7 +28,7 @@ def pareto(
       cost: what the cost is, with its unit.
     """
     path = files.check_output(path, SUFFIXES)
-    figure = pyplot()(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     shown = np.array([point for point in points if np.isfinite(point[1])]).reshape(-1, 2)
     axes.scatter(shown[:, 0], shown[:, 1], s=8, alpha=0.4, label="evaluated")
@@ -65,7 +50,7 @@ def sensitivity(path: str | os.PathLike, errors: Mapping[str, Sequence[float]]) 
       errors: prompt -> mean squared error for each step.
     """
     path = files.check_output(path, SUFFIXES)
-    figure = pyplot()(figsize=(7, 4), layout="constrained")
+    figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for prompt, values in errors.items():
         steps = np.arange(1, len(values) + 1)

@@ -43,8 +43,8 @@ class Evaluator:
       reduce: "mean" of the prompts' errors (the paper), or "log": the mean of their logarithms,
         which is the mean PSNR and lets no hard prompt decide alone.
       patience: with several parts, a candidate is given up when its fitness on the parts so far
-        exceeds this many times that of the `keep`-th best schedule on the same prompts (with
-        "log" the factor is on the geometric mean); None never gives up.
+        exceeds this many times that of the `keep`-th best schedule that is no dearer, on the
+        same prompts (with "log" the factor is on the geometric mean); None never gives up.
       keep: see `patience`.
       batch: schedules handed to a score at a time, so that little is lost when a run is killed.
       record: called with each new evaluation, in order.
@@ -113,7 +113,7 @@ class Evaluator:
         running = list(range(len(rows)))
         for part, score in enumerate(self.parts):
             if part:
-                running = [index for index in running if not self._hopeless(errors[index])]
+                running = [i for i in running if not self._hopeless(rows[i], errors[i])]
             if not running:
                 break
             found = np.asarray(score(np.array([rows[index] for index in running], np.int8)))
@@ -128,10 +128,17 @@ class Evaluator:
             for index, row in enumerate(rows)
         ]
 
-    def _hopeless(self, errors: Sequence[float]) -> bool:
-        """Whether the prompts so far say that a schedule will not be among the best."""
-        complete = [each for each in self.known.values() if not each.stopped]
-        if self.patience is None or len(complete) < self.keep:
+    def _hopeless(self, levels: tuple[int, ...], errors: Sequence[float]) -> bool:
+        """Whether the prompts so far say that a schedule will not be among the best.
+
+        It is held against schedules that compute no more tokens: a dearer one is no rival.
+        """
+        rivals = [
+            each.errors[: len(errors)]
+            for each in self.known.values()
+            if not each.stopped and sum(each.levels) <= sum(levels)
+        ]
+        if self.patience is None or len(rivals) < self.keep:
             return False
-        best = sorted(self._reduced(each.errors[: len(errors)]) for each in complete)
+        best = sorted(map(self._reduced, rivals))
         return self._reduced(errors) > self.patience * best[self.keep - 1]

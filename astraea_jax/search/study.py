@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import pathlib
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jaxtyping import Array, Key
+from orbax import checkpoint
 
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution
@@ -207,7 +209,13 @@ def evolve(
         else:
             genes, state = evolution.next_children(space, config, state)
         if len(genes):
-            state = evolution.survive(config, state, genes, evaluator(space.levels(genes)))
+            fitness = evaluator(space.levels(genes))
+            if not (np.isfinite(fitness).any() or np.isfinite(state.best_fitness)):
+                raise ValueError(
+                    f"none of the {len(genes)} first schedules has a finite error, or passed the "
+                    "first look: check the model's numbers, or raise the patience"
+                )
+            state = evolution.survive(config, state, genes, fitness)
         else:  # a small space is exhausted
             state = state._replace(generation=state.generation + 1)
         if states is not None:
@@ -231,29 +239,13 @@ def _generation(space, state: SearchState, evaluator: Evaluator, began, left) ->
     )
 
 
-def checkpointer():
-    """Orbax's, or the reason why not.
-
-    Raises:
-      ValueError: Orbax is not installed.
-    """
-    try:
-        from orbax import checkpoint
-    except ImportError as error:
-        raise ValueError(
-            "a search saves its state with Orbax, which is not installed: "
-            "pip install 'astraea-jax[search]'"
-        ) from error
-    return checkpoint.StandardCheckpointer()
-
-
 def _save(folder: str | os.PathLike, state: SearchState) -> None:
     """Saves the state of a generation, then forgets the one before."""
     base = pathlib.Path(folder).absolute()
     number = int(state.generation)
     try:
         base.mkdir(parents=True, exist_ok=True)
-        with checkpointer() as saver:
+        with checkpoint.StandardCheckpointer() as saver:
             saver.save(base / str(number), state._asdict(), force=True)
     except OSError as error:
         raise ValueError(
@@ -271,11 +263,9 @@ def _restore(folder: str | os.PathLike, space: Space, config: SearchConfig) -> S
     like = jax.tree.map(np.asarray, evolution.start(space, config, key)._asdict())
     for number in sorted(_numbers(base), reverse=True):
         try:
-            with checkpointer() as saver:
+            with checkpoint.StandardCheckpointer() as saver:
                 return SearchState(**saver.restore(base / str(number), like))
         except (OSError, KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ValueError) and "not installed" in str(error):
-                raise
             warnings.warn(
                 f"the state {base / str(number)} can't be read ({type(error).__name__}); "
                 "going on from the journal",
@@ -290,8 +280,6 @@ def _numbers(base: pathlib.Path) -> list[int]:
 
 
 def _remove(folder: pathlib.Path) -> None:
-    import shutil
-
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -1,0 +1,171 @@
+"""`astraea bench training`: samples a second of a training step, against the device's own products.
+
+The floor of a step is its products' operations (three times the forward pass's) at the rate that
+the device reaches on one large product. The profile says where the rest goes, kernel by kernel.
+"""
+
+import collections
+import gzip
+import json
+import pathlib
+import tempfile
+import time
+
+import jax
+
+from astraea_jax import files, report
+from astraea_ports.tiny import lessons
+from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_recipe import Recipe
+from astraea_ports.wan.transformer_training import PoolPlan, TransformerTraining
+
+COLUMNS = {
+    "attention": "attention",
+    "recompute": "recompute",
+    "unroll": "unroll",
+    "milliseconds": "ms a step",
+    "rate": "samples/s",
+    "share": "of the products' floor, %",
+    "compile": "compile s",
+    "why": "not run because",
+}
+KERNELS = {"name": "kernel", "milliseconds": "ms a step", "share": "of the step, %"}
+
+
+def command(
+    *,
+    model: str = "tiny",
+    batch: int | None = None,
+    steps: int = 20,
+    output: pathlib.Path | None = None,
+) -> None:
+    """Times a training step in every layout, the encoding of clips, and profiles the best.
+
+    Args:
+      model: "tiny" or a folder of a model for the same clips.
+      batch: Clips a step; 128, or 2 without a GPU.
+      steps: Timed steps of each layout.
+      output: A .json file for every number.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1; got {steps}")
+    if output is not None:
+        files.check_output(output, (".json",))
+    gpu = jax.default_backend() == "gpu"
+    batch = batch or (128 if gpu else 2)
+    dtype = "bfloat16" if gpu else "float32"
+    peak = product_rate(dtype, 8192 if gpu else 1024)
+    plan = PoolPlan(size=256 if gpu else 2, block=32 if gpu else 2, refresh_every=0)
+    trainee = TransformerTraining(
+        model, lessons.Lessons(), Recipe(steps=10**6, batch=batch, dtype=dtype), plan=plan
+    )
+    trainee.prepare(0, lambda _: None)
+    encoded = encode_rate(trainee)
+    rows, best = [], (0.0, trainee.layout)
+    for attention in ("cudnn", "xla") if gpu else ("xla",):
+        for recompute in (True, False):
+            for unroll in (True, False) if gpu else (False,):
+                layout = Layout(attention, recompute, unroll)
+                row = layout._asdict() | _time(trainee, layout, steps, peak)
+                rows.append(row)
+                print(report.markdown([row], COLUMNS).splitlines()[-1], flush=True)
+                best = max(best, (row.get("rate", 0.0), layout))
+    trainee.layout = best[1]
+    kernels = profile(trainee)
+    print(report.markdown(rows, COLUMNS))
+    print(f"\nlarge products: {peak / 1e12:.1f} TFLOP/s; clips encoded: {encoded:.0f} a second")
+    print(f"\nkernels, {best[1]}:\n" + report.markdown(kernels[:25], KERNELS))
+    if output is not None:
+        report.write_json(
+            output,
+            {
+                "environment": report.environment(),
+                "batch": batch,
+                "peak": peak,
+                "encoded": encoded,
+                "rows": rows,
+                "kernels": kernels,
+            },
+        )
+
+
+def product_rate(dtype: str, size: int) -> float:
+    """Operations a second of one large product."""
+    matrix = jax.random.normal(jax.random.key(0), (size, size), dtype)
+    product = jax.jit(lambda x: x @ matrix / size**0.5)
+    jax.block_until_ready(product(product(matrix)))
+    began, result = time.perf_counter(), matrix
+    for _ in range(10):
+        result = product(result)
+    jax.block_until_ready(result)
+    return 10 * 2 * size**3 / (time.perf_counter() - began)
+
+
+def encode_rate(trainee: TransformerTraining) -> float:
+    """Clips a second that are drawn and encoded into the pool."""
+    trainee.pool.refresh_every = 1
+    trainee.prepare(1, lambda _: None)
+    jax.block_until_ready(trainee.pool.arrays)
+    began = time.perf_counter()
+    count = 4
+    for step in range(2, 2 + count):
+        trainee.prepare(step, lambda _: None)
+    jax.block_until_ready(trainee.pool.arrays)
+    trainee.pool.refresh_every = 0
+    return count * trainee.pool.block / (time.perf_counter() - began)
+
+
+def _time(trainee: TransformerTraining, layout: Layout, steps: int, peak: float) -> dict:
+    trainee.layout = layout
+    began = time.perf_counter()
+    try:
+        state, value = trainee.advance(trainee.start())
+        jax.block_until_ready(value)
+    except Exception as error:  # a layout that this device can't do is a row too
+        return {"why": str(error).splitlines()[0][:100]}
+    compiled = time.perf_counter() - began
+    state, value = trainee.advance(state)
+    jax.block_until_ready(value)
+    began = time.perf_counter()
+    for _ in range(steps):
+        state, value = trainee.advance(state)
+    jax.block_until_ready(value)
+    seconds = (time.perf_counter() - began) / steps
+    share = 100 * trainee.flops() / peak / len(trainee.mesh.devices.flat) / seconds
+    return {
+        "milliseconds": 1e3 * seconds,
+        "rate": trainee.batch / seconds,
+        "share": share,
+        "compile": compiled,
+    }
+
+
+def profile(trainee: TransformerTraining, steps: int = 3) -> list[dict]:
+    """Where a step's time goes: its kernels, the longest first; none where none are recorded."""
+    state, value = trainee.advance(trainee.start())
+    jax.block_until_ready(value)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=False):
+            for _ in range(steps):
+                state, value = trainee.advance(state)
+            jax.block_until_ready(value)
+        traces = list(pathlib.Path(folder).rglob("*.trace.json.gz"))
+        events = [
+            e
+            for path in traces
+            for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+        ]
+    streams = {
+        (event["pid"], event["tid"])
+        for event in events
+        if event.get("name") == "thread_name" and event["args"]["name"].startswith("Stream")
+    }
+    total: collections.Counter[str] = collections.Counter()
+    for event in events:
+        if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams:
+            total[event["name"]] += event["dur"] / 1e3 / steps
+    step = sum(total.values())
+    return [
+        {"name": name[:80], "milliseconds": spent, "share": 100 * spent / step}
+        for name, spent in total.most_common()
+    ]

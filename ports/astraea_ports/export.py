@@ -1,0 +1,123 @@
+"""Trained modules back to checkpoints: the way of `checkpoints.py` in reverse.
+
+A table's transforms only move numbers about. So the way back needs no table of its own: each
+transform is run on the numbers 0, 1, 2, ... of a tensor, and what it gives says where each went.
+"""
+
+import json
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from astraea_jax import files
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Entry
+
+_DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+
+
+def save_parameters(
+    module: Any,
+    source: str | os.PathLike[str],
+    target: pathlib.Path,
+    table: Sequence[Entry],
+    *,
+    dtype: str = "bfloat16",
+) -> None:
+    """Writes a module's weights under the keys that a checkpoint has.
+
+    Args:
+      module: of the kind that was loaded from `source`.
+      source: a checkpoint in the same layout; its keys, shapes and file names are taken.
+      target: folder to write to, as one file whole or not at all.
+      table: of the layout, as for `checkpoints.load_parameters`.
+      dtype: of what is written: "bfloat16", "float32" or "float16".
+
+    Raises:
+      ValueError: the source is no checkpoint of such a module, or the disk is full.
+    """
+    found = checkpoint_tensors(source)
+    slots = checkpoints.parameter_shapes(module)
+    matches = checkpoints.match_tensors(found, slots, table, name=str(source))
+    values = dict(zip(slots, jax.tree.leaves(module), strict=True))
+    arrays = {}
+    for path, matched in matches.items():
+        value = np.asarray(values[path]).astype(_DTYPES[dtype])
+        for match in matched:
+            part = value if match.layer is None else value[match.layer]
+            arrays[match.tensor.key] = invert(match.entry, part, match.tensor.shape)
+    name = checkpoints.checkpoint_files(source)[0].name
+    name = re.sub(r"-\d+-of-\d+(?=\.safetensors$)", "", name)
+    write_tensors(target / name, arrays)
+
+
+def checkpoint_tensors(source: str | os.PathLike[str]) -> list[checkpoints.Tensor]:
+    """What the headers of a checkpoint's files say."""
+    tensors = []
+    for file in checkpoints.checkpoint_files(source):
+        with safe_open(file, framework="numpy") as handle:
+            for key in handle.keys():  # noqa: SIM118 - a file handle, no mapping
+                view = handle.get_slice(key)
+                shape = tuple(view.get_shape())
+                tensors.append(checkpoints.Tensor(key, view.get_dtype(), shape, file))
+    return tensors
+
+
+def invert(entry: Entry, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The tensor of `shape` from which the entry's transform makes `value`."""
+    size = int(np.prod(shape))
+    places = entry.transform(np.arange(size).reshape(shape))
+    tensor = np.empty(size, value.dtype)
+    tensor[places.reshape(-1)] = value.reshape(-1)
+    return tensor.reshape(shape)
+
+
+def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes safetensors; the file is there whole or not at all.
+
+    Raises:
+      ValueError: the disk is full or can't be written to.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with files.replacing(path) as partial:
+            contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+            save_file(contiguous, partial, metadata={"format": "pt"})
+    except Exception as error:  # the library's own error says "No space left" in words only
+        raise ValueError(f"{path} could not be written ({error}): make room there") from error
+
+
+def copy_model(source: pathlib.Path, target: pathlib.Path, *, but: Sequence[str]) -> None:
+    """Copies a Diffusers folder's parts and JSON files, but for the weights of the parts in `but`.
+
+    Weights that are there already, of the same size, are not copied again.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    for path in sorted(source.rglob("*")):
+        relative = path.relative_to(source)
+        trained = relative.parts[0] in but and ".safetensors" in path.name
+        kind = path.suffix in (".json", ".safetensors", ".model")
+        if not path.is_file() or not kind or trained or len(relative.parts) > 2:
+            continue
+        copy = target / relative
+        copy.parent.mkdir(exist_ok=True)
+        small = path.suffix == ".json" or not copy.is_file()
+        if small or copy.stat().st_size != path.stat().st_size:
+            with files.replacing(copy) as partial:
+                shutil.copyfile(path, partial)
+
+
+def update_config(path: pathlib.Path, **values: Any) -> None:
+    """Changes keys of a JSON file."""
+    config = json.loads(path.read_text()) | values
+    with files.replacing(path) as partial:
+        partial.write_text(json.dumps(config, indent=2) + "\n")

@@ -1,0 +1,67 @@
+"""The scenes as an endless stream of clips with captions, for training."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from astraea_ports.tiny import scenes
+from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
+from astraea_ports.wan.latent_pool import Examples
+
+
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """A `latent_pool.Source` of scenes; clip `i` is a function of the seed and `i` alone.
+
+    Attributes:
+      seed: of the scenes; never HELD_OUT_SEED.
+      two: share of the clips with two objects, 0..1.
+      colours: red, green and blue of objects, in the order of scenes.COLOURS.
+      rename: words to write in the captions instead of others: to teach a new one.
+      frames: of a clip.
+      side: pixels of height and width.
+    """
+
+    seed: int = 0
+    two: float = scenes.TWO
+    colours: tuple[tuple[float, float, float], ...] = scenes.COLOUR_RGB
+    rename: tuple[tuple[str, str], ...] = ()
+    frames: int = scenes.FRAMES
+    side: int = scenes.SIDE
+
+    def __post_init__(self):
+        """Refuses what is out of range."""
+        if not 0 <= self.two <= 1:
+            raise ValueError(f"the share of clips with two objects must be in 0..1; got {self.two}")
+        if not 0 <= self.seed < HELD_OUT_SEED:
+            raise ValueError(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All fields, for run.json."""
+        return dataclasses.asdict(self)
+
+    def __call__(self, first: int, count: int) -> Examples:
+        """Clips number first..first+count-1. What they show and the words are the host's work."""
+        with jax.default_device(jax.devices("cpu")[0]):
+            keys = scenes.clip_keys(self.seed, first, count)
+            shown = scenes.make_scenes(keys, two=self.two)
+            captions = make_captions(keys, shown, avoid=held_out_captions())
+        swap = dict(self.rename)
+        captions = [" ".join(swap.get(word, word) for word in text.split()) for text in captions]
+        # The key's words are sent, not the key, so that the drawing's device is free.
+        words, scene = jax.device_get((jax.random.key_data(keys), shown))
+
+        def video():
+            return scenes.render_clips(
+                jax.random.wrap_key_data(jnp.asarray(words)),
+                jax.tree.map(jnp.asarray, scene),
+                jnp.asarray(self.colours),
+                frames=self.frames,
+                side=self.side,
+            )[0]
+
+        return Examples(video, captions)

@@ -1,0 +1,123 @@
+"""The words for what a clip shows, and the captions that training is kept from.
+
+Pure functions of the clips' keys, as the clips themselves; words are the host's work.
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+
+from astraea_ports.tiny.scenes import COLOURS, GROUNDS, TEXTURES, Scene, clip_keys, make_scenes
+
+SHAPE_WORDS = (
+    *(("circle", "disc", "ball"), ("square", "box"), ("triangle",), ("star",)),
+    *(("ring", "hoop", "donut"), ("cross", "plus sign")),
+)
+MOTION_WORDS = (
+    ("moving left", "moving to the left", "sliding left", "drifting to the left"),
+    ("moving right", "moving to the right", "sliding right", "drifting to the right"),
+    ("moving up", "rising", "moving upwards", "going up"),
+    ("moving down", "falling", "moving downwards", "going down"),
+    ("spinning", "rotating", "turning around"),
+    ("growing", "getting bigger", "expanding"),
+    ("shrinking", "getting smaller"),
+    ("bouncing", "jumping up and down"),
+)
+SIZE_WORDS = (("small", "tiny"), (), ("big", "large"))
+PLACES = ("over", "on", "in front of", "against")
+OPENINGS = ("", "", "", "a video of ", "an animation of ", "a short clip of ")
+WALLS = ("background", "background", "wall", "backdrop")
+FILLERS = (
+    *("shiny", "nice", "little", "lovely", "bright", "single", "simple", "cute", "pretty", "cool"),
+    *("funny", "glossy", "solid", "cartoon", "toy", "paper", "plastic", "clean", "clear", "happy"),
+    *("strange", "smooth", "fancy"),
+)
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+_WORD_DRAWS = 48
+
+
+def make_captions(
+    keys: Key[Array, "B"], scenes: Scene, *, avoid: frozenset[str] = frozenset()
+) -> list[str]:
+    """A caption for each clip: synonyms, fillers, and in 3 % of objects an invented word.
+
+    Args:
+      keys: of the clips.
+      scenes: what the clips show.
+      avoid: captions that must not come; such a clip gets another of its own.
+    """
+    rows = [np.asarray(leaf) for leaf in scenes]
+    labels = [Scene(*(row[index] for row in rows)) for index in range(len(rows[0]))]
+    captions = [""] * len(labels)
+    waiting = list(range(len(labels)))
+    attempt = 2
+    while waiting:
+        draws = _word_draws(keys, attempt)
+        for index in waiting:
+            captions[index] = _caption(labels[index], iter(draws[index].tolist()))
+        waiting = [index for index in waiting if captions[index] in avoid]
+        attempt += 1
+    return captions
+
+
+def _word_draws(keys: Key[Array, "B"], salt: int) -> np.ndarray:
+    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, salt), (_WORD_DRAWS,)))
+    return np.asarray(draw(keys))
+
+
+def _caption(scene: Scene, draws: Iterator[float]) -> str:
+    """Words for one scene; every choice takes one of the draws in [0, 1)."""
+
+    def choose(options: Sequence[str]) -> str:
+        return options[int(next(draws) * len(options))]
+
+    def chance(share: float) -> bool:
+        return next(draws) < share
+
+    def name(index: int) -> str:
+        sizes = SIZE_WORDS[scene.size[index]]
+        words = [choose(sizes)] if sizes else []
+        if chance(0.08):
+            words.append(choose(FILLERS))
+        if chance(0.03):
+            words.append("".join(choose(LETTERS) for _ in range(3 + int(next(draws) * 5))))
+        words += [COLOURS[scene.colour[index]], choose(SHAPE_WORDS[scene.shape[index]])]
+        motion = choose(MOTION_WORDS[scene.motion[index]])
+        if scene.speed[index] == 2:
+            after = chance(0.6)
+            adverb = choose(("quickly", "fast")) if after else "quickly"
+            motion = f"{motion} {adverb}" if after else f"{adverb} {motion}"
+        if scene.speed[index] == 0:
+            motion = f"{motion} slowly" if chance(0.6) else f"slowly {motion}"
+        return f"{_article(words[0])} {' '.join(words)} {motion}"
+
+    objects = " and ".join(name(index) for index in range(scene.count))
+    plain = scene.texture == 0 and chance(0.7)
+    wall = GROUNDS[scene.ground] if plain else f"{TEXTURES[scene.texture]} {GROUNDS[scene.ground]}"
+    place = f"{choose(PLACES)} {_article(wall)} {wall} {choose(WALLS)}"
+    return f"{choose(OPENINGS)}{objects} {place}"
+
+
+def _article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+HELD_OUT_SEED = 2**31 - 1
+HELD_OUT = 256
+
+
+@functools.cache
+def held_out(two: bool) -> tuple[tuple[str, ...], Scene]:
+    """256 captions (and their scenes) that training is kept from: of one object, or of two."""
+    keys = clip_keys(HELD_OUT_SEED, HELD_OUT * two, HELD_OUT)
+    scenes = make_scenes(keys, two=float(two))
+    return tuple(make_captions(keys, scenes)), scenes
+
+
+@functools.cache
+def held_out_captions() -> frozenset[str]:
+    """All 512 of them, to pass as `avoid`."""
+    return frozenset(held_out(False)[0] + held_out(True)[0])

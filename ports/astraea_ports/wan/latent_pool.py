@@ -1,0 +1,178 @@
+"""Clips as latents, a pool of them on the device, slowly replaced by new ones.
+
+What the pool holds before a step is a function of the step alone, so a run that is taken up again
+sees the clips that it would have seen.
+"""
+
+import concurrent.futures
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from astraea_ports.wan.text import TokenIds, Tokenizer
+from astraea_ports.wan.vae import VAE
+
+
+class Examples(NamedTuple):
+    """Clips and what they show.
+
+    Attributes:
+      video: makes the clips, in [0, 1]; called once, on the training device.
+      captions: one a clip.
+    """
+
+    video: Callable[[], Float[Array, "B F height width 3"]]
+    captions: Sequence[str]
+
+
+Source = Callable[[int, int], Examples]
+"""`source(first, count)`: clips number first..first+count-1 of an endless stream, a pure function.
+
+A finite set of clips is such a stream too: it starts again."""
+
+
+class Latents(NamedTuple):
+    """The pool's arrays; clips along the first axis.
+
+    Attributes:
+      latents: normalised.
+      ids: token ids of the captions.
+      mask: 1 for tokens, 0 for padding.
+    """
+
+    latents: Float[Array, "P f h w C"]
+    ids: Int[Array, "P L"]
+    mask: Int[Array, "P L"]
+
+
+def source_block(block: int, refreshed: int, num_blocks: int) -> int:
+    """Which block of the stream a block of the pool holds after so many were replaced, in turn."""
+    if refreshed <= block:
+        return block
+    return num_blocks + block + num_blocks * ((refreshed - 1 - block) // num_blocks)
+
+
+class LatentPool:
+    """A pool of clips in blocks; every `refresh_every` steps the oldest block is replaced."""
+
+    def __init__(
+        self,
+        vae: VAE,
+        tokenizer: Tokenizer,
+        source: Source,
+        *,
+        size: int,
+        block: int,
+        refresh_every: int,
+        place: Callable[[Array], Array] = jnp.asarray,
+    ):
+        """A pool that `bring_to` fills.
+
+        Args:
+          vae: encodes the clips, in the dtype of its weights.
+          tokenizer: reads the captions.
+          source: of the clips.
+          size: clips in the pool, a multiple of `block`.
+          block: clips that are encoded at once.
+          refresh_every: steps from one replaced block to the next; 0 for never.
+          place: puts an array on the training devices.
+
+        Raises:
+          ValueError: a size that is not a multiple of the block, or not positive.
+        """
+        if block < 1 or size < block or size % block:
+            raise ValueError(
+                f"the pool's size must be a positive multiple of {block} (the clips that are "
+                f"encoded at once); got {size}"
+            )
+        self.size, self.block, self.refresh_every = size, block, refresh_every
+        self._vae, self._tokenizer, self._source, self._place = vae, tokenizer, source, place
+        self._encode = jax.jit(_encode)
+        self._put = jax.jit(_put, donate_argnums=0)
+        self._refreshed = -1
+        self._arrays: Latents | None = None
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._next: tuple[int, concurrent.futures.Future] | None = None
+
+    @property
+    def arrays(self) -> Latents:
+        """What the pool holds now."""
+        assert self._arrays is not None, "bring_to comes first"
+        return self._arrays
+
+    def bring_to(self, step: int, report: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Makes the pool what `step` is to find; `report(clips done, clips in all)` as it fills."""
+        refreshed = step // self.refresh_every if self.refresh_every else 0
+        blocks = self.size // self.block
+        if self._arrays is None or not 0 <= refreshed - self._refreshed <= 1:
+            for index in range(blocks):
+                self._fill(index, source_block(index, refreshed, blocks))
+                report((index + 1) * self.block, self.size)
+        elif refreshed != self._refreshed:
+            self._fill((refreshed - 1) % blocks, blocks + refreshed - 1)
+        self._refreshed = refreshed
+
+    def _fill(self, block: int, number: int) -> None:
+        examples, tokens = self._take(number)
+        latents = self._encode(self._vae, examples.video())
+        fresh = Latents(latents, jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+        if self._arrays is None:
+            self._arrays = jax.tree.map(
+                lambda x: self._place(jnp.zeros((self.size, *x.shape[1:]), x.dtype)), fresh
+            )
+        self._arrays = self._put(self._arrays, jax.tree.map(self._place, fresh), block * self.block)
+
+    def _take(self, number: int) -> tuple[Examples, TokenIds]:
+        """A block of the stream, its words made ahead while the device was at work."""
+        if self._next is not None and self._next[0] == number:
+            made = self._next[1].result()
+        else:
+            made = self._make(number)
+        following = number + 1
+        # Words are host work; the first fill and every refresh go through the stream in order,
+        # but for the jump where a resumed pool wraps around, which is made on the spot.
+        self._next = (following, self._worker.submit(functools.partial(self._make, following)))
+        return made
+
+    def _make(self, number: int) -> tuple[Examples, TokenIds]:
+        examples = self._source(number * self.block, self.block)
+        return examples, self._tokenizer(list(examples.captions))
+
+
+def _encode(vae: VAE, video: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w C"]:
+    """Normalised latents in float16: of unit variance, so its finer mantissa beats bfloat16's."""
+    return vae.encode(2 * video - 1).astype(jnp.float16)
+
+
+def _put(pool: Latents, fresh: Latents, start) -> Latents:
+    return jax.tree.map(
+        lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0), pool, fresh
+    )
+
+
+def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[str]) -> Source:
+    """A stream that goes through given clips again and again: for fine-tuning on one's own.
+
+    Args:
+      videos: in [0, 1].
+      captions: one a clip.
+
+    Raises:
+      ValueError: another number of captions, or no clip.
+    """
+    if not len(videos) or len(videos) != len(captions):
+        raise ValueError(
+            f"expected a caption for each clip, and at least one; got {len(videos)} clips and "
+            f"{len(captions)} captions"
+        )
+
+    def source(first: int, count: int) -> Examples:
+        chosen = np.arange(first, first + count) % len(videos)
+        return Examples(lambda: jnp.asarray(videos[chosen]), [captions[int(i)] for i in chosen])
+
+    return source

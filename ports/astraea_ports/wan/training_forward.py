@@ -1,0 +1,110 @@
+"""The plain transformer, laid out for training: the same numbers, less memory traffic.
+
+Inference keeps keys and values head by head and returns the log-sum-exp; a training step needs
+neither, and its time goes to reading and writing activations. So attention runs on [B, N, A, C] as
+the projections leave it, fused where the device has such a kernel, and what the backward pass can
+cheaply compute again is not stored.
+"""
+
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from astraea_jax import model as core
+from astraea_ports.wan.transformer import (
+    Block,
+    Transformer,
+    layer_norm,
+    rope_tables,
+    rotate,
+)
+
+AttentionKernel = Literal["xla", "cudnn"]
+
+
+class Layout(NamedTuple):
+    """How a step is compiled; the numbers do not depend on it, but for rounding.
+
+    Attributes:
+      attention: "cudnn" is fused and needs an NVIDIA GPU and 16-bit floats.
+      recompute: keep the products' results only; norms, rotations and activations again backwards.
+      unroll: blocks laid out one after another instead of a loop; slower to compile.
+    """
+
+    attention: AttentionKernel = "xla"
+    recompute: bool = True
+    unroll: bool = False
+
+    @classmethod
+    def for_device(cls, dtype: str) -> "Layout":
+        """What suits the default backend, for products in this dtype."""
+        gpu = jax.default_backend() == "gpu"
+        return cls(attention="cudnn" if gpu and dtype == "bfloat16" else "xla", unroll=gpu)
+
+
+def velocity(
+    model: Transformer,
+    latents: Float[Array, "B F Y X C"],
+    timestep: Float[Array, "B"],
+    context: Float[Array, "B M D"],
+    layout: Layout,
+) -> Float[Array, "B F Y X C"]:
+    """What `model(latents, timestep, context)` gives, for a step that is differentiated."""
+    geometry = model.geometry(latents.shape)
+    hidden = jax.nn.gelu(model.text_1(context.astype(model.dtype)), approximate=True)
+    text = model.text_2(hidden)
+    rope = rope_tables(geometry.grid, model.config.attention_head_dim)
+    modulation = model.modulation(timestep)
+
+    def apply(tokens: Array, block: Block) -> tuple[Array, None]:
+        return _block(block, tokens, text, rope, modulation.projected, layout.attention), None
+
+    if layout.recompute:
+        policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+        apply = jax.checkpoint(apply, policy=policy, prevent_cse=layout.unroll)
+    unroll = model.config.num_layers if layout.unroll else 1
+    tokens, _ = jax.lax.scan(apply, model.embed(latents), model.blocks, unroll=unroll)
+    return model.unpatchify(model.head(tokens, modulation), geometry)
+
+
+def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel) -> Array:
+    """One block, as transformer.BoundBlock has it: attention, attention to the text, MLP."""
+    table = block.scale_shift_table[...].astype(jnp.float32) + modulation
+    shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table[:, i, None] for i in range(6))
+    dtype = tokens.dtype
+
+    attention = block.attn1
+    x = (layer_norm(tokens, block.eps) * (1 + scale) + shift).astype(dtype)
+    queries, keys, values = _project(x, attention.to_q, attention.to_k, attention.to_v)
+    queries = rotate(attention.split(attention.norm_q(queries)), rope)
+    keys = rotate(attention.split(attention.norm_k(keys)), rope)
+    values = attention.split(values)
+    attended = _attend(queries, keys, values, kernel)
+    tokens = core.add_gated(tokens, gate, attention.to_out(attended))
+
+    attention = block.attn2
+    x = block.norm2(tokens.astype(jnp.float32)).astype(dtype)
+    queries = attention.split(attention.norm_q(attention.to_q(x)))
+    keys, values = _project(text, attention.to_k, attention.to_v)
+    keys, values = attention.split(attention.norm_k(keys)), attention.split(values)
+    attended = _attend(queries, keys, values, kernel)
+    tokens = core.add_gated(tokens, 1.0, attention.to_out(attended))
+
+    x = layer_norm(tokens, block.eps) * (1 + mlp_scale) + mlp_shift
+    hidden = jax.nn.gelu(block.ffn_in(x.astype(dtype)), approximate=True)
+    return core.add_gated(tokens, mlp_gate, block.ffn_out(hidden))
+
+
+def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> list[Array]:
+    """What each layer makes of `x`, as one product that reads `x` once."""
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    bias = jnp.concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
+    return jnp.split(x @ kernel + bias, len(layers), axis=-1)
+
+
+def _attend(queries, keys, values, kernel: AttentionKernel) -> Float[Array, "B K H"]:
+    out = jax.nn.dot_product_attention(queries, keys, values, implementation=kernel)
+    return out.reshape(*out.shape[:2], -1)

@@ -1,0 +1,177 @@
+"""How a Wan transformer is trained: the numbers, and the optimisers that follow from them."""
+
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from astraea_ports.t5 import T5Encoder
+from astraea_ports.wan.transformer import Transformer
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How to train; two runs of one recipe, one model and one device kind give the same weights.
+
+    Attributes:
+      steps: of the whole run.
+      batch: clips a step, over all devices.
+      muon_rate: step size on block matrices, whose update is orthogonal.
+      adam_rate: step size on everything else.
+      text_rate: factor on `adam_rate` for the text encoder.
+      muon_decay: weight decay of block matrices.
+      clip: largest norm of all gradients together.
+      average: decay of the moving average of the weights, which is what is exported.
+      text_dropout: share of the clips whose caption is left empty, for guidance.
+      time_width: standard deviation of the times' logits before the shift.
+      time_even: share of the times drawn evenly before the shift, as a solver's grid visits them:
+        the logit-normal hardly ever draws the noisiest tenth, where the layout is decided.
+      shift: flow shift of the times, the model's own.
+      motion_weight: how much more an error counts where a clip differs from its first frame.
+      span: part of the rate's schedule that the run goes through, for a run in several sittings on
+        several machines: (0, 0.5), then (0.5, 1).
+      seed: of the noise, the times and the order of the clips.
+      dtype: of the products.
+    """
+
+    steps: int
+    batch: int = 128
+    muon_rate: float = 6e-3
+    adam_rate: float = 1.5e-3
+    text_rate: float = 1.0
+    muon_decay: float = 0.01
+    clip: float = 1.0
+    average: float = 0.998
+    text_dropout: float = 0.1
+    time_width: float = 1.1
+    time_even: float = 0.25
+    shift: float = 3.0
+    motion_weight: float = 0.5
+    span: tuple[float, float] = (0.0, 1.0)
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        """Refuses numbers out of range."""
+        ranges = {
+            "steps": (1, 10**9),
+            "batch": (1, 10**6),
+            "muon_rate": (0, 1),
+            "adam_rate": (0, 1),
+            "text_rate": (0, 100),
+            "clip": (1e-6, 1e6),
+            "average": (0, 1),
+            "text_dropout": (0, 1),
+            "time_width": (0.01, 10),
+            "time_even": (0, 1),
+            "shift": (0.01, 100),
+            "motion_weight": (0, 100),
+        }
+        for name, (low, high) in ranges.items():
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise ValueError(f"{name} must be in {low}..{high}; got {value}")
+        first, last = self.span
+        if not 0 <= first < last <= 1:
+            raise ValueError(f"span must rise within 0..1; got {self.span}")
+
+
+class Networks(NamedTuple):
+    """What is trained."""
+
+    transformer: Transformer
+    text_encoder: T5Encoder
+
+
+def descend[M](
+    rule: optax.GradientTransformation, gradients: M, moments: Any, weights: M
+) -> tuple[M, Any]:
+    """One step of an optimiser: the weights after it, and its moments."""
+    # optax takes any pytree, but its annotations say arrays.
+    updates, moments = rule.update(cast(Any, gradients), moments, cast(Any, weights))
+    return cast(M, optax.apply_updates(cast(Any, weights), updates)), moments
+
+
+def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
+    """The schedule of the rates: up over 2 %, level to 55 %, then straight down to 2 %."""
+    down = 0.02 + 0.98 * (1 - fraction) / 0.45
+    return jnp.clip(jnp.minimum(fraction / 0.02, down), 0.02, 1.0)
+
+
+def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTransformation:
+    """Clipping, then Muon on the block matrices and Adam on the rest.
+
+    Args:
+      recipe: the step sizes, at their largest.
+      steps: of the run; traced, so that a run of another length is the same program.
+    """
+    first, last = recipe.span
+    warm_up = jnp.clip(steps // 50, 1, 200)
+
+    def rate(base: float) -> Callable[[Any], Any]:
+        def at(count):
+            fraction = count / steps
+            # Every run starts without moments, so every one warms up, wherever its span begins.
+            warm = jnp.minimum(1.0, (count + 1) / warm_up)
+            return base * warm * rate_factor(first + (last - first) * fraction)
+
+        return at
+
+    muon = optax.contrib.muon(
+        rate(recipe.muon_rate),
+        weight_decay=recipe.muon_decay,
+        muon_weight_dimension_numbers=optax.contrib.MuonDimensionNumbers((1,), (2,)),
+    )
+
+    def adam(base: float) -> optax.GradientTransformation:
+        return optax.adamw(rate(base), b1=0.9, b2=0.98, weight_decay=1e-4)
+
+    by_label: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": _by_shape(muon),
+        "text": adam(recipe.adam_rate * recipe.text_rate),
+        "rest": adam(recipe.adam_rate),
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip), optax.partition(by_label, cast(Any, _labels))
+    )
+
+
+def _labels(networks: Networks) -> Networks:
+    """Which optimiser a weight goes by."""
+    labels = jax.tree.map(lambda _: "rest", networks.transformer)
+    labels.blocks = jax.tree.map(
+        # Stacked over blocks: a matrix has three axes. The modulation tables are no matrices.
+        lambda leaf: "matrix" if leaf.ndim == 3 and leaf.shape[1] > 6 else "rest",
+        networks.transformer.blocks,
+    )
+    return Networks(labels, jax.tree.map(lambda _: "text", networks.text_encoder))
+
+
+def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on all leaves of one shape at once: few large products, not many small ones."""
+
+    def gather(tree):
+        groups: dict[str, list[Array]] = {}
+        for leaf in jax.tree.leaves(tree):
+            groups.setdefault("x".join(map(str, leaf.shape[1:])), []).append(leaf)
+        return {name: jnp.concatenate(leaves) for name, leaves in groups.items()}
+
+    def scatter(groups, tree):
+        leaves, tree_def = jax.tree.flatten(tree)
+        taken = dict.fromkeys(groups, 0)
+        out = []
+        for leaf in leaves:
+            name = "x".join(map(str, leaf.shape[1:]))
+            out.append(groups[name][taken[name] : taken[name] + leaf.shape[0]])
+            taken[name] += leaf.shape[0]
+        return jax.tree.unflatten(tree_def, out)
+
+    def update(updates, state, params=None):
+        grouped, state = inner.update(gather(updates), state, gather(params))
+        return scatter(grouped, updates), state
+
+    return optax.GradientTransformation(lambda params: inner.init(gather(params)), update)

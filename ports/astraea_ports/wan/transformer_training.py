@@ -1,0 +1,211 @@
+"""A transformer and its text encoder as something that `training_run` trains."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from astraea_jax import metrics, report, video
+from astraea_ports import checkpoints, export, t5
+from astraea_ports.wan import training, transformer_weights
+from astraea_ports.wan.latent_pool import LatentPool, Source
+from astraea_ports.wan.pipeline import SHIPPED, Pipeline
+from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_recipe import Networks, Recipe
+from astraea_ports.wan.transformer import Transformer
+
+PARTS = ("transformer", "text_encoder")
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolPlan:
+    """How many clips lie ready on the device.
+
+    Attributes:
+      size: clips.
+      block: clips that are encoded at once.
+      refresh_every: steps from one replaced block to the next; 0 for never.
+    """
+
+    size: int = 32768
+    block: int = 32
+    refresh_every: int = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Sheet:
+    """What to draw at a checkpoint.
+
+    Attributes:
+      prompts: a video each; none for no picture.
+      steps: of the solver.
+    """
+
+    prompts: tuple[str, ...] = ()
+    steps: int = 15
+
+
+def devices_for(batch: int) -> list[Any]:
+    """All devices.
+
+    Raises:
+      ValueError: they don't divide the batch.
+    """
+    devices = jax.devices()
+    if batch % len(devices):
+        raise ValueError(
+            f"the batch must be a multiple of {len(devices)}, the devices that share it; got "
+            f"{batch}"
+        )
+    return devices
+
+
+class TransformerTraining:
+    """A `training_run.Trainee`; any Wan in the Diffusers layout."""
+
+    def __init__(
+        self,
+        model: str | pathlib.Path,
+        source: Source,
+        recipe: Recipe,
+        *,
+        plan: PoolPlan = PoolPlan(),
+        sheet: Sheet = Sheet(),
+        layout: Layout | None = None,
+        from_nothing: bool = False,
+        data: Mapping[str, Any] | None = None,
+    ):
+        """Loads the model.
+
+        Args:
+          model: folder to start from, "tiny", or a hub id.
+          source: of the clips, of the model's frame size.
+          recipe: how to train.
+          plan: of the pool of latents.
+          sheet: what to draw at a checkpoint.
+          layout: of the compiled step; None is what suits the device.
+          from_nothing: take the model's sizes, but random weights.
+          data: what to write of the source into run.json.
+
+        Raises:
+          ValueError: no such model, or a batch that the devices can't share.
+        """
+        self.recipe, self.batch = recipe, recipe.batch
+        self.layout = Layout.for_device(recipe.dtype) if layout is None else layout
+        self.mesh = Mesh(np.array(devices_for(recipe.batch)), ("batch",))
+        self._copied = NamedSharding(self.mesh, PartitionSpec())
+        self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
+        self._from_nothing, self._sheet = from_nothing, sheet
+        self.pipeline = Pipeline.from_pretrained(self._folder)
+        empty = self.pipeline.tokenizer([""])
+        self._empty = training.EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
+        self.pool = LatentPool(
+            jax.tree.map(lambda x: x.astype(recipe.dtype), self.pipeline.vae),
+            self.pipeline.tokenizer,
+            source,
+            size=plan.size,
+            block=plan.block,
+            refresh_every=plan.refresh_every,
+            place=lambda x: jax.device_put(x, self._copied),
+        )
+        self._settings = {
+            "part": "transformer",
+            "transformer": dataclasses.asdict(self.pipeline.transformer.config),
+            "text_encoder": dataclasses.asdict(self.pipeline.text_encoder.config),
+            "start": "nothing" if from_nothing else fingerprint(self._networks()),
+            "pool": dataclasses.asdict(plan),
+            "data": dict(data or {}),
+        }
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result."""
+        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
+
+    def _networks(self) -> Networks:
+        """The weights that the run starts from."""
+        transformer, encoder = self.pipeline.transformer, self.pipeline.text_encoder
+        if self._from_nothing:
+            rngs = nnx.Rngs(self.recipe.seed)
+            transformer = Transformer(transformer.config, rngs)
+            encoder = t5.T5Encoder(encoder.config, rngs)
+        return Networks(transformer, encoder)
+
+    def start(self) -> training.State:
+        """The first state, a copy on every device."""
+        return jax.device_put(training.start(self._networks(), self.recipe), self._copied)
+
+    def prepare(self, step: int, say: Callable[[str], None]) -> None:
+        """Fills the pool, or replaces a block of it."""
+
+        def report(done: int, total: int) -> None:
+            if done == total or done * 8 // total > (done - self.pool.block) * 8 // total:
+                say(f"clips encoded: {done} of {total}")
+
+        self.pool.bring_to(step, report)
+
+    def advance(self, state: training.State) -> tuple[training.State, jax.Array]:
+        """One step."""
+        return training.train_step(
+            state,
+            self.pool.arrays,
+            self._empty,
+            jnp.int32(self.recipe.steps),
+            # Its length is no part of the program.
+            recipe=dataclasses.replace(self.recipe, steps=1),
+            layout=self.layout,
+            mesh=self.mesh,
+        )
+
+    def flops(self) -> float:
+        """Operations of a step's products."""
+        networks = Networks(self.pipeline.transformer, self.pipeline.text_encoder)
+        shape = self.pool.arrays.latents.shape[1:]
+        return training.step_flops(networks, self.recipe, shape, self.pipeline.tokenizer.length)
+
+    def export(self, state: training.State, folder: pathlib.Path) -> None:
+        """The average weights in bfloat16, the rest of the model as it was, and how far it came."""
+        average = jax.device_get(state.average)
+        for part, module, table in (
+            ("transformer", average.transformer, transformer_weights.TABLE),
+            ("text_encoder", average.text_encoder, t5.TABLE),
+        ):
+            export.save_parameters(module, self._folder / part, folder / part, table)
+        export.copy_model(self._folder, folder, but=PARTS)
+        report.write_json(folder / "training.json", {"step": int(state.step), **self.settings})
+
+    def sheet(self, state: training.State) -> np.ndarray | None:
+        """Videos of the sheet's prompts with the average weights, seeds 0, 1, ..."""
+        if not self._sheet.prompts:
+            return None
+        # On one device, and in the dtype of training.
+        average = jax.device_put(
+            jax.tree.map(lambda x: x.astype(self.recipe.dtype), state.average),
+            self.mesh.devices.flat[0],
+        )
+        pipeline = dataclasses.replace(self.pipeline, **average._asdict())
+        videos = sample(pipeline, self._sheet.prompts, self._sheet.steps)
+        return video.contact_sheet(videos, self._sheet.prompts, columns=2)
+
+
+def sample(pipeline: Pipeline, prompts: Sequence[str], steps: int) -> list[np.ndarray]:
+    """A video of each prompt, uint8; the seed is its place."""
+    results = [pipeline(text, seed=seed, steps=steps) for seed, text in enumerate(prompts)]
+    return [metrics.to_uint8(np.asarray(result.video[0])) for result in results]
+
+
+def fingerprint(networks: Any) -> str:
+    """A short name of weights: other weights have another."""
+    total = sum(float(jnp.sum(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(networks))
+    return f"{total:.6e}"

@@ -1,0 +1,257 @@
+"""Training a Wan VAE on clips: reconstruction, sharp edges, and latents held near a unit normal.
+
+What objects cover counts five times as much as the background, which is most of the picture. The
+first four fifths of a run see crops of 17x64x64, the rest whole clips.
+"""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from astraea_jax import report, video
+from astraea_ports import checkpoints, export
+from astraea_ports.wan import vae as vae_module
+from astraea_ports.wan.pipeline import SHIPPED
+from astraea_ports.wan.training_recipe import descend, rate_factor
+from astraea_ports.wan.transformer_training import devices_for, fingerprint
+from astraea_ports.wan.vae import VAE
+
+CROP_FRAMES, CROP_SIDE, WHOLE_FROM = 17, 64, 0.8
+
+
+class Drawn(NamedTuple):
+    """Clips in [0, 1] and how much of each pixel counts as an object."""
+
+    video: Float[Array, "B F side side 3"]
+    cover: Float[Array, "B F side side"]
+
+
+Draw = Callable[[PRNGKeyArray, int], Drawn]
+"""`draw(key, count)`: that many clips, a pure function that can be jitted."""
+
+
+@dataclasses.dataclass(frozen=True)
+class VAERecipe:
+    """How to train.
+
+    Attributes:
+      steps: of the whole run.
+      clips: drawn each step.
+      crops: taken from each clip, at places that all clips of a step share.
+      muon_rate: step size on convolutions.
+      adam_rate: step size on everything else.
+      clip: largest norm of all gradients together.
+      average: decay of the moving average of the weights, which is what is exported.
+      normal_weight: of the latents' divergence from a unit normal.
+      seed: of the clips, the crops and the latents' noise.
+      dtype: of the products.
+    """
+
+    steps: int
+    clips: int = 16
+    crops: int = 4
+    muon_rate: float = 0.015
+    adam_rate: float = 2e-3
+    clip: float = 1.0
+    average: float = 0.997
+    normal_weight: float = 1e-4
+    seed: int = 0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+
+class VAEState(NamedTuple):
+    """A run between two steps."""
+
+    step: Int[Array, ""]
+    vae: VAE
+    average: VAE
+    moments: Any
+
+
+def optimiser(recipe: VAERecipe) -> optax.GradientTransformation:
+    """Clipping, then Muon on the convolutions (but the one to pixels) and Adam on the rest."""
+
+    def axes(vae: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf: (
+                optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
+                if leaf.ndim >= 2 and leaf.shape[-1] > 3 and leaf.size > 1000
+                else None
+            ),
+            vae,
+        )
+
+    def rate(base: float):
+        return lambda count: base * rate_factor((count + 1) / recipe.steps)
+
+    muon = optax.contrib.muon(
+        rate(recipe.muon_rate),
+        weight_decay=0.01,
+        adam_learning_rate=rate(recipe.adam_rate),
+        adam_b2=0.98,
+        muon_weight_dimension_numbers=axes,
+    )
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), muon)
+
+
+def loss(
+    vae: VAE, key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """The loss, and the mean squared error of the reconstruction."""
+    cast = jax.tree.map(lambda x: x.astype(recipe.dtype), vae)
+    pixels = 2 * drawn.video - 1
+    encoded = cast.quant.pointwise(cast.encoder(pixels.astype(recipe.dtype)))
+    mean, log_variance = jnp.split(encoded.astype(jnp.float32), 2, axis=-1)
+    log_variance = jnp.clip(log_variance, -20.0, 4.0)
+    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    decoded = cast.decoder(cast.post_quant.pointwise(latents.astype(recipe.dtype)))
+    error = decoded.astype(jnp.float32) - pixels
+    weight = 1 + 4 * drawn.cover[..., None]
+    pixel_loss = jnp.mean((jnp.abs(error) + 2 * jnp.square(error)) * weight)
+    edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
+    normal = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
+    return pixel_loss + 0.5 * edges + recipe.normal_weight * normal, jnp.mean(jnp.square(error))
+
+
+def cut(key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe) -> Drawn:
+    """Crops at random places; those of one number lie alike in all clips."""
+    frames, side = drawn.cover.shape[1:3]
+    length, size = min(CROP_FRAMES, frames), min(CROP_SIDE, side)
+    places = jax.random.uniform(key, (recipe.crops, 3))
+    parts = []
+    for place in places:
+        # Encoders see time in fours after the first frame: a crop starts at either end.
+        start = jnp.where(place[0] < 0.5, 0, frames - length)
+        top, left = (jnp.int32(p * ((side - size) // 8 + 1)) * 8 for p in place[1:])
+        begin = (0, start, top, left)
+        parts.append(
+            Drawn(
+                jax.lax.dynamic_slice(
+                    drawn.video, (*begin, 0), (len(drawn.video), length, size, size, 3)
+                ),
+                jax.lax.dynamic_slice(drawn.cover, begin, (len(drawn.cover), length, size, size)),
+            )
+        )
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *parts)
+
+
+@functools.partial(
+    jax.jit, static_argnames=("draw", "recipe", "whole", "mesh"), donate_argnames=("state",)
+)
+def train_step(
+    state: VAEState, *, draw: Draw, recipe: VAERecipe, whole: bool, mesh: Mesh
+) -> tuple[VAEState, Float[Array, ""]]:
+    """One step; everything random comes from the recipe's seed and the step's number."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(recipe.seed), state.step), 3)
+    over = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+    drawn = draw(keys[0], recipe.clips)
+    drawn = drawn if whole else cut(keys[1], drawn, recipe)
+    drawn = jax.lax.with_sharding_constraint(drawn, over)
+    (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
+        state.vae, keys[2], drawn, recipe
+    )
+    finite = jnp.isfinite(optax.tree.norm(gradients))
+    weights, moments = descend(optimiser(recipe), gradients, state.moments, state.vae)
+    keep = jnp.minimum(recipe.average, state.step / (state.step + 5))
+    average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, weights)
+    following = VAEState(state.step + 1, weights, average, moments)
+    return following, jnp.where(finite, value, jnp.nan)
+
+
+@jax.jit
+def _raw_latents(vae: VAE, pixels: Array) -> Array:
+    encoded = vae.quant.pointwise(vae.encoder(pixels))
+    return encoded[..., : vae.config.latent_channels]
+
+
+class VAETraining:
+    """A `training_run.Trainee`; any Wan 2.1 VAE in the Diffusers layout."""
+
+    def __init__(
+        self,
+        model: str | pathlib.Path,
+        draw: Draw,
+        recipe: VAERecipe,
+        *,
+        from_nothing: bool = False,
+        data: Mapping[str, Any] | None = None,
+    ):
+        """Loads the VAE of a model; arguments as for `TransformerTraining`."""
+        self.recipe, self.batch = recipe, recipe.clips
+        self.mesh = Mesh(np.array(devices_for(recipe.clips)), ("batch",))
+        self._draw = draw
+        self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
+        self._vae = vae_module.load_vae(self._folder / "vae")
+        if from_nothing:
+            self._vae = VAE(self._vae.config, nnx.Rngs(recipe.seed))
+        self._done = 0
+        self._settings = {
+            "part": "vae",
+            "vae": dataclasses.asdict(self._vae.config),
+            "start": fingerprint(self._vae),
+            "data": dict(data or {}),
+        }
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.recipe.steps
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """All that decides the result."""
+        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
+
+    def start(self) -> VAEState:
+        """The first state, a copy on every device."""
+        weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), self._vae)
+        moments = optimiser(self.recipe).init(cast(Any, weights))
+        state = VAEState(jnp.int32(0), weights, jax.tree.map(jnp.copy, weights), moments)
+        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+
+    def prepare(self, step: int, say: Callable[[str], None]) -> None:
+        """Clips are drawn within the step; only its number matters."""
+        self._done = step
+
+    def advance(self, state: VAEState) -> tuple[VAEState, jax.Array]:
+        """One step, on crops or on whole clips."""
+        whole = self._done >= WHOLE_FROM * self.steps
+        return train_step(state, draw=self._draw, recipe=self.recipe, whole=whole, mesh=self.mesh)
+
+    def export(self, state: VAEState, folder: pathlib.Path) -> None:
+        """The average weights, with the mean and deviation of their latents in the config."""
+        average = jax.device_put(state.average, self.mesh.devices.flat[0])
+        drawn = self._draw(jax.random.key(self.recipe.seed + 1), 8)
+        latents = [_raw_latents(average, 2 * clip[None] - 1) for clip in drawn.video]
+        axes = (0, 1, 2, 3)
+        mean, std = (np.asarray(f(jnp.concatenate(latents), axes)) for f in (jnp.mean, jnp.std))
+        export.save_parameters(average, self._folder / "vae", folder / "vae", vae_module.TABLE)
+        export.copy_model(self._folder, folder, but=("vae",))
+        export.update_config(
+            folder / "vae" / "config.json",
+            latents_mean=[round(float(x), 4) for x in mean],
+            latents_std=[round(float(x), 4) for x in std],
+        )
+        report.write_json(folder / "training.json", {"step": int(state.step), **self.settings})
+
+    def sheet(self, state: VAEState) -> np.ndarray:
+        """Two clips above what the VAE makes of them, and the error."""
+        average = jax.device_put(state.average, self.mesh.devices.flat[0])
+        drawn = self._draw(jax.random.key(self.recipe.seed + 2), 2)
+        panels, titles = [], []
+        for clip in drawn.video:
+            made = (average.decode(average.encode(2 * clip[None] - 1))[0] + 1) / 2
+            noise = -10 * float(jnp.log10(jnp.mean(jnp.square(made - clip))))
+            panels += [np.asarray(clip), np.asarray(jnp.clip(made, 0, 1))]
+            titles += ["drawn", f"through the VAE: {noise:.1f} dB"]
+        return video.contact_sheet(panels, titles, columns=2)

@@ -1,0 +1,462 @@
+"""Training: the step against the plain model, runs that stop and go on, and what they leave."""
+
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from safetensors.numpy import load_file, save_file
+
+from astraea_jax import cli
+from astraea_ports import export, t5, tiny, training_folder, training_run, wan
+from astraea_ports.tiny import lessons, scenes
+from astraea_ports.wan import (
+    training,
+    training_recipe,
+    transformer_training,
+    transformer_weights,
+    vae,
+    vae_training,
+)
+from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
+from astraea_ports.wan.training_forward import Layout, velocity
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures" / "wan"
+PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
+LESSONS = lessons.Lessons(two=0.5, frames=5, side=32)
+RECIPE = training_recipe.Recipe(steps=6, batch=2, dtype="float32")
+
+
+def make_model(folder: pathlib.Path) -> pathlib.Path:
+    """A very small Wan in the Diffusers layout, from the recorded fixtures' weights."""
+    for part in ("scheduler", "tokenizer"):
+        shutil.copytree(tiny.FOLDER / part, folder / part)
+    shutil.copy(tiny.FOLDER / "model_index.json", folder)
+    encoder = load_file(FIXTURES / "umt5_diffusers.safetensors")
+    words = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
+    encoder = {k: words if v.shape[0] == 97 else v for k, v in encoder.items()}
+    weights = {
+        "transformer/diffusion_pytorch_model": load_file(
+            FIXTURES / "transformer_diffusers.safetensors"
+        ),
+        "vae/diffusion_pytorch_model": load_file(FIXTURES / "vae_diffusers.safetensors"),
+        "text_encoder/model": encoder,
+    }
+    configs = {
+        "transformer": {
+            "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 128,
+            "text_dim": 32, "freq_dim": 64,
+        },
+        "vae": {"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 2},
+        "text_encoder": {"d_model": 32, "d_kv": 8, "d_ff": 64},
+    }  # fmt: skip
+    for part, changes in configs.items():
+        (folder / part).mkdir()
+        config = json.loads((tiny.FOLDER / part / "config.json").read_text())
+        (folder / part / "config.json").write_text(json.dumps(config | changes))
+    for name, tensors in weights.items():
+        save_file(tensors, folder / f"{name}.safetensors")
+    sizes = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance": 2.0}
+    (folder / "astraea.json").write_text(json.dumps(sizes))
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled(tmp_path_factory):
+    """A folder of compiled programs, so that another process need not compile them again."""
+    folder = tmp_path_factory.mktemp("compiled")
+    changes = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        # Compiling is most of these tests; no other module has programs of these shapes.
+        "jax_disable_most_optimizations": True,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changes:
+            yield folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return make_model(tmp_path_factory.mktemp("small"))
+
+
+def make_training(model, recipe=RECIPE, **changes):
+    return transformer_training.TransformerTraining(model, LESSONS, recipe, plan=PLAN, **changes)
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(model, tmp_path_factory):
+    """The folder of a run that went through without a stop."""
+    folder = tmp_path_factory.mktemp("whole")
+    sheet = transformer_training.Sheet(tiny.captions()[:2], steps=2)
+    outcome = training_run.run(make_training(model, sheet=sheet), folder, say=quiet)
+    assert outcome.step == outcome.steps == 6
+    return folder
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("layout", [Layout(), Layout(recompute=False), Layout(unroll=True)])
+def test_the_training_forward_is_the_plain_model(model, layout):
+    transformer = wan.load_transformer(model / "transformer")
+    keys = jax.random.split(jax.random.key(0), 2)
+    latents = jax.random.normal(keys[0], (2, 3, 4, 4, 16))
+    context = jax.random.normal(keys[1], (2, 8, 32))
+    time = jnp.array([937.0, 14.0])
+    plain = jax.jit(type(transformer).__call__)(transformer, latents, time, context)
+    ours = jax.jit(velocity, static_argnums=4)(transformer, latents, time, context, layout)
+    np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def test_times_are_the_two_distributions_shifted():
+    recipe = dataclasses.replace(RECIPE, batch=20000, time_even=0.0)
+    logits = jax.scipy.special.logit(training.draw_times(jax.random.key(0), recipe))
+    assert abs(float(logits.mean()) - math.log(3)) < 0.03
+    assert abs(float(logits.std()) - 1.1) < 0.03
+    recipe = dataclasses.replace(recipe, time_even=1.0)
+    time = training.draw_times(jax.random.key(0), recipe)
+    even = time / (3 - 2 * time)
+    assert abs(float(even.mean()) - 0.5) < 0.01 and even.min() >= 0 and even.max() <= 1
+    # What the even part is for: a solver of 30 steps spends five of them beyond 0.95.
+    assert abs(float((time > 0.95).mean()) - 0.137) < 0.01
+
+
+def test_rates_rise_hold_and_fall():
+    fractions = jnp.array([0.0, 0.01, 0.02, 0.3, 0.55, 0.775, 1.0])
+    np.testing.assert_allclose(
+        jax.vmap(training_recipe.rate_factor)(fractions),
+        [0.02, 0.5, 1, 1, 1, 0.51, 0.02],
+        atol=0.01,
+    )
+
+
+def test_a_run_lowers_the_loss_and_leaves_a_model(uninterrupted, model):
+    found = {path.name for path in uninterrupted.iterdir()}
+    assert {"run.json", "checkpoints", "losses.npy", "loss.png", "sheet.png", "model"} <= found
+    losses = np.load(uninterrupted / "losses.npy")
+    assert len(losses) == 6 and np.isfinite(losses).all()
+    before, after = (wan.Pipeline.from_pretrained(f) for f in (model, uninterrupted / "model"))
+    change = jax.tree.map(
+        lambda a, b: float(jnp.abs(a - b).max()), before.transformer, after.transformer
+    )
+    assert min(jax.tree.leaves(change)) > 0, "a weight that was not trained"
+    # The text's padding row and the words that no caption holds never move.
+    assert float(jnp.abs(before.text_encoder.blocks.q - after.text_encoder.blocks.q).max()) > 0
+    assert after.vae.config == before.vae.config
+    assert json.loads((uninterrupted / "model" / "training.json").read_text())["step"] == 6
+
+
+def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
+    uninterrupted, model, compiled, tmp_path
+):
+    script = f"""
+        import os, pathlib, signal
+        import training_test as t
+        from astraea_ports import training_folder, training_run
+
+        def say(line):
+            if line.startswith("checkpoint of step 3"):
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        folder = pathlib.Path({str(tmp_path / "run")!r})
+        with training_folder.owned(folder):
+            training = t.make_training(pathlib.Path({str(model)!r}))
+            training_run.run(training, folder, say=say, checkpoint_every=1e-6)
+        """
+    died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(compiled))
+    assert died.returncode == -signal.SIGKILL
+    # As a kill in the middle of a write leaves it.
+    (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
+    said = []
+    with training_folder.owned(tmp_path / "run"):
+        outcome = training_run.run(make_training(model), tmp_path / "run", say=said.append)
+    assert said[0] == "taken up at step 3 of 6" and outcome.step == 6
+    whole, taken_up = (np.load(f / "losses.npy") for f in (uninterrupted, tmp_path / "run"))
+    np.testing.assert_array_equal(taken_up, whole)
+    name = "model/transformer/diffusion_pytorch_model.safetensors"
+    for key, tensor in load_file(uninterrupted / name).items():
+        np.testing.assert_array_equal(tensor, load_file(tmp_path / "run" / name)[key])
+
+
+def first_gradients(model):
+    """Loss and sums of the gradients' sizes of a run's first step."""
+    trainee = make_training(model)
+    trainee.prepare(0, quiet)
+
+    @jax.jit
+    def compute(networks, pool, empty):
+        batch = training.draw_batch(jax.random.key(0), pool, empty, RECIPE, trainee.mesh)
+        value, gradients = jax.value_and_grad(training.loss)(networks, batch, RECIPE, Layout())
+        return value, *(abs(leaf).sum() for leaf in jax.tree.leaves(gradients))
+
+    state = trainee.start()
+    return [float(x) for x in compute(state.networks, trainee.pool.arrays, trainee._empty)]
+
+
+def test_devices_share_the_batch(model):
+    script = f"""
+import pathlib
+import jax
+import training_test as t
+
+assert jax.device_count() == 2
+print(*t.first_gradients(pathlib.Path({str(model)!r})))
+"""
+    flags = "--xla_force_host_platform_device_count=2"
+    printed = run_script(script, XLA_FLAGS=flags, check=True).stdout
+    np.testing.assert_allclose(
+        [float(x) for x in printed.split()], first_gradients(model), rtol=1e-4, atol=1e-6
+    )
+
+
+def run_script(script, check=False, **environment):
+    where = os.pathsep.join(str(ROOT / part) for part in (".", "ports", "tests"))
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)],
+        env={
+            **os.environ,
+            "PYTHONPATH": where,
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+            **environment,
+        },
+        check=check,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class CountingRecipe:
+    steps: int
+
+
+class Counting:
+    """A trainee of a few numbers, for what has nothing to do with models."""
+
+    batch = 2
+
+    def __init__(self, steps=5, fail_at=None, **settings):
+        self.recipe, self.fail_at = CountingRecipe(steps), fail_at
+        self.settings = {"part": "counting", **settings}
+
+    @property
+    def steps(self):
+        return self.recipe.steps
+
+    def start(self):
+        return {"total": jnp.zeros(3), "step": jnp.int32(0)}
+
+    def prepare(self, step, say):
+        pass
+
+    def advance(self, state):
+        step = state["step"] + 1
+        value = jnp.float32(math.nan if step == self.fail_at else 1 / step)
+        return {"total": state["total"] + step, "step": step}, value
+
+    def export(self, state, folder):
+        folder.mkdir(exist_ok=True)
+        (folder / "total.txt").write_text(str(float(state["total"][0])))
+
+    def sheet(self, state):
+        return None
+
+
+def test_a_sitting_ends_with_a_checkpoint(tmp_path):
+    outcome = training_run.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
+    assert 0 < outcome.step < 10**6
+    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+    assert checkpoints.latest() == outcome.step
+    checkpoints.close()
+
+
+def test_minutes_become_steps(tmp_path):
+    trainee, said = Counting(steps=1), []
+    training_run.set_minutes(trainee, 0.01, said.append)
+    assert trainee.steps > 10 and f"{trainee.steps} steps in 0.01 min" in said[0]
+
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
+    trainee = Counting(fail_at=4)
+    with pytest.raises(ValueError, match=r"loss at step 3 is not a number.*step 3 is kept"):
+        training_run.run(trainee, tmp_path, checkpoint_every=1e-6, say=quiet)
+    # The one before the loss went wrong: no state after it was written.
+    assert training_run.run(Counting(), tmp_path, say=quiet).step == 5
+    assert (tmp_path / "model" / "total.txt").read_text() == "15.0"
+
+
+def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
+    training_run.run(Counting(steps=5), tmp_path, sitting=1e-9, say=quiet)
+    training_run.run(Counting(steps=5), tmp_path, say=quiet)
+    full = shutil.disk_usage(tmp_path)._replace(free=1)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: full)
+        checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+        with pytest.raises(ValueError, match=r"No space left.*that of step 5 is kept: make room"):
+            checkpoints.save(6, Counting().start())
+        checkpoints.close()
+    assert training_run.run(Counting(steps=5), tmp_path, say=quiet).step == 5
+
+
+def test_a_folder_in_use_is_refused(tmp_path):
+    with (
+        training_folder.owned(tmp_path),
+        pytest.raises(ValueError, match="in use by another run"),
+        training_folder.owned(tmp_path),
+    ):
+        pass
+    with training_folder.owned(tmp_path):
+        pass
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="choose another --output"), \
+            training_folder.owned(tmp_path / "file"):  # fmt: skip
+        pass
+
+
+def test_a_run_of_another_kind_is_refused(tmp_path):
+    training_run.run(Counting(width=3), tmp_path, say=quiet)
+    with pytest.raises(ValueError, match=r"another kind \(width: expected 3, got 4\)"):
+        training_run.run(Counting(width=4), tmp_path, say=quiet)
+
+
+def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
+    training_run.run(Counting(), tmp_path, say=quiet)
+    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+    with pytest.raises(ValueError, match="does not fit this run or is broken"):
+        checkpoints.restore({"total": jnp.zeros(4), "step": jnp.int32(0)})
+    checkpoints.close()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--minutes", "0"], "minutes must be above 0"),
+        (["--minutes", "nan"], "minutes must be above 0"),
+        (["--minutes", "1e9"], "two weeks"),
+        (["--sitting", "-1"], "sitting must be above 0"),
+        (["--from", "nowhere"], "no such folder"),
+        (["--two", "2"], "must be in 0..1"),
+        (["--rate", "0"], "rate must be above 0"),
+        (["--span", "1", "0"], "span must rise"),
+        (["--steps", "3", "--pool", "6"], "multiple of 4"),
+    ],
+)
+def test_the_command_refuses_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ["--steps", "3", *arguments] if "--minutes" not in arguments else arguments
+    assert cli.main(["train-tiny", *arguments]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
+
+
+def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lessons, "Lessons", lambda **_: LESSONS)
+    arguments = [
+        "train-tiny",
+        "--from",
+        str(model),
+        "--steps",
+        "2",
+        "--output",
+        str(tmp_path / "r"),
+    ]
+    arguments += ["--pool", "4", "--batch", "2", "--sheet", "0", "--text-rate", "1"]
+    assert cli.main([*arguments, "--sitting", "1e-6"]) == 0
+    assert "the same command goes on" in capsys.readouterr().out
+    assert cli.main(arguments) == 0
+    assert "step 2 of 2" in capsys.readouterr().out
+    assert cli.main([*arguments, "--batch", "1"]) == 2
+    assert "expected" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("part", "load", "table"),
+    [
+        ("transformer", wan.load_transformer, transformer_weights.TABLE),
+        ("text_encoder", wan.load_text_encoder, t5.TABLE),
+        ("vae", wan.load_vae, vae.TABLE),
+    ],
+)
+def test_what_is_exported_is_what_was_loaded(part, load, table, tmp_path):
+    source = tiny.FOLDER / part
+    export.save_parameters(load(source), source, tmp_path, table)
+    (written,) = tmp_path.iterdir()
+    found, expected = load_file(written), load_file(source / written.name)
+    assert found.keys() == expected.keys()
+    for key in expected:
+        np.testing.assert_array_equal(found[key].view(np.uint16), expected[key].view(np.uint16))
+
+
+def test_the_pool_is_a_function_of_the_step(model):
+    for refreshed in range(12):
+        blocks = list(range(3))
+        for number in range(refreshed):
+            blocks[number % 3] = 3 + number
+        assert [source_block(b, refreshed, 3) for b in range(3)] == blocks
+    pipeline = wan.Pipeline.from_pretrained(model)
+
+    def pool():
+        return LatentPool(
+            pipeline.vae, pipeline.tokenizer, LESSONS, size=4, block=2, refresh_every=2
+        )
+
+    through, at_once = pool(), pool()
+    for step in range(5):
+        through.bring_to(step)
+    at_once.bring_to(4)
+    for one, other in zip(through.arrays, at_once.arrays, strict=True):
+        np.testing.assert_array_equal(one, other)
+    # Normalised latents of the clips themselves.
+    examples = LESSONS(4, 2)
+    latents = pipeline.vae.encode(2 * examples.video() - 1)
+    np.testing.assert_allclose(at_once.arrays.latents[:2], latents, atol=5e-3)
+
+
+def test_own_clips_are_an_endless_stream():
+    videos = np.random.default_rng(0).uniform(size=(3, 5, 16, 16, 3)).astype(np.float32)
+    examples = finite(videos, ["a", "b", "c"])(2, 3)
+    assert list(examples.captions) == ["c", "a", "b"]
+    np.testing.assert_array_equal(examples.video(), videos[[2, 0, 1]])
+    with pytest.raises(ValueError, match="a caption for each clip"):
+        finite(videos, ["a"])
+
+
+def test_the_vae_learns_and_writes_its_statistics(model, tmp_path):
+    def draw(key, count):
+        clips = scenes.make_clips(jax.random.split(key, count), frames=5, side=32)
+        return vae_training.Drawn(clips.video, clips.cover)
+
+    recipe = vae_training.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
+    trainee = vae_training.VAETraining(model, draw, recipe)
+    training_run.run(trainee, tmp_path, say=quiet)
+    losses = np.load(tmp_path / "losses.npy")
+    assert len(losses) == 4 and losses[-1] < losses[0]
+    trained = wan.load_vae(tmp_path / "model" / "vae")
+    drawn = draw(jax.random.key(recipe.seed + 1), 8)
+    latents = trained.encode(2 * drawn.video - 1)
+    np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)
+    np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
