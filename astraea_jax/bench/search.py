@@ -1,6 +1,7 @@
 """`astraea bench search`: every way to find a schedule, at equal budgets, on held-out prompts."""
 
 import dataclasses
+import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import astraea_jax
 from astraea_jax import methods, report
 from astraea_jax.bench.search_study import BUDGETS, PARTS, Options, OutOfTime, Study, read_rows, run
 from astraea_jax.model import fingerprint
-from astraea_jax.schedule import Schedule
+from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe
 from astraea_jax.search.space import WHOLE_STEPS, Space
@@ -47,7 +48,8 @@ def command(
 
     Args:
       output: Folder for the journal and results.json; a run that was stopped goes on from it.
-      minutes: After so many no further work is started; 0 only prints what was found.
+      minutes: After so many no further work is started; 0 only prints what was found, in the
+        folder or (where it holds nothing) on the machine that the README names.
       steps: Of the dense videos.
       budgets: Shares of the tokens.
       solver: Solvers to search for.
@@ -102,11 +104,15 @@ def command(
             except OutOfTime:
                 it.say("out of time; run again to go on")
             it.save()
-    found = read_rows(output)
+    found = read_rows(output) or json.loads(SHIPPED.read_text())["rows"]
     print(report.markdown(table(found), COLUMNS))
     if ship is not None:
         for path in write_recipes(found, pipeline, ship):
             print(f"written: {path}")
+
+
+SHIPPED = pathlib.Path(__file__).with_name("search.json")
+"""Every row of the README's table, with the runs that it comes from."""
 
 
 def table(rows: Sequence[dict]) -> list[dict]:
@@ -115,32 +121,38 @@ def table(rows: Sequence[dict]) -> list[dict]:
     groups: dict[tuple, list[dict]] = {}
     for row in judged:
         kind = "best hand-made" if row["what"].startswith("hand-made") else row["what"]
-        groups.setdefault((row["solver"], row["budget"], kind, row["method"]), []).append(row)
+        by_hand = kind == "best hand-made"
+        run = None if by_hand else row.get("run")
+        groups.setdefault((row["solver"], row["budget"], kind, row["method"], run), []).append(row)
     chosen = []
-    for (solver, budget, kind, method), members in groups.items():
+    for (_, _, kind, _, _), members in groups.items():
         best = max(members, key=lambda row: row["psnr"])
         what = f"best of {len(members)}: {best['what']}" if kind == "best hand-made" else kind
-        chosen.append({**best, "solver": solver, "budget": budget, "method": method, "what": what})
+        chosen.append({**best, "what": what})
     return sorted(chosen, key=lambda row: (row["solver"], row["budget"], -row["psnr"]))
 
 
 def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes a schedule file for each solver and budget, and returns their paths.
 
-    Of all searches the one of least error on its validation prompts is taken; the judgement on
-    the held-out ones is what the file says of itself.
+    Of all searches the one of least error on its validation prompts is taken, and of those without
+    any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
+    (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
+    the best step-level one. The judgement on the held-out prompts is what a file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    searched = [
-        row
-        for row in rows
-        if {"validation", "psnr"} <= set(row) and row["method"] in methods.METHODS
-    ]
-    best: dict[tuple, dict] = {}
-    for row in sorted(searched, key=lambda row: row["validation"]):
-        best.setdefault((row["solver"], row["budget"]), row)
+    best: dict[tuple, tuple] = {}
+    for row in rows:
+        if not {"fitness", "psnr", "ssim"} <= set(row) or row["method"] not in methods.METHODS:
+            continue
+        whole = set(row["levels"]) <= {0, LEVELS}
+        error = float(row.get("validation", row["fitness"])) / (1 if whole else WORTH_TOKENS)
+        rank = "validation" not in row, error
+        key = row["solver"], row["budget"]
+        if key not in best or rank < best[key][0]:
+            best[key] = rank, row
     paths = []
-    for (solver, budget), row in sorted(best.items()):
+    for (solver, budget), (_, row) in sorted(best.items()):
         schedule = Schedule(tuple(row["levels"]))
         quality = {name: row[name] for name in ("psnr", "psnr_worst", "ssim", "mse")}
         recipe = Recipe(
@@ -159,7 +171,10 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
     return paths
 
 
+WORTH_TOKENS = 0.9
+
 COLUMNS = {
+    "run": "run",
     "solver": "solver",
     "budget": "budget",
     "what": "schedule",
