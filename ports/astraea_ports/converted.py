@@ -113,12 +113,8 @@ def files(loadable: Any) -> list[Path]:
 
 
 def _orbax() -> Any:
-    try:
-        import orbax.checkpoint  # seconds to import, and needed for converted weights only
-    except ImportError as error:
-        raise ValueError(
-            "converted checkpoints need Orbax: pip install 'astraea-jax[convert]'"
-        ) from error
+    import orbax.checkpoint  # seconds to import, and needed for converted weights only
+
     return orbax.checkpoint
 
 
