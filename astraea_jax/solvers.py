@@ -9,9 +9,10 @@ needs no new program.
 import math
 from typing import Literal, NamedTuple, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from astraea_jax.schedule import check_steps
 
@@ -85,6 +86,70 @@ def step(
     corrected = _combine(solver.correct, terms)
     following = _combine(solver.predict, (corrected, clean, state.clean_1))
     return following, SolverState(corrected, clean, state.clean_1)
+
+
+class Gap(NamedTuple):
+    """What is known of the steps since a velocity was last computed; all of the latents' shape.
+
+    While a velocity is reused the truth is thought to lie on a straight line in sigma from the
+    last computed velocity to the next one, whose slope is not yet known. A solver is linear, so
+    what that slope does to the sample and to its history is one weight for each.
+
+    Attributes:
+      sigma: where the velocity was last computed; 2, above any noise level, before the first.
+      velocity: what it was.
+      latents: weight of the slope in the sample.
+      history: weight of the slope in the solver's history.
+    """
+
+    sigma: Array
+    velocity: Array
+    latents: Array
+    history: SolverState
+
+
+def no_gap(latents: Float[Array, "*shape"]) -> Gap:
+    """Before the first step."""
+    zeros = jnp.zeros(latents.shape, jnp.float32)
+    return Gap(zeros + 2, zeros, zeros, init(latents))
+
+
+def close_gap(
+    gap: Gap,
+    state: SolverState,
+    latents: Float[Array, "*shape"],
+    velocity: Float[Array, "*shape"],
+    fresh: Bool[Array, "*shape"],
+    sigma: Float[Array, ""],
+) -> tuple[Float[Array, "*shape"], SolverState, Gap]:
+    """Corrects the sample and the history where a velocity has been computed anew.
+
+    The result is what the solver would have reached, had the steps since the last computed
+    velocity used the line between the two instead of the older one.
+
+    Args:
+      gap: since the last computed velocity.
+      state: the solver's history.
+      latents: the sample at this step.
+      velocity: at this step, reused where it is not fresh.
+      fresh: where it has been computed at this step.
+      sigma: this step's noise level.
+    """
+    slope = (velocity - gap.velocity) / (gap.sigma - sigma)
+
+    def corrected(value, weight):
+        return jnp.where(fresh & (weight != 0), value + weight * slope, value)
+
+    latents = corrected(latents, gap.latents)
+    state = SolverState(*map(corrected, state, gap.history))
+    closed = no_gap(latents)._replace(sigma=jnp.full_like(gap.sigma, sigma), velocity=velocity)
+    return latents, state, jax.tree.map(lambda new, old: jnp.where(fresh, new, old), closed, gap)
+
+
+def widen_gap(solver: Solver, gap: Gap) -> Gap:
+    """The gap after a step of the solver's table: the weights take the step as a sample would."""
+    latents, history = step(solver, gap.history, gap.latents, gap.sigma - solver.sigma)
+    return gap._replace(latents=latents, history=history)
 
 
 Grid = Literal["diffusers", "original"]

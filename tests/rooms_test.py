@@ -29,6 +29,8 @@ MAY_IMPORT = {
     "denoise": {
         *("attention", "cache", "flops", "methods", "model", "schedule", "selection", "solvers"),
     },
+    # Many runs of the loop at once: it is to search what denoise is to a user.
+    "population": {"denoise", "methods", "model", "schedule", "solvers"},
     # The fitness is an argument: search knows nothing of the loop that it scores.
     "search": {"flops", "metrics", "report", "schedule"},
 }

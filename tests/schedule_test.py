@@ -64,7 +64,9 @@ def test_patterns_by_hand():
     assert Schedule.skipping(7, 3 / 7).levels == (10, 0, 0, 10, 0, 0, 10)
     assert Schedule.uniform(4, 1.0) == Schedule.skipping(4, 1.0) == Schedule.dense(4)
     assert Schedule.for_budget(10, 0.5, whole_steps=False).levels[:3] == (10, 10, 3)
-    assert Schedule.for_budget(10, 0.5, whole_steps=True).levels[-1] == 10
+    assert Schedule.skipping(7, 3 / 7, early=True).levels == (10, 10, 0, 0, 10, 0, 0)
+    whole = Schedule.for_budget(10, 0.5, whole_steps=True).levels
+    assert whole == (10, 10, 10, 0, 10, 0, 0, 10, 0, 0)
 
 
 def test_budget_and_array():

@@ -1,4 +1,4 @@
-"""The command `astraea`: generate, convert, train-tiny, score-tiny, info, bench.
+"""The command `astraea`: make videos, find schedules, convert, train, measure.
 
 Mistakes of the user end in one line on stderr and exit code 2.
 """
@@ -22,16 +22,25 @@ from astraea_jax import attention, report, solvers
 from astraea_jax.bench import attention as bench_attention
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
-from astraea_jax.bench import quality, sheet
+from astraea_jax.bench import quality, scoring, sheet
+from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.cli import convert, train
+from astraea_jax.cli import convert, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
+from astraea_jax.search.recipe import Recipe, is_recipe
 
 MethodName = Literal[
-    "dense", "astraea", "astraea-published", "fixed-token", "step-level", "step-level-residual"
+    "dense",
+    "astraea",
+    "astraea-corrected",
+    "astraea-published",
+    "fixed-token",
+    "step-level",
+    "step-level-corrected",
+    "step-level-residual",
 ]
 
 
@@ -101,7 +110,7 @@ def generate(
             model, checkpoint, random, dtype, precision, lora, staged=model != "tiny"
         ),
         budget=budget,
-        schedule=None if schedule is None else Schedule.load(schedule),
+        schedule=None if schedule is None else read_schedule(schedule),
         method=None if method is None else METHODS[method],
         solver=solver,
         grid=grid,
@@ -127,6 +136,11 @@ def generate(
     columns = {"what": ""} | {str(index): row["name"] for index, row in enumerate(rows)}
     console.print(report.table(lines, columns))
     console.print(f"written: {output}", highlight=False)
+
+
+def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
+    """A schedule file's levels, with what they were searched for where it says so."""
+    return Recipe.load(path) if is_recipe(path) else Schedule.load(path)
 
 
 HEADINGS = {
@@ -175,9 +189,10 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`attention`, `denoise`, `training`) and quality (`quality`).
+    """Measures speed (`attention`, `denoise`, `training`), quality and searches.
 
-    `bench compile` compiles for a GPU that need not be there; `bench sheet` draws videos.
+    `quality` compares methods, `search` ways to find a schedule, `scoring` ways to score many;
+    `compile` compiles for a GPU that need not be there; `sheet` draws videos.
     """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
@@ -185,6 +200,8 @@ def bench() -> None:
 COMMANDS = {
     "generate": generate,
     "convert": convert.command,
+    "search": search.command,
+    "sensitivity": sensitivity.command,
     "train-tiny": train.train_tiny,
     "score-tiny": train.score_tiny,
     "info": info,
@@ -195,6 +212,8 @@ BENCHES = {
     "denoise": bench_denoise.command,
     "compile": bench_compile.command,
     "quality": quality.command,
+    "scoring": scoring.command,
+    "search": bench_search.command,
     "sheet": sheet.command,
     "training": bench_training.command,
 }

@@ -3,28 +3,34 @@
 import contextlib
 import dataclasses
 import pathlib
+import warnings
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import flops, metrics, report, schedule, video
+from astraea_jax import flops, methods, metrics, report, schedule, video
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
+from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
+from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_jax.solvers import Grid
 from astraea_ports import wan
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the command was asked for; None is the model's default."""
+    """What the command was asked for; None is the model's default.
+
+    A schedule is a file's: a `Recipe` where the file says what it was searched for.
+    """
 
     prompt: str
     model: ModelChoice
     budget: float | None
-    schedule: Schedule | None
+    schedule: Schedule | Recipe | None
     method: Method | None
     solver: str
     grid: Grid | None
@@ -50,7 +56,7 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
     video.check_output(request.output)
     with progress.stage("load the model"):
         pipeline = request.model.open()
-    method, levels = plan(request, pipeline.defaults.steps)
+    method, levels = plan(request, pipeline.defaults.steps, suitable(request, pipeline))
     runs: list[tuple[Method, Schedule]] = []
     if request.compare:
         runs.append((Dense(), Schedule.dense(levels.steps)))
@@ -70,29 +76,72 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
     return rows
 
 
-def plan(request: Request, default_steps: int) -> tuple[Method, Schedule]:
+def suitable(request: Request, pipeline) -> list[Recipe]:
+    """The searched schedules that the model carries for this model, solver and steps.
+
+    Warns where the schedule that the request names was searched for something else.
+    """
+    recipes = [request.schedule] if isinstance(request.schedule, Recipe) else []
+    if request.budget is not None and request.method is None and pipeline.folder is not None:
+        recipes = recipes_in(pipeline.folder / "schedules")
+    if not recipes:
+        return []
+    loader = pipeline.loaders.get("transformer")
+    run = {
+        "model": fingerprint(pipeline.transformer if loader is None else loader.load()),
+        "solver": request.solver,
+        "shift": pipeline.shift if request.shift is None else request.shift,
+        "grid": pipeline.grid if request.grid is None else request.grid,
+        "steps": pipeline.defaults.steps if request.steps is None else request.steps,
+    }
+    if isinstance(request.schedule, Recipe):
+        run["steps"] = request.schedule.schedule.steps
+        differences = request.schedule.differences(**run)
+        if differences:
+            warnings.warn(
+                f"the schedule was searched for {' and '.join(differences)}: its measured "
+                "quality does not hold here",
+                stacklevel=2,
+            )
+    return [recipe for recipe in recipes if not recipe.differences(**run)]
+
+
+def plan(
+    request: Request, default_steps: int, recipes: Sequence[Recipe] = ()
+) -> tuple[Method, Schedule]:
     """The method and schedule that a request asks for, or those that measured best.
 
-    With a budget and no method whole steps are skipped: the best of the table in the README. A
-    schedule file that holds levels between 0 and 10 needs ASTRAEA's selection.
+    With a budget and no method, a searched schedule of that budget among `recipes`; where there
+    is none, whole steps are skipped: the best of the table in the README. A schedule file that
+    holds levels between 0 and 10 and names no method needs ASTRAEA's selection.
     """
-    levels, method, steps = request.schedule, request.method, request.steps
-    if levels is not None:
+    asked, method, steps = request.schedule, request.method, request.steps
+    if asked is not None:
+        levels = asked.schedule if isinstance(asked, Recipe) else asked
         if steps not in (None, levels.steps):
             raise ValueError(
                 f"the schedule has {levels.steps} levels, one a step; got {steps} steps: "
                 "leave --steps out"
             )
+        if isinstance(asked, Recipe):
+            return method or methods.make(asked.method), levels
         whole = set(levels.levels) <= {0, LEVELS}
-        return method or (StepLevel() if whole else Astraea()), levels
+        return method or (SKIPPING if whole else Astraea()), levels
     steps = default_steps if steps is None else steps
     if request.budget is None:
         return method or Dense(), Schedule.dense(steps)
     if isinstance(method, Dense) and request.budget < 1:
         raise ValueError("the dense method computes every token: leave --budget or --method out")
-    method = method or StepLevel()
+    for recipe in recipes:
+        if method is None and abs(recipe.schedule.budget - request.budget) < 1e-6:
+            return methods.make(recipe.method), recipe.schedule
+    method = method or SKIPPING
     whole = isinstance(method, StepLevel)
     return method, Schedule.for_budget(steps, request.budget, whole_steps=whole)
+
+
+SKIPPING = StepLevel(correct=True)
+"""What skips whole steps unless another method is asked for."""
 
 
 def _run(request: Request, pipeline, method, levels, progress: report.Progress) -> wan.Result:

@@ -13,9 +13,11 @@ from astraea_jax.selection import PUBLISHED
 METHODS = {
     "dense": Dense(),
     "astraea": Astraea(),
+    "astraea-corrected": Astraea(correct=True),
     "astraea-published": Astraea(PUBLISHED),
     "fixed-token": FixedToken(),
     "step-level": StepLevel(),
+    "step-level-corrected": StepLevel(correct=True),
     "step-level-residual": StepLevel("residual"),
 }
 """Methods by the name that commands know them by."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -42,7 +42,7 @@ class Choice(NamedTuple):
     fresh: Bool[Array, "B N"]
 
 
-class _Carry(NamedTuple):
+class Carry(NamedTuple):
     """What goes from block to block within a sparse step.
 
     Attributes:
@@ -62,6 +62,38 @@ class _Carry(NamedTuple):
     overlap: Float[Array, "B"]
 
 
+class Filled(NamedTuple):
+    """What the selected rows of a block are written to, or the rows themselves.
+
+    Attributes:
+      merged: the tokens that leave the block where they are fresh, those that entered elsewhere.
+      out: the cache's large array, of all blocks; of rows, what is kept of them.
+      lse: one log-sum-exp a token.
+    """
+
+    merged: Float[Array, "B K H"]
+    out: Array
+    lse: Float[Array, "B K"]
+
+
+class Opened(NamedTuple):
+    """A block before its rows are computed.
+
+    Attributes:
+      carry: what entered the block, its reference brought up to date.
+      choice: which rows to compute.
+      keys_values: of all tokens.
+      before: what entered the next block a step earlier; see `Carry`.
+      filled: what the rows are written to.
+    """
+
+    carry: Carry
+    choice: Choice
+    keys_values: Any
+    before: Float[Array, "B N W"]
+    filled: Filled
+
+
 @dataclasses.dataclass(frozen=True)
 class Astraea:
     """Levels 1..9 compute that many tenths of the tokens in every block; 10 is the plain model.
@@ -71,6 +103,8 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
+      correct: whether, once a token's next velocity is known, the steps that reused its last one
+        are taken again along the line between the two; needs velocity "kept".
       pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
         nine that are compiled. "loop": two tenths at a time, which compiles three times faster
         and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
@@ -79,12 +113,20 @@ class Astraea:
     """
 
     selection: SelectionConfig = SelectionConfig()
+    correct: bool = False
     pieces: Pieces | None = None
+
+    def __post_init__(self):
+        if self.correct and self.selection.velocity != "kept":
+            raise ValueError(
+                f'correct needs velocity "kept"; got {self.selection.velocity!r}: there is no '
+                "older velocity to correct"
+            )
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return "astraea"
+        return "astraea, corrected" if self.correct else "astraea"
 
     @property
     def modes(self) -> tuple[base.Mode, ...]:
@@ -134,7 +176,7 @@ class Astraea:
         if mode == base.SKIP:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
-        run = _Run(
+        run = Run(
             self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
         )
         if mode == base.DENSE:
@@ -146,7 +188,8 @@ class Astraea:
         if self.selection.count_skipped:
             cache = cache._replace(age=_older(cache.age))
         trace = base.empty_trace(inputs.latents.shape[0], geometry.num_tokens)
-        return base.Forward(state.velocity, AstraeaState(cache, state.velocity), trace)
+        fresh = jnp.zeros(trace.computed.shape, bool)
+        return base.Forward(state.velocity, AstraeaState(cache, state.velocity), trace, fresh)
 
 
 def _older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
@@ -154,9 +197,21 @@ def _older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     return jnp.minimum(age, 126) + jnp.int8(1)
 
 
+def compute_rows(config: SelectionConfig, block, rows, indices, keys_values) -> Filled:
+    """A block on some of its rows: what each of the three arrays gets there."""
+    fresh, lse = core.apply_block(block, rows, indices, keys_values)
+    kept = fresh - rows if config.reuse == "residual" else fresh
+    return Filled(fresh, kept, selection.heads_reduced(lse, config))
+
+
 @dataclasses.dataclass(frozen=True)
-class _Run:
-    """One evaluation of the model: what its parts share."""
+class Run:
+    """One evaluation of the model: what its parts share.
+
+    A sparse step is `begin`, for every block `open_block`, `compute_rows` for its rows in any
+    number of pieces, `close_block`, and then `finish`; a driver of many runs at once may lay the
+    pieces of all of them out as one list.
+    """
 
     config: SelectionConfig
     pieces: Pieces | None
@@ -192,10 +247,34 @@ class _Run:
         tokens, cache = self._scan(step, (tokens, cache))
         velocity = self.model.head(tokens, self.modulation)
         trace = base.full_trace(tokens.shape[0], tokens.shape[1])
-        return base.Forward(velocity, AstraeaState(cache, velocity), trace)
+        fresh = jnp.ones(trace.computed.shape, bool)
+        return base.Forward(velocity, AstraeaState(cache, velocity), trace, fresh)
 
     def sparse(self, state: AstraeaState, level: int | Int[Array, ""]) -> base.Forward:
         """Some tokens in every block; `level` is a number or data."""
+        whole, carry = self.begin(state, level)
+
+        def step(carry: Carry, block, index, groups) -> Carry:
+            opened = self.open_block(carry, block, index, groups, whole, level)
+
+            def compute(filled: Filled, indices) -> Filled:
+                rows = gather_rows(opened.carry.tokens, indices)
+                fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
+                return Filled(
+                    scatter_rows(filled.merged, indices, fresh.merged),
+                    token_cache.write_rows(filled.out, index, indices, fresh.out),
+                    scatter_rows(filled.lse, indices, fresh.lse),
+                )
+
+            filled = self._at_level(compute, opened.filled, opened.choice, level)
+            return self.close_block(opened, filled, index)
+
+        return self.finish(self._scan(step, carry), state)
+
+    def begin(
+        self, state: AstraeaState, level: int | Int[Array, ""]
+    ) -> tuple[Choice | None, Carry]:
+        """The selection, where one serves the whole step, and what enters the first block."""
         config, cache = self.config, state.cache
         tokens = self.model.embed(self.inputs.latents)
         batch, num_tokens, _ = tokens.shape
@@ -208,10 +287,21 @@ class _Run:
         before = cache.reference[0] if config.chained else jnp.zeros((batch, num_tokens, 0))
         if config.chained:
             cache = cache._replace(reference=tokens[None])
+        carry = Carry(
+            tokens,
+            before,
+            cache,
+            previous=jnp.zeros((batch, num_tokens), bool),
+            computed=jnp.zeros((batch, num_tokens)),
+            overlap=jnp.zeros((batch,)),
+        )
+        return whole, carry
 
-        def step(carry: _Carry, block, index, groups) -> _Carry:
-            if whole is not None:
-                return self._block(carry, block, index, whole, level)
+    def open_block(self, carry: Carry, block, index, groups, whole: Choice | None, level) -> Opened:
+        """What a block needs before any of its rows is computed."""
+        config = self.config
+        choice = whole
+        if choice is None:
             tokens, before, cache = carry.tokens, carry.before, carry.cache
             if not config.chained:
                 stack, before = token_cache.read_block(cache.reference, index)
@@ -221,75 +311,58 @@ class _Run:
                 reference = self._merge_reference(before, tokens, choice.fresh)
                 stack = token_cache.write_block(cache.reference, index, reference)
                 cache = cache._replace(reference=stack)
-            return self._block(carry._replace(cache=cache), block, index, choice, level)
-
-        carry = _Carry(
-            tokens,
-            before,
-            cache,
-            previous=jnp.zeros((batch, num_tokens), bool),
-            computed=jnp.zeros((batch, num_tokens)),
-            overlap=jnp.zeros((batch,)),
-        )
-        carry = self._scan(step, carry)
-        cache = carry.cache
-        if config.scope == "step":
-            age = jnp.where(carry.previous, 0, _older(cache.age[0]))
-            cache = cache._replace(age=age[None].astype(cache.age.dtype))
-        velocity = self.model.head(carry.tokens, self.modulation)
-        if config.velocity == "kept":
-            velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
-        blocks = self.geometry.num_blocks
-        trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
-        return base.Forward(velocity, AstraeaState(cache, velocity), trace)
-
-    def _block(self, carry: _Carry, block, index, choice: Choice, level) -> _Carry:
-        """One block on its selected tokens; the rest come from the cache."""
-        config = self.config
-        tokens, cache = carry.tokens, carry.cache
-        keys_values = block.keys_values(tokens)
-        before, out = carry.before, cache.out
+            carry = carry._replace(cache=cache)
+        keys_values = block.keys_values(carry.tokens)
+        before, out = carry.before, carry.cache.out
         if config.chained:
             out, before = token_cache.read_block(out, index)
-        lse_block = index if config.scope == "block" else 0
-        lse = cache.lse[lse_block]
+        lse = carry.cache.lse[index if config.scope == "block" else 0]
+        return Opened(carry, choice, keys_values, before, Filled(carry.tokens, out, lse))
 
-        def compute(state, indices):
-            merged, out, lse = state
-            rows = gather_rows(tokens, indices)
-            fresh, row_lse = core.apply_block(block, rows, indices, keys_values)
-            kept = fresh - rows if config.reuse == "residual" else fresh
-            out = token_cache.write_rows(out, index, indices, kept)
-            row_lse = selection.heads_reduced(row_lse, config)
-            merged = scatter_rows(merged, indices, fresh)
-            return merged, out, scatter_rows(lse, indices, row_lse)
-
-        merged, out, new_lse = self._at_level(compute, (tokens, out, lse), choice, level)
+    def close_block(self, opened: Opened, filled: Filled, index) -> Carry:
+        """What enters the next block, once the selected rows are computed."""
+        config, carry, choice = self.config, opened.carry, opened.choice
+        cache = carry.cache
+        per_block = config.scope == "block"
         # Read after the write, which left the stale rows alone: nothing has to be kept aside.
-        stale = token_cache.block_rows(out, index)
-        stale = tokens + stale if config.reuse == "residual" else stale
-        merged = jnp.where(choice.fresh[..., None], merged, stale)
-        if config.scope == "step":
+        stale = token_cache.block_rows(filled.out, index)
+        stale = carry.tokens + stale if config.reuse == "residual" else stale
+        merged = jnp.where(choice.fresh[..., None], filled.merged, stale)
+        lse = filled.lse
+        if not per_block:
             # One selection serves all blocks, weighed by the first block's attention.
-            new_lse = jnp.where(index == 0, new_lse, lse)
+            lse = jnp.where(index == 0, lse, cache.lse[0])
         age = cache.age
-        if config.scope == "block":
+        if per_block:
             aged = jnp.where(choice.fresh, 0, _older(cache.age[index]))
             age = token_cache.write_block(age, index, aged)
         cache = cache._replace(
-            out=out,
-            lse=token_cache.write_block(cache.lse, lse_block, new_lse),
+            out=filled.out,
+            lse=token_cache.write_block(cache.lse, index if per_block else 0, lse),
             age=age,
         )
         same = selection.overlap(choice.fresh, carry.previous)
-        return _Carry(
+        return Carry(
             tokens=merged,
-            before=before,
+            before=opened.before,
             cache=cache,
             previous=choice.fresh,
             computed=carry.computed + choice.fresh,
             overlap=carry.overlap + jnp.where(index == 0, 0.0, same),
         )
+
+    def finish(self, carry: Carry, state: AstraeaState) -> base.Forward:
+        """The velocity and the state that the last block leaves; `state` is the step's own."""
+        cache = carry.cache
+        if self.config.scope == "step":
+            age = jnp.where(carry.previous, 0, _older(cache.age[0]))
+            cache = cache._replace(age=age[None].astype(cache.age.dtype))
+        velocity = self.model.head(carry.tokens, self.modulation)
+        if self.config.velocity == "kept":
+            velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
+        blocks = self.geometry.num_blocks
+        trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
+        return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
         """Runs the selected rows: at once when their number is known, else by `pieces`."""

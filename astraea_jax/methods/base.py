@@ -57,11 +57,19 @@ class Trace(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """What a forward pass gives: velocity patches, the state for the next step, its trace."""
+    """What a forward pass gives.
+
+    Attributes:
+      velocity: patches.
+      state: for the next step.
+      trace: what was done.
+      fresh: tokens whose velocity was computed now; only of methods with a true `correct`.
+    """
 
     velocity: Float[Array, "B N P"]
     state: Any
     trace: Trace
+    fresh: Bool[Array, "B N"] | None = None
 
 
 @runtime_checkable

@@ -20,6 +20,7 @@ class FixedToken(Astraea):
     selection: SelectionConfig = dataclasses.replace(selection.PUBLISHED, scope="step")
 
     def __post_init__(self):
+        super().__post_init__()
         if self.selection.scope != "step":
             raise ValueError(
                 f'fixed-token needs scope "step"; got {self.selection.scope!r}: use Astraea'

@@ -30,20 +30,27 @@ class StepLevel:
       reuse: "velocity" costs nothing at a skipped step. "residual" embeds the latents, adds what
         the blocks added when they last ran, and runs the head with the current time, as TeaCache
         and MagCache do.
+      correct: whether, once the next velocity is known, the steps that reused the last one are
+        taken again along the line between the two; needs reuse "velocity". It costs no
+        evaluation of the model.
 
     Source: ASTRAEA 4.3, TIMESTEP-LEVEL.
     """
 
     reuse: Literal["velocity", "residual"] = "velocity"
+    correct: bool = False
 
     def __post_init__(self):
         if self.reuse not in ("velocity", "residual"):
             raise ValueError(f"reuse must be velocity or residual; got {self.reuse!r}")
+        if self.correct and self.reuse == "residual":
+            raise ValueError('correct needs reuse "velocity"; got "residual": leave one out')
 
     @property
     def name(self) -> str:
         """What tables call it."""
-        return f"step-level, {self.reuse}"
+        corrected = ", corrected" if self.correct else ""
+        return f"step-level, {self.reuse}{corrected}"
 
     @property
     def modes(self) -> tuple[base.Mode, ...]:
@@ -85,16 +92,20 @@ class StepLevel:
         batch, kept = inputs.latents.shape[0], self.reuse == "velocity"
         if mode == base.SKIP and kept:
             trace = base.empty_trace(batch, geometry.num_tokens)
-            return base.Forward(state.velocity, state, trace)
+            fresh = jnp.zeros((batch, geometry.num_tokens), bool)
+            return base.Forward(state.velocity, state, trace, fresh)
         modulation = model.modulation(inputs.timestep)
         tokens = model.embed(inputs.latents)
         if mode == base.SKIP:
             trace = base.empty_trace(batch, geometry.num_tokens)
             velocity = model.head(tokens + state.residual, modulation)
-            return base.Forward(velocity, state, trace)
+            fresh = jnp.zeros((batch, geometry.num_tokens), bool)
+            return base.Forward(velocity, state, trace, fresh)
         final = base.dense_tokens(model, prepared, modulation, geometry, tokens)
         velocity = model.head(final, modulation)
-        state = StepLevelState(
-            velocity if kept else state.velocity, state.residual if kept else final - tokens
-        )
-        return base.Forward(velocity, state, base.full_trace(batch, geometry.num_tokens))
+        if kept:
+            state = state._replace(velocity=velocity)
+        else:
+            state = state._replace(residual=final - tokens)
+        fresh = jnp.ones((batch, geometry.num_tokens), bool)
+        return base.Forward(velocity, state, base.full_trace(batch, geometry.num_tokens), fresh)

@@ -60,6 +60,7 @@ class Parts(NamedTuple):
       grid: whose noise levels it is sampled on.
       defaults: of a call.
       text_name: stands for the text encoder's weights, where embeddings are kept.
+      folder: where the model lies; None for one of random weights.
     """
 
     tokenizer: Tokenizer
@@ -70,6 +71,7 @@ class Parts(NamedTuple):
     grid: solvers.Grid
     defaults: Defaults
     text_name: str
+    folder: Path | None = None
 
 
 def open_parts(
@@ -110,6 +112,7 @@ def open_parts(
         grid=grid,
         defaults=_defaults(folder),
         text_name=checkpoints.fingerprint(text_encoder),
+        folder=folder,
     )
 
 

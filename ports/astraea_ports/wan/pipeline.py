@@ -78,6 +78,7 @@ class Pipeline:
       loaders: the way to get a part that is shapes alone; it is loaded for its stage, then let go.
       text_cache: folder where embeddings are kept, or None.
       text_name: stands for the text encoder's weights there.
+      folder: where the model was read from; it may carry searched schedules and prompts.
     """
 
     tokenizer: Tokenizer
@@ -90,6 +91,7 @@ class Pipeline:
     loaders: Mapping[str, Loadable] = dataclasses.field(default_factory=dict)
     text_cache: Path | None = None
     text_name: str = ""
+    folder: Path | None = None
 
     @classmethod
     def from_pretrained(
@@ -154,6 +156,7 @@ class Pipeline:
             loaders=loaders if staged else {},
             text_cache=None if text_cache is None else Path(text_cache).expanduser(),
             text_name=found.text_name,
+            folder=found.folder,
             **modules,
         )
 

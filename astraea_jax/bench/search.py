@@ -1,0 +1,189 @@
+"""`astraea bench search`: every way to find a schedule, at equal budgets, on held-out prompts."""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Sequence
+
+import jax
+
+import astraea_jax
+from astraea_jax import methods, report
+from astraea_jax.bench.search_study import BUDGETS, PARTS, Options, OutOfTime, Study, read_rows, run
+from astraea_jax.model import fingerprint
+from astraea_jax.schedule import LEVELS, Schedule
+from astraea_jax.search import study
+from astraea_jax.search.recipe import Recipe
+from astraea_jax.search.space import WHOLE_STEPS, Space
+from astraea_ports import tiny, wan
+
+
+def command(
+    *,
+    output: pathlib.Path = pathlib.Path("out_study"),
+    minutes: float = 480.0,
+    steps: int = 30,
+    budgets: tuple[float, ...] = BUDGETS,
+    solver: tuple[str, ...] = ("unipc", "euler"),
+    search_prompts: int = 4,
+    pool: int = 48,
+    seeds: tuple[int, int] = (2, 6),
+    heldout_prompts: int = 16,
+    population: int = 32,
+    generations: int = 6,
+    swaps: int = 64,
+    patience: float = 1.3,
+    finalists: int = 16,
+    rows: int = 256,
+    parts: tuple[str, ...] = tuple(PARTS),
+    reuses: tuple[str, ...] = ("step-level-corrected", "step-level"),
+    frames: int | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    model: str = "tiny",
+    ship: pathlib.Path | None = None,
+) -> None:
+    """Searches schedules in every way and judges them on held-out prompts; hours on a CPU.
+
+    Args:
+      output: Folder for the journal and results.json; a run that was stopped goes on from it.
+      minutes: After so many no further work is started; 0 only prints what was found, in the
+        folder or (where it holds nothing) on the machine that the README names.
+      steps: Of the dense videos.
+      budgets: Shares of the tokens.
+      solver: Solvers to search for.
+      search_prompts: Prompts that are searched on: those of
+      pool: so many that stand best for it;
+      seeds: each with so much noise for a first look, and so much more for those that pass it,
+      heldout_prompts: and the prompts after them judged on, at least 2.
+      population: Children of a generation.
+      generations: Of each search.
+      swaps: Evaluations of the local refinement.
+      patience: A schedule passes the first look if its error is at most so many times that of
+        the best so far there.
+      finalists: Of each search, chosen from by prompts that it has not seen.
+      parts: Of the study, in order.
+      reuses: Step-level methods that are searched for; the better of them is judged.
+      rows: Videos denoised at a time, guidance branches counted.
+      frames: Frames of the videos, 4k + 1; the model's default when left out.
+      height: Pixels.
+      width: Pixels.
+      model: A model that knows such prompts.
+      ship: Write the best schedule of each solver and budget into this folder, as a model carries
+        them for `astraea generate --budget`.
+    """
+    deadline = time.perf_counter() + 60 * minutes
+    total = search_prompts + heldout_prompts
+    if (
+        min(search_prompts, finalists, rows, *seeds) < 1
+        or heldout_prompts < 2
+        or total > len(tiny.captions())
+    ):
+        raise ValueError(
+            f"expected a search prompt, 2 held-out ones, {len(tiny.captions())} together at most, "
+            f"and seeds, finalists and rows of at least 1; got {search_prompts}, "
+            f"{heldout_prompts}, {seeds}, {finalists} and {rows}"
+        )
+    if set(parts) - set(PARTS):
+        raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
+    for budget in budgets:
+        Space.for_budget(steps, budget, choices=WHOLE_STEPS)
+    pipeline = wan.Pipeline.from_pretrained(model)
+    if minutes > 0:
+        options = Options(
+            steps, budgets, solver, search_prompts, pool, seeds, heldout_prompts, population,
+            generations, swaps, patience, finalists, rows, pipeline.size(frames, height, width),
+        )  # fmt: skip
+        header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
+        header["backend"] = jax.default_backend()
+        with study.open_journal(output, header) as journal:
+            it = Study(pipeline, options, output, deadline)
+            try:
+                run(it, journal, parts, reuses)
+            except OutOfTime:
+                it.say("out of time; run again to go on")
+            it.save()
+    found = read_rows(output) or json.loads(SHIPPED.read_text())["rows"]
+    print(report.markdown(table(found), COLUMNS))
+    if ship is not None:
+        for path in write_recipes(found, pipeline, ship):
+            print(f"written: {path}")
+
+
+SHIPPED = pathlib.Path(__file__).with_name("search.json")
+"""Every row of the README's table, with the runs that it comes from."""
+
+
+def table(rows: Sequence[dict]) -> list[dict]:
+    """The rows to read: of the hand-made patterns only the best on the held-out prompts."""
+    judged = [row for row in rows if "psnr" in row]
+    groups: dict[tuple, list[dict]] = {}
+    for row in judged:
+        kind = "best hand-made" if row["what"].startswith("hand-made") else row["what"]
+        by_hand = kind == "best hand-made"
+        run = None if by_hand else row.get("run")
+        groups.setdefault((row["solver"], row["budget"], kind, row["method"], run), []).append(row)
+    chosen = []
+    for (_, _, kind, _, _), members in groups.items():
+        best = max(members, key=lambda row: row["psnr"])
+        what = f"best of {len(members)}: {best['what']}" if kind == "best hand-made" else kind
+        chosen.append({**best, "what": what})
+    return sorted(chosen, key=lambda row: (row["solver"], row["budget"], -row["psnr"]))
+
+
+def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes a schedule file for each solver and budget, and returns their paths.
+
+    Of all searches the one of least error on its validation prompts is taken, and of those without
+    any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
+    (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
+    the best step-level one. The judgement on the held-out prompts is what a file says of itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    best: dict[tuple, tuple] = {}
+    for row in rows:
+        if not {"fitness", "psnr", "ssim"} <= set(row) or row["method"] not in methods.METHODS:
+            continue
+        whole = set(row["levels"]) <= {0, LEVELS}
+        error = float(row.get("validation", row["fitness"])) / (1 if whole else WORTH_TOKENS)
+        rank = "validation" not in row, error
+        key = row["solver"], row["budget"]
+        if key not in best or rank < best[key][0]:
+            best[key] = rank, row
+    paths = []
+    for (solver, budget), (_, row) in sorted(best.items()):
+        schedule = Schedule(tuple(row["levels"]))
+        quality = {name: row[name] for name in ("psnr", "psnr_worst", "ssim", "mse")}
+        recipe = Recipe(
+            schedule,
+            row["method"],
+            solver,
+            float(pipeline.shift),
+            pipeline.grid,
+            fingerprint(pipeline.transformer),
+            {**quality, "prompts": len(row["psnr_each"])},
+            {"budget": schedule.budget},
+            astraea_jax.__version__,
+        )
+        paths.append(folder / f"{solver}_{schedule.steps}_{round(100 * budget)}.json")
+        recipe.save(paths[-1])
+    return paths
+
+
+WORTH_TOKENS = 0.9
+
+COLUMNS = {
+    "run": "run",
+    "solver": "solver",
+    "budget": "budget",
+    "what": "schedule",
+    "method": "reuse",
+    "psnr": "PSNR dB",
+    "psnr_half_width": "+-",
+    "psnr_worst": "worst",
+    "ssim": "SSIM",
+    "mse": "MSE, latents",
+    "evaluations": "evaluations",
+    "seconds": "s",
+}

@@ -1,0 +1,228 @@
+"""Many schedules denoised in one program, at the sum of their costs.
+
+A batch of candidates runs in lanes. At every round each lane takes one computed step, whichever
+step that is in its own schedule; the steps it skips cost a solver step. A lane whose schedule is
+done takes the next candidate, so a batch takes as many rounds as its computed steps fill, and no
+lane waits for another at a step that it skips itself. Within a round the rows of ASTRAEA's sparse
+steps are one list of (candidate, tenth of the tokens) tiles of which a fixed number is computed
+at a time, so a round costs the sum of its levels.
+
+All candidates share the prompts, their text, the noise and the dense start of their schedules.
+"""
+
+import functools
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh, PartitionSpec
+from jaxtyping import Array, Float, Int, Key
+
+from astraea_jax import denoise as loop
+from astraea_jax.denoise import LoopState, Settings
+from astraea_jax.methods import Astraea, Method, base
+from astraea_jax.model import VideoDiT
+from astraea_jax.population.sparse import Lane, sparse_forward
+from astraea_jax.schedule import LEVELS
+from astraea_jax.solvers import Solver
+from astraea_jax.timing import timed_jit
+
+Plan = Literal["lanes", "map", "masked"]
+
+AXIS = "candidates"
+"""The mesh axis that schedules are spread over."""
+
+
+class Lanes(NamedTuple):
+    """The candidates that are being denoised, one a lane, and what has been finished.
+
+    Attributes:
+      candidate: which schedule a lane runs; P where there is none left.
+      index: the step that it is at.
+      state: its loop's state, a leading axis of lanes.
+      started: schedules taken so far.
+      latents: of finished schedules, in the order of the schedules.
+    """
+
+    candidate: Int[Array, "W"]
+    index: Int[Array, "W"]
+    state: LoopState
+    started: Int[Array, ""]
+    latents: Float[Array, "S P F Y X C"]
+
+
+@timed_jit(static=("settings", "dense_start", "precision"))
+def denoise_start(
+    model, latents, context, solver, guidance, key, *, settings, dense_start, precision
+):
+    """What the model prepares, and the state after the dense steps that all schedules share."""
+    with jax.default_matmul_precision(precision):
+        return _start(model, latents, context, solver, guidance, key, settings, dense_start)
+
+
+def _start(model, latents, context, solver, guidance, key, settings, dense_start):
+    prepared = model.prepare(context, settings.geometry)
+    step = loop.loop_step(model, prepared, guidance, key, settings=settings)
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:dense_start]), solver)
+    levels = jnp.full((dense_start,), LEVELS, jnp.int8)
+    state = loop.start(model, latents, settings)
+    xs = (rows, levels, jnp.arange(dense_start, dtype=jnp.int32))
+    return prepared, lax.scan(step, state, xs)[0]
+
+
+@timed_jit(static=("settings", "dense_start", "plan", "lanes", "tiles", "precision", "mesh"))
+def denoise_many(
+    model: VideoDiT,
+    prepared: Any,
+    state: LoopState,
+    solver: Solver,
+    levels: Int[Array, "S T"],
+    *,
+    guidance: Float[Array, ""],
+    key: Key[Array, ""],
+    settings: Settings,
+    dense_start: int,
+    plan: Plan,
+    lanes: int,
+    tiles: int,
+    precision: str | None = None,
+    mesh: Mesh | None = None,
+) -> Float[Array, "S P F Y X C"]:
+    """Denoised latents of every schedule.
+
+    Args:
+      model: a video diffusion transformer.
+      prepared: of `denoise_start`, as `state`.
+      state: the state after the dense start.
+      solver: T steps.
+      levels: a schedule a row; the first `dense_start` levels are taken as 10.
+      guidance: scale of classifier-free guidance; any number without.
+      key: for methods that draw.
+      settings: static choices, without a trace.
+      dense_start: steps that `state` is past.
+      plan: "lanes": at the sum of the schedules' costs. "map": one schedule after another.
+        "masked": all at once, each at the cost of the fullest.
+      lanes: schedules denoised at a time.
+      tiles: tenths of a sparse step computed at a time.
+      precision: of matrix products, as `jax.default_matmul_precision`.
+      mesh: devices to spread the schedules over, each with as many; they never talk.
+    """
+    static = {"settings": settings, "dense_start": dense_start, "plan": plan}
+    run = functools.partial(_denoise_many, lanes=lanes, tiles=tiles, **static)
+    if mesh is not None:
+        whole, split = PartitionSpec(), PartitionSpec(AXIS)
+        places = (whole, whole, whole, whole, split, whole, whole)
+        run = jax.shard_map(run, mesh=mesh, in_specs=places, out_specs=split, check_vma=False)
+    with jax.default_matmul_precision(precision):
+        return run(model, prepared, state, solver, levels, guidance, key)
+
+
+def _denoise_many(
+    model, prepared, state, solver, levels, guidance, key, *,
+    settings, dense_start, plan, lanes, tiles,
+):  # fmt: skip
+    """What one device does with its schedules."""
+    loop_step = loop.loop_step(model, prepared, guidance, key, settings=settings)
+    if plan != "lanes":
+        rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
+        indices = jnp.arange(dense_start, solver.steps, dtype=jnp.int32)
+
+        def run(row):
+            return lax.scan(loop_step, state, (rows, row[dense_start:], indices))[0].latents
+
+        return lax.map(run, levels) if plan == "map" else jax.vmap(run)(levels)
+
+    each = Lane(model, prepared, solver, guidance, key, settings)
+    number, steps = levels.shape
+    forward = _many_forward(settings.method, tiles)
+
+    # The longest first, so that the last rounds are not left to a few lanes.
+    order = jnp.argsort(-(levels[:, dense_start:] > 0).sum(axis=1))
+    levels = jnp.concatenate([levels[order], jnp.zeros((1, steps), levels.dtype)])
+
+    def fill(carry: Lanes) -> Lanes:
+        """Puts away what is finished, and starts the next schedules in its place."""
+        done = carry.index >= steps
+        place = jnp.where(done & (carry.candidate < number), carry.candidate, number)
+        latents = carry.latents.at[place].set(carry.state.latents, mode="drop")
+        rank = jnp.cumsum(done) - 1
+        following = jnp.minimum(carry.started + rank, number)
+        candidate = jnp.where(done, following, carry.candidate)
+        fresh = done & (candidate < number)
+        index = jnp.where(fresh, dense_start, carry.index)
+
+        def choose(shared, old):
+            mask = fresh.reshape(-1, *[1] * (old.ndim - 1))
+            return jnp.where(mask, shared, old)
+
+        started = jnp.minimum(carry.started + done.sum(), number)
+        refilled = jax.tree.map(choose, state, carry.state)
+        return Lanes(candidate, index, refilled, started, latents)
+
+    def skip(carry: Lanes) -> Lanes:
+        """Moves every lane past the steps that it skips."""
+
+        def waiting(carry):
+            at = jnp.minimum(carry.index, steps - 1)
+            level = levels[carry.candidate, at]
+            return (carry.index < steps) & (carry.candidate < number) & (level == 0)
+
+        def once(carry):
+            mask = waiting(carry)
+            at = jnp.minimum(carry.index, steps - 1)
+            state = jax.vmap(each.skip)(carry.state, at, mask)
+            return carry._replace(index=carry.index + mask, state=state)
+
+        return lax.while_loop(lambda carry: waiting(carry).any(), once, carry)
+
+    def settle(carry: Lanes) -> Lanes:
+        """Until every lane stands before a step that it computes, or has nothing left to do."""
+
+        def unsettled(carry):
+            return ((carry.index >= steps) & (carry.candidate < number)).any()
+
+        return lax.while_loop(unsettled, lambda carry: skip(fill(carry)), skip(carry))
+
+    def compute(carry: Lanes) -> Lanes:
+        """One computed step of every lane."""
+        active = carry.candidate < number
+        at = jnp.minimum(carry.index, steps - 1)
+        level = jnp.where(active, levels[carry.candidate, at], 0).astype(jnp.int32)
+        inputs = jax.vmap(each.inputs)(carry.state.latents, at, level)
+        result = forward(each, inputs, carry.state.method)
+        state = jax.vmap(each.advance)(carry.state, result, at)
+        # A lane with nothing left to do repeats its last step, which nobody reads.
+        return carry._replace(index=carry.index + active, state=state)
+
+    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), state)
+    first = jnp.arange(lanes, dtype=jnp.int32)
+    carry = Lanes(
+        candidate=jnp.minimum(first, number),
+        index=jnp.full((lanes,), dense_start, jnp.int32),
+        state=copies,
+        started=jnp.minimum(jnp.int32(lanes), number),
+        latents=jnp.zeros((number, *state.latents.shape), jnp.float32),
+    )
+    carry = lax.while_loop(
+        lambda carry: (carry.candidate < number).any(),
+        lambda carry: settle(compute(carry)),
+        settle(carry),
+    )
+    return jnp.zeros_like(carry.latents).at[order].set(carry.latents)
+
+
+def can_run_in_lanes(method: Method) -> bool:
+    """Whether "lanes" knows how to lay out the method's steps."""
+    return isinstance(method, Astraea) or method.modes == (base.SKIP, base.DENSE)
+
+
+def _many_forward(method: Method, tiles: int):
+    """A computed step of all lanes: whole steps side by side, or ASTRAEA's tiles in one list."""
+    if isinstance(method, Astraea):
+        return functools.partial(sparse_forward, tiles=tiles)
+
+    def dense(each: Lane, inputs, state):
+        return jax.vmap(functools.partial(each.forward, base.DENSE))(inputs, state)
+
+    return dense

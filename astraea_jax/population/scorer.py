@@ -1,0 +1,158 @@
+"""Schedules scored against the dense videos of some prompts: the fitness of a search."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, Int, Key
+
+from astraea_jax.denoise import Settings
+from astraea_jax.methods import Method
+from astraea_jax.model import VideoDiT
+from astraea_jax.population.lanes import (
+    AXIS,
+    Plan,
+    can_run_in_lanes,
+    denoise_many,
+    denoise_start,
+)
+from astraea_jax.schedule import LEVELS
+from astraea_jax.solvers import Solver
+
+
+class Scorer:
+    """Scores schedules against the dense videos of some prompts; an argument for a search.
+
+    The dense videos and the dense start that all schedules share are computed once.
+    """
+
+    def __init__(
+        self,
+        model: VideoDiT,
+        latents: Float[Array, "P F Y X C"],
+        context: Float[Array, "B M D"],
+        *,
+        solver: Solver,
+        method: Method,
+        guidance: float | None = None,
+        key: Key[Array, ""] | None = None,
+        dense_start: int = 1,
+        plan: Plan | None = None,
+        lanes: int = 8,
+        tiles: int | None = None,
+        batch: int | None = None,
+        decode: Callable[[Array], Array] | None = None,
+        precision: str | None = None,
+        devices: Sequence[Any] | None = None,
+    ):
+        """Computes the dense start that all schedules share.
+
+        Args:
+          model: a video diffusion transformer.
+          latents: Gaussian noise, one prompt a row.
+          context: text, conditional rows first.
+          solver: T steps.
+          method: how the schedules' steps are computed.
+          guidance: scale, or None for none.
+          key: for methods that draw; None is key 0.
+          dense_start: leading steps that every schedule has at level 10, at least 1.
+          plan: see `denoise_many`; None is "lanes" where the method has such a plan, else "map".
+          lanes: schedules denoised at a time on each device.
+          tiles: tenths computed at a time; None is two a lane.
+          batch: schedules handed to a device in one program; fewer are filled up with schedules
+            that compute nothing. None is four times the lanes.
+          decode: latents [P, ...] to pixels; the error is then that of pixels.
+          precision: of matrix products, as `jax.default_matmul_precision`.
+          devices: schedules are spread over them; None is the first one.
+
+        Raises:
+          ValueError: a plan that the method does not have, or a number out of range.
+        """
+        in_lanes = can_run_in_lanes(method)
+        plan = ("lanes" if in_lanes else "map") if plan is None else plan
+        if plan == "lanes" and not in_lanes:
+            raise ValueError(f'{method.name} has no plan "lanes"; use "map"')
+        if lanes < 1 or not 1 <= dense_start <= solver.steps:
+            raise ValueError(
+                f"expected lanes of at least 1 and dense_start in 1..{solver.steps}; "
+                f"got {lanes} and {dense_start}"
+            )
+        self.steps, self.num_prompts = solver.steps, latents.shape[0]
+        self._devices = list(devices or jax.devices()[:1])
+        self._batch = (batch or 4 * lanes) * len(self._devices)
+        self._decode = decode
+        mesh = Mesh(np.array(self._devices), (AXIS,)) if len(self._devices) > 1 else None
+        branches = 1 if guidance is None else 2
+        settings = Settings(method, model.geometry(latents.shape), branches, False)
+        scale = jnp.float32(1.0 if guidance is None else guidance)
+        key = jax.random.key(0) if key is None else key
+        latents = jnp.asarray(latents, jnp.float32)
+        prepared, state = denoise_start(
+            model, latents, context, solver, scale, key,
+            settings=settings, dense_start=dense_start, precision=precision,
+        )  # fmt: skip
+        self._many = functools.partial(
+            denoise_many, model, prepared, state, solver, guidance=scale, key=key,
+            settings=settings, dense_start=dense_start, plan=plan, lanes=lanes,
+            tiles=tiles or 2 * lanes, precision=precision, mesh=mesh,
+        )  # fmt: skip
+        self._dense: Array | None = None
+        self._target: Array | None = None
+
+    @property
+    def dense(self) -> Float[Array, "P F Y X C"]:
+        """Latents of the dense videos, by the program that scores: rounding is not an error."""
+        if self._dense is None:
+            self._dense = self.latents(self._full)[0]
+        return self._dense
+
+    @property
+    def _full(self) -> np.ndarray:
+        return np.full((1, self.steps), LEVELS, np.int8)
+
+    def latents(self, levels: Int[np.ndarray, "S T"]) -> Float[Array, "S P F Y X C"]:
+        """Denoised latents of each schedule."""
+        levels = np.asarray(levels, np.int8)
+        if levels.ndim != 2 or levels.shape[1] != self.steps:
+            raise ValueError(f"expected levels [S, {self.steps}]; got {levels.shape}")
+        firsts = range(0, len(levels), self._batch)
+        return jnp.concatenate([self._run(levels[at : at + self._batch]) for at in firsts])
+
+    def __call__(self, levels: Int[np.ndarray, "S T"]) -> Float[np.ndarray, "S P"]:
+        """Mean squared error of each schedule and prompt: of latents, or of what `decode` gives."""
+        if self._dense is None:
+            # Along with the first schedules, so that its lane is not the only one at work.
+            *rows, self._dense = self.latents(np.concatenate([levels, self._full]))
+            latents = jnp.stack(rows)
+        else:
+            latents = self.latents(levels)
+        if self._decode is None:
+            return np.asarray(_errors(latents, self._dense), np.float64)
+        if self._target is None:
+            self._target = self._decode(self._dense)
+        rows = (_errors(self._decode(row)[None], self._target)[0] for row in latents)
+        return np.array([np.asarray(row, np.float64) for row in rows])
+
+    def lower(self) -> jax.stages.Lowered:
+        """The program of one batch, lowered: what to ask for its memory."""
+        levels = jnp.zeros((self._batch, self.steps), jnp.int8)
+        return denoise_many.lower(*self._many.args, levels, **self._many.keywords)
+
+    def _run(self, levels: np.ndarray) -> Array:
+        """One program: rows dealt out so that every device has as much to do."""
+        number, devices = len(levels), len(self._devices)
+        filled = np.zeros((self._batch, self.steps), np.int8)
+        filled[:number] = levels
+        by_cost = np.argsort(-filled.astype(int).sum(axis=1), kind="stable")
+        dealt = by_cost.reshape(-1, devices).T.reshape(-1)
+        latents = self._many(jnp.asarray(filled[dealt]))
+        return latents[np.argsort(dealt)[:number]]
+
+
+@jax.jit
+def _errors(latents: Float[Array, "S P *rest"], target: Float[Array, "P *rest"]):
+    return jnp.square(latents - target).mean(axis=range(2, latents.ndim))

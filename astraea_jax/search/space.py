@@ -1,0 +1,194 @@
+"""Which schedules a search may look at: levels, what each costs, and a budget band."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from astraea_jax.schedule import LEVELS, Schedule, check_budget, check_steps
+
+ALL_LEVELS = tuple(range(LEVELS + 1))
+"""Any share of the tokens at any step."""
+
+WHOLE_STEPS = (0, LEVELS)
+"""Steps computed or skipped."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Space:
+    """Schedules of one length whose cost lies in a band. A gene is an index into `choices`.
+
+    Attributes:
+      steps: denoising steps, T.
+      choices: the levels that a step may take, rising; the last is 10.
+      costs: what each choice costs, whole numbers that never fall.
+      low: least total cost.
+      high: largest total cost.
+      dense_start: leading steps that are pinned at level 10, at least 1.
+
+    Raises:
+      ValueError: choices or costs that do not fit, or a band that no schedule reaches; the
+        message says what can be reached.
+
+    Source: ASTRAEA 3.3, equation 7.
+    """
+
+    steps: int
+    choices: tuple[int, ...]
+    costs: tuple[int, ...]
+    low: int
+    high: int
+    dense_start: int = 1
+
+    def __post_init__(self):
+        check_steps(self.steps)
+        rising = all(a < b for a, b in zip(self.choices, self.choices[1:], strict=False))
+        if len(self.choices) < 2 or not rising or self.choices[0] < 0 or self.choices[-1] != LEVELS:
+            raise ValueError(f"choices must be rising levels up to {LEVELS}; got {self.choices}")
+        if len(self.costs) != len(self.choices) or min(self.costs) < 0:
+            raise ValueError(
+                f"expected a cost of at least 0 for each of {len(self.choices)} choices; "
+                f"got {self.costs}"
+            )
+        if not 1 <= self.dense_start <= self.steps:
+            raise ValueError(
+                f"dense_start must be in 1..{self.steps} (the steps); got {self.dense_start}"
+            )
+        wanted = (1 << max(self.high - self.low + 1, 0)) - 1
+        if not (self._reachable >> max(self.low, 0)) & wanted:
+            raise ValueError(self._unreachable())
+
+    @classmethod
+    def for_budget(
+        cls,
+        steps: int,
+        budget: float,
+        *,
+        choices: Sequence[int] = ALL_LEVELS,
+        band: tuple[float, float] = (1.0, 1.0),
+        dense_start: int = 1,
+    ) -> "Space":
+        """Schedules whose mean level is `budget`, within `band` times it.
+
+        Args:
+          steps: denoising steps.
+          budget: mean share of the tokens, in (0, 1].
+          choices: levels that a step may take.
+          band: least and largest share of the budget; (1, 1) is exact, the paper has (0.9, 1.1).
+          dense_start: leading dense steps.
+        """
+        total = check_budget(budget) * LEVELS * check_steps(steps)
+        low, high = check_band(band)
+        costs = tuple(int(level) for level in choices)
+        if low == high:
+            least = most = round(low * total)
+        else:  # rounded first: 0.3 * 30 * 10 is a little below 90
+            least, most = math.ceil(round(low * total, 6)), math.floor(round(high * total, 6))
+        return cls(steps, costs, costs, least, most, dense_start)
+
+    @classmethod
+    def for_costs(
+        cls,
+        steps: int,
+        costs: Sequence[float],
+        limit: float,
+        *,
+        choices: Sequence[int] = ALL_LEVELS,
+        band: float = 0.9,
+        dense_start: int = 1,
+    ) -> "Space":
+        """Schedules whose measured cost is at most `limit`, and at least `band` of it.
+
+        Args:
+          steps: denoising steps.
+          costs: of a step at each choice, as seconds; made to rise where noise makes them fall.
+          limit: of the whole run, in the same unit.
+          choices: levels that a step may take.
+          band: share of the limit that is used at least, in (0, 1].
+          dense_start: leading dense steps.
+        """
+        if not (math.isfinite(limit) and limit > 0):
+            raise ValueError(f"expected a limit above 0; got {limit}")
+        rising = np.maximum.accumulate(np.asarray(costs, np.float64))
+        unit = rising[-1] / 1000
+        whole = tuple(round(float(cost / unit)) for cost in rising)
+        total = limit / unit
+        high = min(math.floor(total), whole[-1] * steps)
+        low = min(math.ceil(check_band((band, 1.0))[0] * total), high)
+        return cls(steps, tuple(choices), whole, low, high, dense_start)
+
+    @property
+    def free_steps(self) -> int:
+        """Steps that are not pinned."""
+        return self.steps - self.dense_start
+
+    def cost(self, genes: np.ndarray) -> np.ndarray:
+        """Total cost of each row of genes [..., T]."""
+        return np.asarray(np.asarray(self.costs)[np.asarray(genes)].sum(axis=-1))
+
+    def holds(self, genes: np.ndarray) -> np.ndarray:
+        """Which rows of genes [..., T] lie in the space."""
+        genes = np.asarray(genes)
+        cost = self.cost(genes)
+        pinned = (genes[..., : self.dense_start] == len(self.choices) - 1).all(axis=-1)
+        return np.asarray((self.low <= cost) & (cost <= self.high) & pinned)
+
+    def schedule(self, genes: np.ndarray) -> Schedule:
+        """The schedule of one row of genes."""
+        return Schedule(tuple(int(level) for level in np.asarray(self.choices)[np.asarray(genes)]))
+
+    def levels(self, genes: np.ndarray) -> np.ndarray:
+        """The levels of genes, int8 of the same shape."""
+        return np.asarray(self.choices, np.int8)[np.asarray(genes)]
+
+    def genes(self, schedule: Schedule) -> np.ndarray:
+        """The genes of a schedule, int8 [T].
+
+        Raises:
+          ValueError: a schedule that is not in the space.
+        """
+        if schedule.steps != self.steps:
+            raise ValueError(f"expected a schedule of {self.steps} levels; got {schedule.steps}")
+        strange = set(schedule.levels) - set(self.choices)
+        if strange:
+            raise ValueError(f"expected levels among {self.choices}; got {sorted(strange)}")
+        genes = np.array([self.choices.index(level) for level in schedule.levels], np.int8)
+        if not self.holds(genes):
+            raise ValueError(
+                f"expected {self.dense_start} dense steps and a cost in {self.low}..{self.high}; "
+                f"got {schedule.levels}, which costs {int(self.cost(genes))}"
+            )
+        return genes
+
+    @functools.cached_property
+    def _reachable(self) -> int:
+        """Bit c is set when some schedule costs c."""
+        sums = 1 << (self.costs[-1] * self.dense_start)
+        for _ in range(self.free_steps):
+            sums = functools.reduce(lambda total, cost: total | (sums << cost), set(self.costs), 0)
+        return sums
+
+    def _unreachable(self) -> str:
+        """What the error says: the nearest costs that can be reached, as shares of dense."""
+        dense = self.costs[-1] * self.steps
+        reachable = [cost for cost in range(dense + 1) if self._reachable >> cost & 1]
+        below = [cost for cost in reachable if cost < self.low]
+        above = [cost for cost in reachable if cost > self.high]
+        near = [cost / dense for cost in (*below[-1:], *above[:1])]
+        return (
+            f"no schedule of {self.steps} steps with levels {self.choices} and {self.dense_start} "
+            f"dense at the start costs {self.low / dense:.4g} to {self.high / dense:.4g} of dense; "
+            f"the nearest are {' and '.join(f'{share:.4g}' for share in near)}, and all lie in "
+            f"{reachable[0] / dense:.4g} to {reachable[-1] / dense:.4g}: change the budget or "
+            "widen the band"
+        )
+
+
+def check_band(band: tuple[float, float]) -> tuple[float, float]:
+    """Returns the band if it is 0 < low <= high; raises ValueError otherwise."""
+    low, high = band
+    if not (math.isfinite(high) and 0 < low <= high):
+        raise ValueError(f"a band must be two shares, 0 < low <= high; got {band}")
+    return low, high

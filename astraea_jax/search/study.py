@@ -1,0 +1,307 @@
+"""A search that survives: an append-only journal of every evaluation, and the state beside it.
+
+The journal is the resume: a search draws the same schedules from the same key, and those that the
+journal holds are not computed again. The state, saved by Orbax after each generation, spares the
+generations that are done.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import shutil
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jaxtyping import Array, Key
+from orbax import checkpoint
+
+from astraea_jax.schedule import Schedule
+from astraea_jax.search import evolution
+from astraea_jax.search.evolution import SearchConfig, SearchState
+from astraea_jax.search.scoring import Evaluation, Evaluator
+from astraea_jax.search.space import Space
+
+JOURNAL = "journal.jsonl"
+STATES = "states"
+
+
+class Journal:
+    """JSON lines: what is searched, then an evaluation a line. One process at a time may write."""
+
+    def __init__(self, file, evaluations: list[Evaluation]):
+        """Made by `open_journal`."""
+        self._file = file
+        self.evaluations = evaluations
+
+    def append(self, evaluation: Evaluation) -> None:
+        """Writes an evaluation through to the disk.
+
+        Raises:
+          ValueError: the disk is full or gone; what was written before is intact.
+        """
+        _append(self._file, dataclasses.asdict(evaluation))
+        self.evaluations.append(evaluation)
+
+
+@contextlib.contextmanager
+def open_journal(folder: str | os.PathLike, header: Mapping[str, Any]) -> Iterator[Journal]:
+    """Opens or starts the journal of a folder, and holds it until the block ends.
+
+    Args:
+      folder: made where it is missing.
+      header: what the evaluations depend on: the model's fingerprint, prompts, steps, solver. A
+        journal with another header is refused.
+
+    Raises:
+      ValueError: a folder that can't be written, a journal that another process holds, one of
+        another search, or one that is no journal.
+    """
+    folder = pathlib.Path(folder)
+    path = folder / JOURNAL
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(
+            f"can't write the journal {path} ({error.strerror}): choose another folder"
+        ) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"another process writes {path}: wait for it, or choose another folder"
+            ) from error
+        yield Journal(file, _read(file, path, json.loads(json.dumps(header))))
+
+
+def _read(file, path: pathlib.Path, header: dict) -> list[Evaluation]:
+    """The evaluations that the file holds; writes the header into an empty one."""
+    file.seek(0)
+    content = file.read()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        warnings.warn(
+            f"the last line of {path} was cut off ({len(content) - whole} bytes) and is dropped; "
+            f"{content.count(b'\n', 0, whole)} lines are intact",
+            stacklevel=4,
+        )
+        file.truncate(whole)
+    lines = content[:whole].splitlines()
+    if not lines:
+        _append(file, {"header": header})
+        return []
+    try:
+        first, *rest = (json.loads(line) for line in lines)
+        found = first["header"]
+        evaluations = [_evaluation(line) for line in rest]
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"{path} is no search journal ({error}): choose another folder") from error
+    differing = [key for key in {**found, **header} if found.get(key) != header.get(key)]
+    if differing:
+        said = "; ".join(
+            f"{key}: {_short(found.get(key))} there, {_short(header.get(key))} asked for"
+            for key in differing
+        )
+        raise ValueError(f"{path} is the journal of another search ({said}): choose another folder")
+    return evaluations
+
+
+def _evaluation(line: dict) -> Evaluation:
+    errors = tuple(float(value) for value in line["errors"])
+    levels = tuple(int(level) for level in line["levels"])
+    return Evaluation(levels, errors, float(line["seconds"]), bool(line["stopped"]), line["search"])
+
+
+def _append(file, content: dict) -> None:
+    """One line, there whole or (after an error) not at all."""
+    # NaN is written as a word, as `float` reads it.
+    plain = {
+        key: [str(v) if isinstance(v, float) and not np.isfinite(v) else v for v in value]
+        if isinstance(value, list | tuple)
+        else value
+        for key, value in content.items()
+    }
+    line = (json.dumps(plain) + "\n").encode()
+    before = file.seek(0, os.SEEK_END)
+    try:
+        if file.write(line) != len(line):
+            raise OSError(28, "no space left on the device")
+        os.fsync(file.fileno())
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            file.truncate(before)
+        raise ValueError(
+            f"can't write to the journal {file.name} ({error.strerror}); what it holds is intact: "
+            "make room and run again to go on"
+        ) from error
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+class Generation(NamedTuple):
+    """What is known after a generation.
+
+    Attributes:
+      number: 0 is the first population.
+      best: the best schedule so far.
+      fitness: its fitness.
+      evaluations: computed so far, those of the journal included.
+      seconds: since this process started the search.
+      left: estimated seconds to the end.
+    """
+
+    number: int
+    best: Schedule
+    fitness: float
+    evaluations: int
+    seconds: float
+    left: float
+
+
+def evolve(
+    space: Space,
+    config: SearchConfig,
+    evaluator: Evaluator,
+    key: Key[Array, ""],
+    *,
+    given: tuple[Schedule, ...] = (),
+    states: str | os.PathLike | None = None,
+    progress: Callable[[Generation], None] = lambda generation: None,
+    deadline: float | None = None,
+) -> Generation:
+    """Runs the search to its last generation.
+
+    Args:
+      space: where to search.
+      config: how.
+      evaluator: scores schedules; its journal's evaluations are not computed again.
+      key: everything random comes from it.
+      given: schedules for the first population.
+      states: folder for the states of finished generations; None keeps none.
+      progress: called after each generation.
+      deadline: `time.perf_counter()` after which no generation is started; the state stays as
+        it is, to go on later.
+
+    Returns:
+      The last generation.
+    """
+    began = time.perf_counter()
+    saved = _restore(states, space, config) if states is not None else None
+    state = evolution.start(space, config, key) if saved is None else saved
+    first = int(state.generation) + (saved is not None)
+    result = None if saved is None else _generation(space, state, evaluator, began, 0.0)
+    for number in range(first, config.generations + 1):
+        if deadline is not None and result is not None and time.perf_counter() > deadline:
+            break
+        if number == 0:
+            genes = evolution.initial_population(space, config, jax.random.fold_in(key, 0), given)
+        else:
+            genes, state = evolution.next_children(space, config, state)
+        if len(genes):
+            fitness = evaluator(space.levels(genes))
+            if not (np.isfinite(fitness).any() or np.isfinite(state.best_fitness)):
+                raise ValueError(
+                    f"none of the {len(genes)} first schedules has a finite error, or passed the "
+                    "first look: check the model's numbers, or raise the patience"
+                )
+            state = evolution.survive(config, state, genes, fitness)
+        else:  # a small space is exhausted
+            state = state._replace(generation=state.generation + 1)
+        if states is not None:
+            _save(states, state)
+        done = number - first + 1
+        left = (time.perf_counter() - began) / done * (config.generations - number)
+        result = _generation(space, state, evaluator, began, left)
+        progress(result)
+    assert result is not None, "the first population is always scored"
+    return result
+
+
+def _generation(space, state: SearchState, evaluator: Evaluator, began, left) -> Generation:
+    return Generation(
+        number=int(state.generation),
+        best=space.schedule(np.asarray(state.best_genes)),
+        fitness=float(state.best_fitness),
+        evaluations=len(evaluator.known),
+        seconds=time.perf_counter() - began,
+        left=left,
+    )
+
+
+def _save(folder: str | os.PathLike, state: SearchState) -> None:
+    """Saves the state of a generation, then forgets the one before."""
+    base = pathlib.Path(folder).absolute()
+    number = int(state.generation)
+    try:
+        base.mkdir(parents=True, exist_ok=True)
+        with checkpoint.StandardCheckpointer() as saver:
+            saver.save(base / str(number), state._asdict(), force=True)
+    except OSError as error:
+        raise ValueError(
+            f"can't save the search's state in {base} ({error}); its journal is intact"
+        ) from error
+    for old in _numbers(base):
+        if old < number:
+            _remove(base / str(old))
+
+
+def _restore(folder: str | os.PathLike, space: Space, config: SearchConfig) -> SearchState | None:
+    """The newest state that can be read; None to start anew, which the journal makes quick."""
+    base = pathlib.Path(folder).absolute()
+    key = jax.random.key(0)
+    like = jax.tree.map(np.asarray, evolution.start(space, config, key)._asdict())
+    for number in sorted(_numbers(base), reverse=True):
+        try:
+            with checkpoint.StandardCheckpointer() as saver:
+                return SearchState(**saver.restore(base / str(number), like))
+        except (OSError, KeyError, TypeError, ValueError) as error:
+            warnings.warn(
+                f"the state {base / str(number)} can't be read ({type(error).__name__}); "
+                "going on from the journal",
+                stacklevel=3,
+            )
+    return None
+
+
+def _numbers(base: pathlib.Path) -> list[int]:
+    """Generations saved whole: Orbax renames a folder to its number when it is complete."""
+    return [int(path.name) for path in base.glob("*") if path.name.isdigit()]
+
+
+def _remove(folder: pathlib.Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def pareto(evaluations: list[Evaluation], fitness: Callable[[Evaluation], float]) -> list[dict]:
+    """The evaluations that no other beats in both cost and fitness, by rising cost."""
+    points = sorted(
+        (sum(each.levels), fitness(each), each.levels)
+        for each in evaluations
+        if np.isfinite(fitness(each))
+    )
+    front: list[dict] = []
+    for cost, value, levels in points:
+        if not front or value < front[-1]["fitness"]:
+            budget = cost / (10 * len(levels))
+            front.append({"budget": budget, "fitness": value, "levels": list(levels)})
+    return front
+
+
+def describe(result: Generation) -> str:
+    """A line for a terminal."""
+    left = f", about {result.left:.0f} s left" if result.left else ""
+    return (
+        f"generation {result.number}: fitness {result.fitness:.4g} at budget "
+        f"{result.best.budget:.3f}, {result.evaluations} evaluations, {result.seconds:.0f} s{left}"
+    )

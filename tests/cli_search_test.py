@@ -1,0 +1,129 @@
+"""`astraea search`, `astraea sensitivity`, and what `astraea generate` does with schedule files."""
+
+import json
+import os
+import pathlib
+import sys
+import warnings
+
+import pytest
+
+from astraea_jax import cli
+from astraea_jax.methods import METHODS
+from astraea_jax.model import fingerprint
+from astraea_jax.schedule import Schedule
+from astraea_jax.search import study
+from astraea_jax.search.recipe import Recipe, recipes_in
+from astraea_ports import tiny, wan
+
+SIZE = ["--frames", "5", "--height", "32", "--width", "32"]
+SMALL = [*SIZE, "--steps", "5", "--count", "1", "--heldout", "1", "--lanes", "2"]
+SMALL += ["--population", "4", "--parents", "2", "--generations", "1", "--swaps", "3"]
+
+
+@pytest.fixture(autouse=True)
+def in_an_empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+def refused(capsys, *arguments):
+    """The one line that a mistake ends in."""
+    assert cli.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    (line,) = [line for line in captured.err.splitlines() if line.startswith("astraea: ")]
+    return line
+
+
+def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(capsys):
+    pathlib.Path("prompts.txt").write_text("a red circle\n\na blue square\n")
+    arguments = ["search", "--budget", "0.6", "--prompts", "prompts.txt", *SMALL]
+    assert cli.main(arguments) == 0
+    printed = capsys.readouterr().out
+    for words in ("generation 0", "generation 1", "left", "realised budget", "held-out", "levels:"):
+        assert words in printed
+    recipe = Recipe.load("out.json")
+    assert recipe.schedule.budget == 0.6 and recipe.method == "step-level-corrected"
+    assert {"psnr", "ssim", "mse", "prompts"} <= set(recipe.quality)
+    assert os.path.getsize("out_search/pareto.png") > 1000
+    journal = pathlib.Path("out_search", study.JOURNAL).read_text()
+
+    assert cli.main(arguments) == 0
+    assert "0 computed now" in capsys.readouterr().out
+    assert pathlib.Path("out_search", study.JOURNAL).read_text() == journal
+    assert Recipe.load("out.json") == recipe
+
+    line = refused(capsys, *arguments, "--solver", "euler")
+    assert "another search" in line and "solver" in line
+
+    run = ["generate", "a red circle", "--schedule", "out.json", "--no-compilation-cache"]
+    assert cli.main([*run, *SIZE]) == 0
+    captured = capsys.readouterr()
+    assert "60.0 %" in captured.out and "corrected" in captured.out
+    assert "warning" not in captured.err
+    assert cli.main([*run, *SIZE, "--solver", "euler"]) == 0
+    assert "searched for solver unipc, not euler" in capsys.readouterr().err
+
+
+def test_a_speed_up_is_met_by_measured_step_times(capsys):
+    arguments = ["search", "--speedup", "1.5", "--method", "astraea", "--patience", "3"]
+    small = [*SMALL, "--count", "2", "--generations", "0", "--swaps", "0", "--sensitivities"]
+    assert cli.main([*arguments, *small, "--band", "0.5", "1.0"]) == 0
+    printed = capsys.readouterr().out
+    assert "times faster than dense" in printed
+    cost = Recipe.load("out.json").cost
+    table = json.loads(pathlib.Path("out_search/latency.json").read_text())["seconds"]
+    assert set(table) == {str(level) for level in range(11)}
+    assert cost["speedup"] >= 1.49 and cost["seconds"] > 0
+
+
+def test_sensitivity_draws_a_line_a_prompt(capsys):
+    arguments = ["sensitivity", *SIZE, "--steps", "4", "--count", "2", "--output", "fig.svg"]
+    assert cli.main(arguments) == 0
+    lines = json.loads(pathlib.Path("fig.json").read_text())["mse"]
+    assert list(lines) == list(tiny.captions()[:2])
+    assert all(len(values) == 4 and values[0] == 0 < min(values[1:]) for values in lines.values())
+    assert "skipped step" in capsys.readouterr().out and os.path.getsize("fig.svg") > 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["search"], "one of --budget, --speedup, --seconds; got none"),
+        (["search", "--budget", "0.5", "--speedup", "2"], "got --budget, --speedup"),
+        (["search", "--budget", "1.5"], "budget must be"),
+        (["search", "--budget", "0.5", "--population", "1"], "population of at least 2"),
+        (["search", "--seconds", "-1"], "seconds must be"),
+        (["search", "--budget", "0.5", "--heldout", "0"], "heldout"),
+        (["search", "--budget", "0.5", "--count", "1", "--patience", "2"], "count of at least 2"),
+        (["search", "--budget", "0.5", "--output", "a.txt"], ".json"),
+        (["search", "--budget", "0.45", *SMALL], "0.4 and 0.6"),
+        (["search", "--budget", "0.5", "--prompts", "none.txt", *SMALL], "file of prompts"),
+        (["search", "--budget", "0.5", "--count", "64"], "ask for fewer"),
+        (["sensitivity", "--output", "a.txt"], ".png"),
+        (["sensitivity", "--count", "0"], "count must be"),
+        (["bench", "search", "--heldout-prompts", "1"], "2 held-out"),
+        (["bench", "scoring", "--plans", "fast"], "plans among"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, words):
+    assert words in refused(capsys, *arguments)
+
+
+def test_every_shipped_schedule_is_for_the_model_that_carries_it():
+    pipeline = wan.Pipeline.from_pretrained()
+    recipes = recipes_in(tiny.FOLDER / "schedules")
+    assert {(each.solver, each.schedule.budget) for each in recipes} >= {
+        (solver, budget) for solver in ("unipc", "euler") for budget in (0.3, 0.4, 0.5, 0.7)
+    }
+    for recipe in recipes:
+        run = {"solver": recipe.solver, "shift": pipeline.shift, "steps": pipeline.defaults.steps}
+        run["grid"] = pipeline.grid
+        assert not recipe.differences(model=fingerprint(pipeline.transformer), **run)
+        assert recipe.method in METHODS and recipe.quality["psnr"] > 25
+        assert isinstance(recipe.schedule, Schedule)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
