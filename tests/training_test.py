@@ -27,6 +27,7 @@ from astraea_ports.wan import (
     transformer_training,
     transformer_weights,
     vae_training,
+    vae_weights,
 )
 from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
 from astraea_ports.wan.training_forward import Layout, velocity

@@ -24,7 +24,8 @@ from astraea_ports.wan import vae_weights
 from astraea_ports.wan.parts import SHIPPED
 from astraea_ports.wan.training_recipe import descend, rate_factor
 from astraea_ports.wan.transformer_training import devices_for, fingerprint
-from astraea_ports.wan.vae import VAE
+from astraea_ports.wan.vae import VAE, Decoder, Encoder
+from astraea_ports.wan.vae_layers import Past
 
 CROP_FRAMES, CROP_SIDE, WHOLE_FROM = 17, 64, 0.8
 
@@ -104,17 +105,23 @@ def optimiser(recipe: VAERecipe) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(recipe.clip), muon)
 
 
+def whole(part: Encoder | Decoder, clip: Array) -> Array:
+    """One half of the VAE on a whole clip."""
+    past = Past()
+    return part.leave(part.enter(clip, past), past)
+
+
 def loss(
     vae: VAE, key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """The loss, and the mean squared error of the reconstruction."""
     cast = jax.tree.map(lambda x: x.astype(recipe.dtype), vae)
     pixels = 2 * drawn.video - 1
-    encoded = cast.quant.pointwise(cast.encoder(pixels.astype(recipe.dtype)))
+    encoded = cast.quant.pointwise(whole(cast.encoder, pixels.astype(recipe.dtype)))
     mean, log_variance = jnp.split(encoded.astype(jnp.float32), 2, axis=-1)
     log_variance = jnp.clip(log_variance, -20.0, 4.0)
     latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
-    decoded = cast.decoder(cast.post_quant.pointwise(latents.astype(recipe.dtype)))
+    decoded = whole(cast.decoder, cast.post_quant.pointwise(latents.astype(recipe.dtype)))
     error = decoded.astype(jnp.float32) - pixels
     weight = 1 + 4 * drawn.cover[..., None]
     pixel_loss = jnp.mean((jnp.abs(error) + 2 * jnp.square(error)) * weight)
@@ -170,7 +177,7 @@ def train_step(
 
 @jax.jit
 def _raw_latents(vae: VAE, pixels: Array) -> Array:
-    encoded = vae.quant.pointwise(vae.encoder(pixels))
+    encoded = vae.quant.pointwise(whole(vae.encoder, pixels))
     return encoded[..., : vae.config.latent_channels]
 
 
