@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from astraea_jax import cli
+from astraea_jax.bench.models import ModelChoice
 from astraea_jax.cli.generate import Request, suitable
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
@@ -68,6 +69,9 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
 def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
     pipeline = wan.Pipeline.from_pretrained()
     asked = dict.fromkeys(Request.__dataclass_fields__) | {"solver": "euler", "budget": 0.4}
+    asked |= {"prompt": "a red circle", "model": ModelChoice(), "negative_prompt": "", "seed": 0}
+    asked |= {"size": (None, None, None), "compare": False, "show_selection": False}
+    asked |= {"output": pathlib.Path("out.mp4")}
     (recipe,) = [
         each
         for each in suitable(Request(**asked), pipeline)
