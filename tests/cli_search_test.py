@@ -9,6 +9,8 @@ import warnings
 import pytest
 
 from astraea_jax import cli
+from astraea_jax.bench.models import ModelChoice
+from astraea_jax.cli.generate import Request, suitable
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
@@ -62,19 +64,35 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
     captured = capsys.readouterr()
     assert "60.0 %" in captured.out and "corrected" in captured.out
     assert "warning" not in captured.err
-    assert cli.main([*run, *SIZE, "--solver", "euler"]) == 0
-    assert "searched for solver unipc, not euler" in capsys.readouterr().err
+
+
+def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
+    pipeline = wan.Pipeline.from_pretrained()
+    asked = dict.fromkeys(Request.__dataclass_fields__) | {"solver": "euler", "budget": 0.4}
+    asked |= {"prompt": "a red circle", "model": ModelChoice(), "negative_prompt": "", "seed": 0}
+    asked |= {"size": (None, None, None), "compare": False, "show_selection": False}
+    asked |= {"output": pathlib.Path("out.mp4")}
+    (recipe,) = [
+        each
+        for each in suitable(Request(**asked), pipeline)
+        if each.schedule.budget == 0.4
+    ]  # fmt: skip
+    assert recipe.solver == "euler" and recipe.schedule.steps == pipeline.defaults.steps
+    other = Request(**asked | {"solver": "unipc", "budget": None, "schedule": recipe})
+    with pytest.warns(UserWarning, match="searched for solver euler, not unipc"):
+        assert suitable(other, pipeline) == []
+    assert suitable(Request(**asked | {"steps": 7}), pipeline) == []
 
 
 def test_a_speed_up_is_met_by_measured_step_times(capsys):
-    arguments = ["search", "--speedup", "1.5", "--method", "astraea", "--patience", "3"]
-    small = [*SMALL, "--count", "2", "--generations", "0", "--swaps", "0", "--sensitivities"]
+    arguments = ["search", "--speedup", "1.5", "--method", "step-level", "--sensitivities"]
+    small = [*SMALL, "--generations", "0", "--swaps", "0"]
     assert cli.main([*arguments, *small, "--band", "0.5", "1.0"]) == 0
     printed = capsys.readouterr().out
     assert "times faster than dense" in printed
     cost = Recipe.load("out.json").cost
     table = json.loads(pathlib.Path("out_search/latency.json").read_text())["seconds"]
-    assert set(table) == {str(level) for level in range(11)}
+    assert set(table) == {"0", "10"}
     assert cost["speedup"] >= 1.49 and cost["seconds"] > 0
 
 

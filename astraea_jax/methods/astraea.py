@@ -103,18 +103,18 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
-      correct: whether, once a token's next velocity is known, the steps that reused its last one
-        are taken again along the line between the two; needs velocity "kept".
       pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
         nine that are compiled. "loop": two tenths at a time, which compiles three times faster
         and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
+      correct: whether, once a token's next velocity is known, the steps that reused its last one
+        are taken again along the line between the two; needs velocity "kept".
 
     Source: ASTRAEA 3.2 and Algorithm 1.
     """
 
     selection: SelectionConfig = SelectionConfig()
-    correct: bool = False
     pieces: Pieces | None = None
+    correct: bool = False
 
     def __post_init__(self):
         if self.correct and self.selection.velocity != "kept":
