@@ -135,7 +135,7 @@ def looks(frames: int) -> np.ndarray:
 
 @functools.cache
 def reader() -> Reader:
-    """The reader that ships."""
+    """The reader at `WEIGHTS`, which is trained, not shipped, so far."""
     return load_reader(WEIGHTS)
 
 
@@ -151,7 +151,8 @@ def load_reader(path: Path) -> Reader:
         arrays = load_file(path)
     except Exception as error:  # of several classes; for the user all one
         raise ValueError(
-            f"expected a reader's weights at {path} ({error}); fetch it again"
+            f"expected a reader's weights at {path} ({error}); make them with "
+            "`astraea train-tiny --part reader`"
         ) from error
     expected = {_name(key): leaf.shape for key, leaf in leaves}
     got = {name: array.shape for name, array in arrays.items()}
