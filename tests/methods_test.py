@@ -17,8 +17,8 @@ GEOMETRY = Geometry((3, 4, 5), 24, 2, 16, (Groups(),))
 
 def test_make_gives_each_by_its_name():
     assert list(METHODS) == [
-        "dense", "astraea", "astraea-published", "fixed-token", "step-level",
-        "step-level-residual",
+        "dense", "astraea", "astraea-corrected", "astraea-published", "fixed-token",
+        "step-level", "step-level-corrected", "step-level-residual",
     ]  # fmt: skip
     assert all(methods.make(name) is method for name, method in METHODS.items())
     assert methods.make("astraea-published") == Astraea(PUBLISHED)
@@ -43,8 +43,8 @@ def test_methods_differ():
 
 def test_names():
     assert [method.name for method in METHODS.values()] == [
-        "dense", "astraea", "astraea", "fixed-token", "step-level, velocity",
-        "step-level, residual",
+        "dense", "astraea", "astraea, corrected", "astraea", "fixed-token",
+        "step-level, velocity", "step-level, velocity, corrected", "step-level, residual",
     ]  # fmt: skip
 
 
