@@ -15,6 +15,8 @@ from astraea_jax.bench import compile_report
 from astraea_jax.bench.shapes import SHAPES, Shape, rows
 from astraea_jax.kernels import dispatch, machine, tilings
 
+pytestmark = pytest.mark.slow
+
 SMALL = Shape(2, 20, 2, 8)
 GPU = machine.Gpu((9, 0), 132, "NVIDIA H200")
 

@@ -18,6 +18,8 @@ from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny, wan
 
+pytestmark = pytest.mark.slow
+
 SIZE = ["--frames", "5", "--height", "32", "--width", "32"]
 SMALL = [*SIZE, "--steps", "5", "--count", "1", "--heldout", "1", "--lanes", "2"]
 SMALL += ["--population", "4", "--parents", "2", "--generations", "1", "--swaps", "3"]

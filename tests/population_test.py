@@ -18,6 +18,8 @@ from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
 from astraea_jax.selection import SelectionConfig
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 5
 LEVELS = np.array(

@@ -11,6 +11,8 @@ from astraea_ports import tiny, wan
 from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
 from astraea_ports.tiny.scenes import Scene
 
+pytestmark = pytest.mark.slow
+
 COUNT = 2000
 
 

@@ -15,6 +15,8 @@ from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluator
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
 
+pytestmark = pytest.mark.slow
+
 WEIGHTS = np.random.default_rng(5).uniform(0.2, 3.0, 30)
 
 

@@ -19,6 +19,8 @@ from astraea_jax.search.recipe import Recipe, is_recipe, recipes_in
 from astraea_jax.search.scoring import Evaluation, Evaluator
 from astraea_jax.search.space import Space
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEADER = {"model": "a", "steps": 8}
 SPACE = Space.for_budget(8, 0.5)

@@ -32,6 +32,8 @@ from astraea_ports.wan import (
 from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
 from astraea_ports.wan.training_forward import Layout, velocity
 
+pytestmark = pytest.mark.slow
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "wan"
 PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
