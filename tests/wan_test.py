@@ -76,8 +76,8 @@ def intermediates(model, latents, timestep, context):
             rows = core.add_gated(tokens, block.gates.self_attention, attended)
             cross = block.cross_attention(rows)
             details = {
-                "b0_k_rope": keys_values.keys.swapaxes(1, 2),
-                "b0_v": keys_values.values.swapaxes(1, 2),
+                "b0_k_rope": keys_values.keys,
+                "b0_v": keys_values.values,
                 "b0_attn1_out": attended,
                 "b0_attn2_out": cross,
                 "b0_ffn_out": block.mlp(core.add_gated(rows, block.gates.cross_attention, cross)),
