@@ -112,7 +112,7 @@ def command(
     console = rich.console.Console(highlight=False)
     size = (frames, height, width)
     choice = ModelChoice(model, checkpoint, random, dtype)
-    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method)
+    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method, spare=heldout)
     make = functools.partial(
         _parts, subject, dense_start=dense_start, pixels=fitness == "pixels",
         split=patience is not None, lanes=lanes,

@@ -56,13 +56,16 @@ class Subject(NamedTuple):
     method: str
 
     @classmethod
-    def load(cls, model, prompts, skip: int, count: int, solver, steps, size, method):
-        """Loads the model and `count` prompts of the file, after the first `skip`."""
+    def load(cls, model, prompts, skip: int, count: int, solver, steps, size, method, spare=0):
+        """Loads the model and `count` prompts of the file, after the first `skip`.
+
+        At least `spare` prompts must follow them, for what comes after.
+        """
         pipeline = model.open() if isinstance(model, ModelChoice) else model
         lines = read_prompts(prompts, pipeline.folder)
-        if skip + count > len(lines):
+        if skip + count + spare > len(lines):
             raise ValueError(
-                f"expected at least {skip + count} prompts; got {len(lines)}: ask for fewer"
+                f"expected at least {skip + count + spare} prompts; got {len(lines)}: ask for fewer"
             )
         lines = lines[skip : skip + count]
         size = pipeline.size(*size)
