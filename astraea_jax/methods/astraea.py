@@ -103,9 +103,10 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
-      pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
-        nine that are compiled. "loop": two tenths at a time, which compiles three times faster
-        and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
+      pieces: how a level that is data runs. "branch": each level is compiled, as the static driver
+        compiles it, and one of the nine runs. "loop": one program, in whose blocks the rows go
+        two tenths at a time; it compiles several times faster and is as fast where a tenth is
+        many rows. None: "branch" where a tenth is below `SMALL_TENTH` rows.
       correct: whether, once a token's next velocity is known, the steps that reused its last one
         are taken again along the line between the two; needs velocity "kept".
 
@@ -176,12 +177,21 @@ class Astraea:
         if mode == base.SKIP:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
-        run = Run(
-            self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
-        )
+        run = Run(self.selection, model, prepared, modulation, geometry, inputs, num_branches)
         if mode == base.DENSE:
             return run.dense(state)
-        return run.sparse(state, inputs.level if mode.level is None else mode.level)
+        if mode.level is not None:
+            return run.sparse(state, mode.level)
+        if self._branches(geometry):
+            levels = range(1, selection.LEVELS)
+            runs = [functools.partial(run.sparse, level=level) for level in levels]
+            return lax.switch(inputs.level - 1, runs, state)
+        return run.sparse(state, inputs.level)
+
+    def _branches(self, geometry: Geometry) -> bool:
+        if self.pieces is not None:
+            return self.pieces == "branch"
+        return geometry.num_tokens < SMALL_TENTH * selection.LEVELS
 
     def _skip(self, geometry, inputs, state) -> base.Forward:
         cache = state.cache
@@ -214,7 +224,6 @@ class Run:
     """
 
     config: SelectionConfig
-    pieces: Pieces | None
     model: VideoDiT
     prepared: Prepared
     modulation: core.Modulation
@@ -365,7 +374,7 @@ class Run:
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
-        """Runs the selected rows: at once when their number is known, else by `pieces`."""
+        """Runs the selected rows: at once when their number is known, else two tenths at a time."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, choice.indices[:, : level * rows])
@@ -374,10 +383,6 @@ class Run:
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
             return compute(state, indices)
 
-        if self.pieces == "branch" or (self.pieces is None and rows < SMALL_TENTH):
-            levels = range(1, selection.LEVELS)
-            branches = [functools.partial(run, first=0, tenths=tenths) for tenths in levels]
-            return lax.switch(level - 1, branches, state)
         state = lax.fori_loop(0, level // 2, lambda pair, state: run(state, 2 * pair, 2), state)
         return lax.cond(
             level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
