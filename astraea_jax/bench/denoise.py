@@ -18,6 +18,8 @@ import numpy as np
 
 from astraea_jax import denoise as loop
 from astraea_jax import files, flops, report, solvers
+from astraea_jax.bench import compile as compiled
+from astraea_jax.bench import profile as kernels
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
@@ -37,6 +39,8 @@ class Case(NamedTuple):
       steps: steps that one run takes.
       peak: bytes of its arguments, results and temporaries together.
       compile: seconds of compilation.
+      copies: copies of the cache that the optimised program makes.
+      cache: bytes of the method's state.
     """
 
     driver: str
@@ -46,6 +50,8 @@ class Case(NamedTuple):
     steps: int
     peak: int
     compile: float
+    copies: int
+    cache: int
 
 
 def command(
@@ -65,6 +71,7 @@ def command(
     height: int | None = None,
     width: int | None = None,
     stages: bool = True,
+    profile: bool = False,
     output: pathlib.Path | None = None,
 ) -> None:
     """Times a step, dense and at each level, with both drivers, in one run.
@@ -86,6 +93,7 @@ def command(
       height: Pixels.
       width: Pixels.
       stages: Also time text and decoding.
+      profile: Also say, on a GPU, where the time of each program goes.
       output: A .json file for every number.
     """
     if method not in METHODS:
@@ -108,9 +116,21 @@ def command(
         rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
+    profiles = [profiled(case) for case in cases] if profile else []
     if output is not None:
         what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
-        report.write_json(output, {"environment": report.environment(), "run": what, "rows": rows})
+        what |= {"most memory held": device_peak()}
+        content = {"environment": report.environment(), "run": what, "rows": rows}
+        report.write_json(output, content | ({"profiles": profiles} if profile else {}))
+
+
+def profiled(case: Case) -> dict:
+    """Where the time of one run goes, said and returned."""
+    found = kernels.record(case.run)
+    what = {"driver": case.driver, "method": case.method.name, "level": case.level}
+    print(f"\n{case.driver} {case.method.name} level {case.level}, {found.launches:.0f} kernels")
+    print(report.markdown(found.kinds(), kernels.COLUMNS))
+    return what | found._asdict() | {"kinds": found.kinds(), "kernels": found.kernels[:40]}
 
 
 def say(line: str) -> None:
@@ -133,6 +153,8 @@ COLUMNS = {
     "bound": "bound",
     "share": "of the bound",
     "peak": "peak memory",
+    "cache": "cache / (L B N H 2 B)",
+    "copies": "copies of it",
     "compile": "compile s",
     "projected": f"s for {PROJECTED_STEPS} steps",
 }
@@ -190,7 +212,8 @@ def _static_case(model, latents, context, solver, settings, level: int, held: di
         held[settings.method] = program(model, prepared, state, *arguments)[0]
         jax.block_until_ready(held[settings.method])
 
-    return Case("static", settings.method, level, run, 1, _peak(program), compile_seconds)
+    facts = _facts(program, state.method)
+    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **facts)
 
 
 def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case:
@@ -204,9 +227,10 @@ def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case
     def run() -> None:
         jax.block_until_ready(program(*arguments))
 
-    return Case(
-        "dynamic", settings.method, level, run, solver.steps, _peak(program), compile_seconds
-    )
+    state = jax.eval_shape(functools.partial(loop.start, model, latents, settings))
+    facts = _facts(program, state.method)
+    steps = solver.steps
+    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **facts)
 
 
 _programs: dict[Any, Any] = {}
@@ -220,10 +244,19 @@ def _dynamic_program(arguments, settings):
     return _programs[settings]
 
 
-def _peak(program) -> int:
+def _facts(program, state) -> dict[str, int]:
+    """What a compiled program holds and copies."""
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    leaves = jax.tree.leaves(state)
+    large = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] > 1]
+    text = program.as_text() or ""
+    return {
+        "peak": held,
+        "copies": sum(compiled.count_copies(text, leaf) for leaf in large),
+        "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    }
 
 
 def time_in_turn(runs: list[Callable[[], None]], rounds: int, most: float = math.inf) -> np.ndarray:
@@ -277,10 +310,17 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
                 "bound": bound,
                 "share": speedup / bound,
                 "peak": report.human_bytes(case.peak),
+                "cache": case.cache / cache_bytes(workload),
+                "copies": case.copies,
                 "compile": case.compile,
             }
         )
     return rows
+
+
+def cache_bytes(workload: flops.Workload, branches: int = 2) -> int:
+    """Two bytes for each channel of each token of each block and branch."""
+    return workload.num_blocks * branches * workload.num_tokens * workload.width * 2
 
 
 def time_stages(pipeline, size, rounds: int, most: float) -> list[dict]:

@@ -4,16 +4,13 @@ The floor of a step is its products' operations (three times the forward pass's)
 the device reaches on one large product. The profile says where the rest goes, kernel by kernel.
 """
 
-import collections
-import gzip
-import json
 import pathlib
-import tempfile
 import time
 
 import jax
 
 from astraea_jax import files, report
+from astraea_jax.bench import profile as profiles
 from astraea_ports.tiny import lessons
 from astraea_ports.wan.training_forward import Layout
 from astraea_ports.wan.training_recipe import Recipe
@@ -140,32 +137,14 @@ def _time(trainee: TransformerTraining, layout: Layout, steps: int, peak: float)
     }
 
 
-def profile(trainee: TransformerTraining, steps: int = 3) -> list[dict]:
+def profile(trainee: TransformerTraining) -> list[dict]:
     """Where a step's time goes: its kernels, the longest first; none where none are recorded."""
-    state, value = trainee.advance(trainee.start())
-    jax.block_until_ready(value)
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=False):
-            for _ in range(steps):
-                state, value = trainee.advance(state)
-            jax.block_until_ready(value)
-        traces = list(pathlib.Path(folder).rglob("*.trace.json.gz"))
-        events = [
-            e
-            for path in traces
-            for e in json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
-        ]
-    streams = {
-        (event["pid"], event["tid"])
-        for event in events
-        if event.get("name") == "thread_name" and event["args"]["name"].startswith("Stream")
-    }
-    total: collections.Counter[str] = collections.Counter()
-    for event in events:
-        if event.get("ph") == "X" and (event["pid"], event["tid"]) in streams:
-            total[event["name"]] += event["dur"] / 1e3 / steps
-    step = sum(total.values())
-    return [
-        {"name": name[:80], "milliseconds": spent, "share": 100 * spent / step}
-        for name, spent in total.most_common()
-    ]
+    held = [trainee.start()]
+
+    def run() -> None:
+        held[0], value = trainee.advance(held[0])
+        jax.block_until_ready(value)
+
+    kernels = profiles.record(run).kernels
+    step = sum(kernel["milliseconds"] for kernel in kernels)
+    return [kernel | {"share": 100 * kernel["milliseconds"] / step} for kernel in kernels]

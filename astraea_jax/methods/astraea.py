@@ -20,6 +20,9 @@ from astraea_jax.selection import SelectionConfig
 SMALL_TENTH = 256
 """Rows below which a tenth of the tokens is too small a product to run near the machine's rate."""
 
+FEW_ROWS = 1024
+"""Rows below which eight more would be a cost."""
+
 Pieces = Literal["branch", "loop"]
 
 
@@ -66,7 +69,7 @@ class Filled(NamedTuple):
     """What the selected rows of a block are written to, or the rows themselves.
 
     Attributes:
-      merged: the tokens that leave the block where they are fresh, those that entered elsewhere.
+      merged: the tokens that leave the block: stale ones from the start, fresh ones once written.
       out: the cache's large array, of all blocks; of rows, what is kept of them.
       lse: one log-sum-exp a token.
     """
@@ -322,21 +325,18 @@ class Run:
                 cache = cache._replace(reference=stack)
             carry = carry._replace(cache=cache)
         keys_values = block.keys_values(carry.tokens)
-        before, out = carry.before, carry.cache.out
-        if config.chained:
-            out, before = token_cache.read_block(out, index)
+        # What every token would leave with if it were stale; the rows are then written over it.
+        onto = carry.tokens if config.reuse == "residual" else None
+        out, merged = token_cache.read_block(carry.cache.out, index, onto)
+        before = merged if config.chained else carry.before
         lse = carry.cache.lse[index if config.scope == "block" else 0]
-        return Opened(carry, choice, keys_values, before, Filled(carry.tokens, out, lse))
+        return Opened(carry, choice, keys_values, before, Filled(merged, out, lse))
 
     def close_block(self, opened: Opened, filled: Filled, index) -> Carry:
         """What enters the next block, once the selected rows are computed."""
         config, carry, choice = self.config, opened.carry, opened.choice
         cache = carry.cache
         per_block = config.scope == "block"
-        # Read after the write, which left the stale rows alone: nothing has to be kept aside.
-        stale = token_cache.block_rows(filled.out, index)
-        stale = carry.tokens + stale if config.reuse == "residual" else stale
-        merged = jnp.where(choice.fresh[..., None], filled.merged, stale)
         lse = filled.lse
         if not per_block:
             # One selection serves all blocks, weighed by the first block's attention.
@@ -352,7 +352,7 @@ class Run:
         )
         same = selection.overlap(choice.fresh, carry.previous)
         return Carry(
-            tokens=merged,
+            tokens=filled.merged,
             before=opened.before,
             cache=cache,
             previous=choice.fresh,
@@ -377,7 +377,7 @@ class Run:
         """Runs the selected rows: at once when their number is known, else two tenths at a time."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
-            return compute(state, choice.indices[:, : level * rows])
+            return compute(state, self._whole_tiles(choice.indices[:, : level * rows]))
 
         def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
@@ -387,6 +387,17 @@ class Run:
         return lax.cond(
             level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
         )
+
+    def _whole_tiles(self, indices: Int[Array, "B K"]) -> Int[Array, "B _"]:
+        """Many rows in whole tiles of 8: attention kernels would pad and cut them in each block.
+
+        What is added lies past the tokens: computed as the last row, written nowhere.
+        """
+        batch, count = indices.shape
+        if count < FEW_ROWS or any(groups.number > 1 for groups in self.geometry.groups):
+            return indices
+        added = jnp.full((batch, -count % 8), self.geometry.num_tokens, indices.dtype)
+        return jnp.concatenate([indices, added], axis=1)
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
         """Selects the tokens of one block (or, with scope "step", of all)."""
