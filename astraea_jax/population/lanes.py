@@ -10,6 +10,7 @@ at a time, so a round costs the sum of its levels.
 All candidates share the prompts, their text, the noise and the dense start of their schedules.
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -123,6 +124,9 @@ def _denoise_many(
     settings, dense_start, plan, lanes, tiles,
 ):  # fmt: skip
     """What one device does with its schedules."""
+    if plan == "masked" and isinstance(settings.method, Astraea):
+        masked = dataclasses.replace(settings.method, pieces="masked")
+        settings = settings._replace(method=masked)
     loop_step = loop.loop_step(model, prepared, guidance, key, settings=settings)
     if plan != "lanes":
         rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
