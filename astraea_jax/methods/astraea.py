@@ -23,7 +23,7 @@ SMALL_TENTH = 256
 FEW_ROWS = 1024
 """Rows below which eight more would be a cost."""
 
-Pieces = Literal["branch", "loop"]
+Pieces = Literal["branch", "loop", "masked"]
 
 
 class AstraeaState(NamedTuple):
@@ -109,7 +109,9 @@ class Astraea:
       pieces: how a level that is data runs. "branch": each level is compiled, as the static driver
         compiles it, and one of the nine runs. "loop": one program, in whose blocks the rows go
         two tenths at a time; it compiles several times faster and is as fast where a tenth is
-        many rows. None: "branch" where a tenth is below `SMALL_TENTH` rows.
+        many rows. "masked": all rows, of which only the selected ones are kept, level 10 too; the
+        plainest, for many schedules mapped side by side, where a branch not taken costs as much.
+        None: "branch" where a tenth is below `SMALL_TENTH` rows.
       correct: whether, once a token's next velocity is known, the steps that reused its last one
         are taken again along the line between the two; needs velocity "kept".
 
@@ -135,7 +137,8 @@ class Astraea:
     @property
     def modes(self) -> tuple[base.Mode, ...]:
         """Skip, a level that is data, or the plain model."""
-        return (base.SKIP, base.Mode("sparse"), base.DENSE)
+        modes = (base.SKIP, base.Mode("sparse"), base.DENSE)
+        return modes[:2] if self.pieces == "masked" else modes
 
     def static_mode(self, level: int) -> base.Mode:
         """A mode for each level."""
@@ -145,7 +148,8 @@ class Astraea:
         """By the level."""
         del state
         level = inputs.level
-        return jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        mode = jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        return jnp.minimum(mode, len(self.modes) - 1)
 
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> AstraeaState:
         """An empty cache; it is filled by the first step, which is dense."""
@@ -180,7 +184,10 @@ class Astraea:
         if mode == base.SKIP:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
-        run = Run(self.selection, model, prepared, modulation, geometry, inputs, num_branches)
+        run = Run(
+            self.selection, model, prepared, modulation, geometry, inputs, num_branches,
+            masked=self.pieces == "masked",
+        )  # fmt: skip
         if mode == base.DENSE:
             return run.dense(state)
         if mode.level is not None:
@@ -233,6 +240,7 @@ class Run:
     geometry: Geometry
     inputs: base.StepInputs
     num_branches: int
+    masked: bool = False
 
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
@@ -374,10 +382,14 @@ class Run:
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
-        """Runs the selected rows: at once when their number is known, else two tenths at a time."""
+        """Runs the selected rows: at once when their number is known, else as `pieces` says."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, self._whole_tiles(choice.indices[:, : level * rows]))
+
+        if self.masked:
+            place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
+            return compute(state, jnp.where(place < level * rows, choice.indices, past))
 
         def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
