@@ -31,7 +31,7 @@ def train_tiny(
     batch: int | None = None,
     rate: float = 1.0,
     two: float = 0.6,
-    text_rate: float = 2.0,
+    text_rate: float = 1.0,
     even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),
     pool: int | None = None,
