@@ -91,7 +91,10 @@ def _xla(q, k, v, count, indices, scale):
     # On a GPU, float32 products are rounded to TF32 unless more is asked for.
     exact = dispatch.gpu() is not None and q.dtype == jnp.float32
     with jax.default_matmul_precision("highest") if exact else contextlib.nullcontext():
-        out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
+        if q.dtype == jnp.float32:
+            out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
+        else:  # a scaled query would be rounded again, and the log-sum-exp with it
+            out, lse = _tiled(q, k, v, scale)
     if count is not None:
         used = jnp.arange(q.shape[1]) < count[:, None]
         out = jnp.where(used[:, :, None, None], out, 0)
@@ -99,27 +102,30 @@ def _xla(q, k, v, count, indices, scale):
     return out, lse
 
 
-def _tiled(q, k, v):
-    """Splits the queries into tiles, so that the scores held at once stay bounded."""
+def _tiled(q, k, v, scale=None):
+    """Splits the queries into tiles, so that the scores held at once stay bounded.
+
+    `scale` is a factor on the scores; None where the queries are scaled.
+    """
     batch, num_queries, heads, width = q.shape
     if num_queries <= QUERY_TILE:
-        return _online_softmax(q, k, v)
+        return _online_softmax(q, k, v, scale)
     num_tiles = -(-num_queries // QUERY_TILE)
     padding = num_tiles * QUERY_TILE - num_queries
     tiles = jnp.pad(q, ((0, 0), (0, padding), (0, 0), (0, 0)))
     tiles = tiles.reshape(batch, num_tiles, QUERY_TILE, heads, width).swapaxes(0, 1)
-    out, lse = lax.map(lambda tile: _online_softmax(tile, k, v), tiles)
+    out, lse = lax.map(lambda tile: _online_softmax(tile, k, v, scale), tiles)
     out = out.swapaxes(0, 1).reshape(batch, -1, heads, width)[:, :num_queries]
     lse = jnp.moveaxis(lse, 0, 2).reshape(batch, heads, -1)[:, :, :num_queries]
     return out, lse
 
 
-def _online_softmax(q, k, v):
-    """Softmax attention of one tile of (scaled) queries, over tiles of keys."""
+def _online_softmax(q, k, v, scale):
+    """Softmax attention of one tile of queries, over tiles of keys."""
     batch, num_queries, heads, width = q.shape
     num_keys = k.shape[1]
     if num_keys <= KEY_TILE:
-        total, normaliser, largest = _tile(q, k, v, None)
+        total, normaliser, largest = _tile(q, k, v, scale, None)
     else:
         start = (
             jnp.zeros((batch, heads, num_queries, width), jnp.float32),
@@ -127,7 +133,7 @@ def _online_softmax(q, k, v):
             jnp.full((batch, heads, num_queries), -jnp.inf, jnp.float32),
         )
         num_tiles = -(-num_keys // KEY_TILE)
-        body = functools.partial(_add_tile, q=q, k=k, v=v)
+        body = functools.partial(_add_tile, q=q, k=k, v=v, scale=scale)
         total, normaliser, largest = lax.fori_loop(0, num_tiles, body, start)
     # Without the barrier, whether the LSE is used decides how the softmax is fused, and with it the
     # last bits of the output: a dense step with a cache would not equal the plain model.
@@ -136,7 +142,7 @@ def _online_softmax(q, k, v):
     return out.swapaxes(1, 2), largest + jnp.log(normaliser)
 
 
-def _add_tile(index, carry, *, q, k, v):
+def _add_tile(index, carry, *, q, k, v, scale):
     """Folds one tile of keys into the running softmax."""
     total, normaliser, largest = carry
     # The last tile is moved back to fit, and the keys it would count twice are masked.
@@ -144,7 +150,7 @@ def _add_tile(index, carry, *, q, k, v):
     fresh = first + jnp.arange(KEY_TILE) >= index * KEY_TILE
     k_tile = lax.dynamic_slice_in_dim(k, first, KEY_TILE, 1)
     v_tile = lax.dynamic_slice_in_dim(v, first, KEY_TILE, 1)
-    tile_total, tile_normaliser, tile_largest = _tile(q, k_tile, v_tile, fresh)
+    tile_total, tile_normaliser, tile_largest = _tile(q, k_tile, v_tile, scale, fresh)
     new_largest = jnp.maximum(largest, tile_largest)
     keep, add = jnp.exp(largest - new_largest), jnp.exp(tile_largest - new_largest)
     return (
@@ -154,9 +160,11 @@ def _add_tile(index, carry, *, q, k, v):
     )
 
 
-def _tile(q, k, v, fresh):
+def _tile(q, k, v, scale, fresh):
     """Unnormalised attention to one tile: (total [B,A,K,C], normaliser, largest [B,A,K])."""
     scores = jnp.einsum("bkac,bnac->bakn", q, k, preferred_element_type=jnp.float32)
+    if scale is not None:
+        scores *= scale
     if fresh is not None:
         scores = jnp.where(fresh, scores, -jnp.inf)
     largest = scores.max(axis=-1)

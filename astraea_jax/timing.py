@@ -73,14 +73,19 @@ class TimedJit:
 
     def __call__(self, *args, **kwargs):
         """Runs the function, compiling it first for arguments of a new kind."""
-        leaves, tree = jax.tree.flatten((args, self._dynamic(kwargs)))
+        leaves = jax.tree.leaves((args, self._dynamic(kwargs)))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self.jitted(*args, **kwargs)  # inside another jit it becomes a part of it
+        return self.executable(*args, **kwargs)(*args, **self._dynamic(kwargs))
+
+    def executable(self, *args, **kwargs) -> jax.stages.Compiled:
+        """The program that a call with these arguments runs, compiled now if need be."""
+        leaves, tree = jax.tree.flatten((args, self._dynamic(kwargs)))
         fixed = tuple((name, kwargs[name]) for name in self.static if name in kwargs)
         key = (fixed, tree, tuple(map(_kind, leaves)))
         if key not in self._executables:
             self._executables[key] = self._compile(args, kwargs)
-        return self._executables[key](*args, **self._dynamic(kwargs))
+        return self._executables[key]
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
         """The function lowered for these arguments, as `jax.jit` does it, to be compiled."""

@@ -32,15 +32,13 @@ def fake_kernels(monkeypatch, *, spoil=lambda out, lse: (out, lse)):
     def attend(q, k, v, count=None, indices=None, *, scale, tiling=None):
         if tiling == Tiling(3):
             raise ValueError("it does not fit")
-        # As kernels do: scores of unrounded inputs.
-        wide = [x.astype(jnp.float32) for x in (q, k, v)]
-        out, lse = attention._xla(*wide, count, indices, scale)
-        return spoil(out.astype(v.dtype), lse)
+        out, lse = attention._xla(q, k, v, count, indices, scale)
+        return (out, lse + 1) if tiling == Tiling(4) else spoil(out, lse)
 
     module = types.SimpleNamespace(
         attend=attend,
         refusal=lambda *_: None,
-        candidates=lambda *_: [Tiling(1), Tiling(2), Tiling(3)],
+        candidates=lambda *_: [Tiling(block) for block in (1, 2, 3, 4)],
     )
     monkeypatch.setattr(dispatch, "kernel_module", lambda name: module)
     for user in (dispatch, machine):
@@ -70,8 +68,8 @@ def test_a_right_kernel_passes_and_wrong_ones_are_caught(monkeypatch):
 
     fake_kernels(monkeypatch, spoil=fail)
     assert verdicts(["triton"]) == {"ValueError: no such instruction"}
-    # The others are checked all the same; the reference rounds its scores too much for bfloat16.
-    assert verdicts(["triton", "xla"]) == {"ValueError: no such instruction", "wrong"}
+    # The others are checked all the same.
+    assert verdicts(["triton", "xla"]) == {"ValueError: no such instruction", "right"}
 
 
 def test_rows_of_a_shape(monkeypatch):
@@ -92,17 +90,17 @@ def test_rows_of_a_shape(monkeypatch):
     assert part["lse"] < 1e-5 and part["out"] < 1e-2
 
 
-def test_tuning_remembers_the_fastest_that_fits(monkeypatch, tmp_path, capsys):
+def test_tuning_remembers_the_fastest_that_fits_and_is_right(monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     fake_kernels(monkeypatch)
-    seconds = {Tiling(1): 2e-3, Tiling(2): 1e-3}
+    seconds = {Tiling(1): 2e-3, Tiling(2): 1e-3, Tiling(4): 1e-4}
 
     def time_runs(runs, rounds):
         assert set(runs) == set(seconds)  # the one that does not fit is left out
         return seconds, {}
 
     monkeypatch.setattr(bench, "time_runs", time_runs)
-    bench.tune_shape(SMALL, (1.0,), 1)
+    bench.tune_shape(SMALL, (1.0,), 1, ["mosaic"])
     assert "1.000 ms" in capsys.readouterr().out
     assert tilings.find("mosaic", "9.0", 8, 20, 20) == {"block": 2}
     assert json.loads(tilings.user_table().read_text())[0]["queries"] == 32
@@ -114,7 +112,7 @@ def test_the_command_writes_every_number(monkeypatch, tmp_path, capsys):
     path = tmp_path / "all.json"
     bench.command(shares=(0.5,), rounds=1, output=path)  # without a GPU, the smallest shape
     printed = capsys.readouterr().out
-    assert "mosaic: needs an NVIDIA GPU" in printed and "checks: 1 of 1 right" in printed
+    assert "mosaic: needs an NVIDIA GPU" in printed and "checks: 3 of 3 right" in printed
     content = json.loads(path.read_text())
     assert [row["queries"] for row in content["timings"]] == [20, 10]
     assert content["environment"]["jax"] == jax.__version__

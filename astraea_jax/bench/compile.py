@@ -164,7 +164,7 @@ def _compile(inputs, settings, level: int) -> dict[str, Any]:
     }
 
 
-def count_copies(text: str, leaf: jax.ShapeDtypeStruct) -> int:
+def count_copies(text: str, leaf: jax.ShapeDtypeStruct | jax.Array) -> int:
     """Copies, in an optimised program, of an array of this shape."""
     short = {"bfloat16": "bf16", "float32": "f32"}.get(str(np.dtype(leaf.dtype)), "")
     shape = ",".join(map(str, leaf.shape))

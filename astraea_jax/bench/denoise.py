@@ -24,7 +24,6 @@ from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
 
-DYNAMIC_STEPS = 4
 PROJECTED_STEPS = 50
 """Steps of the projection: the first dense, the rest at the level, all guidance branches."""
 
@@ -65,6 +64,7 @@ def command(
     method: str = "astraea",
     levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
     drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
+    steps: int = 10,
     rounds: int = 15,
     seconds: float = math.inf,
     frames: int | None = None,
@@ -85,6 +85,8 @@ def command(
       method: A method that computes some of the tokens.
       levels: Tenths of the tokens, 1..10.
       drivers: "static", "dynamic" or both.
+      steps: Of a run of the dynamic driver, the first of them dense; its start (text, empty cache)
+        is charged to the others.
       rounds: How often each is timed.
       seconds: No round starts after so many, counted from the first warm run; one always runs.
       frames: Frames of the video, 4k + 1; the model's default when left out.
@@ -98,6 +100,8 @@ def command(
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if rounds < 1 or not levels or not all(1 <= level <= LEVELS for level in levels):
         raise ValueError(f"expected levels in 1..{LEVELS} and rounds of at least 1")
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, as the first one is dense; got {steps}")
     if output is not None:
         files.check_output(output, (".json",))
     choice = ModelChoice(model, checkpoint, random, dtype, precision)
@@ -105,7 +109,7 @@ def command(
     pipeline = choice.open()
     say(f"model ready after {time.perf_counter() - began:.1f} s")
     size = pipeline.size(frames, height, width)
-    cases = make_cases(pipeline, size, METHODS[method], levels, drivers)
+    cases = make_cases(pipeline, size, METHODS[method], levels, drivers, steps)
     timed = time_in_turn([case.run for case in cases], rounds, seconds)
     rows = summarise(cases, timed, pipeline.workload(*size))
     if stages:
@@ -159,13 +163,13 @@ COLUMNS = {
 }
 
 
-def make_cases(pipeline, size, method: Method, levels, drivers) -> list[Case]:
+def make_cases(pipeline, size, method: Method, levels, drivers, steps: int) -> list[Case]:
     """Compiled programs: the plain model first, then each level with each driver."""
     model = pipeline.transformer
     keys = jax.random.split(jax.random.key(0))
     latents = jax.random.normal(keys[0], (1, *pipeline.latents_shape(*size)))
     context = pipeline.encode_text(["a video"])
-    solver = solvers.unipc(DYNAMIC_STEPS, shift=pipeline.shift)
+    solver = solvers.unipc(steps, shift=pipeline.shift)
     geometry = model.geometry(latents.shape)
     cases = []
     for driver in drivers:

@@ -39,7 +39,7 @@ from jaxtyping import Array, Float, Int
 from astraea_jax.kernels import splits as split
 from astraea_jax.kernels import tilings
 from astraea_jax.kernels.hopper_program import program, scratch_types
-from astraea_jax.kernels.hopper_tiling import COMPUTE, LOG2_E, ROWS, SHARED_MEMORY, shared_memory
+from astraea_jax.kernels.hopper_tiling import LOG2_E, SHARED_MEMORY, shared_memory
 from astraea_jax.kernels.hopper_tiling import Tiling as Tiling
 from astraea_jax.kernels.hopper_tiling import candidates as candidates
 from astraea_jax.kernels.machine import Gpu, gpu
@@ -89,7 +89,7 @@ def attend(
             "mosaic", here.version if here else "any", width, num_queries, num_keys
         )
         tiling = Tiling(**found)
-    num_tiles = pl.cdiv(num_queries, ROWS)
+    num_tiles = pl.cdiv(num_queries, tiling.rows)
     processors = here.processors if here else 1
     if splits is None:
         num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
@@ -98,9 +98,9 @@ def attend(
     # single head are contiguous: a copy of them would not stop at the last.)
     plain = splits == 1 and width % 16 == 8 and heads > 1
     out_shape = (num_queries, heads, width) if plain else _padded(q.shape, tiling.width)
-    own_rows = plain or splits > 1
+    own_rows = plain or splits > 1 or tiling.slabs
     out_dtype = jnp.dtype(v.dtype if splits == 1 else jnp.float32)
-    out_bytes = own_rows * ROWS * out_shape[-1] * out_dtype.itemsize
+    out_bytes = own_rows * tiling.rows * out_shape[-1] * out_dtype.itemsize
     while shared_memory(tiling) + out_bytes > SHARED_MEMORY:
         smaller = {"stages": tiling.stages - 1} if tiling.block_kv <= 128 else {"block_kv": 128}
         tiling = dataclasses.replace(tiling, **smaller)
@@ -108,7 +108,8 @@ def attend(
         count = jnp.full((batch,), num_queries, jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
-    q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
+    if not tiling.slabs:
+        q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
     num_items = batch * heads * num_tiles * splits
     num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
@@ -126,17 +127,23 @@ def attend(
         out_type=(
             jax.ShapeDtypeStruct((splits * batch, *out_shape), out_dtype),
             # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
-            jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * tiling.rows), jnp.float32),
         ),
         # Neighbours in the grid share keys and values, and find them in L2.
         grid=(num_programs,),
         grid_names=("program",),
-        num_threads=COMPUTE + 1,
+        num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
         scratch_types=scratch_types(
-            q.dtype, tiling, (out_shape[-1], out_dtype) if own_rows else None
+            q.dtype, tiling, (out_shape[-1], out_dtype) if own_rows else None, interpret
         ),
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=512),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True,
+            reduction_scratch_bytes=512,
+            lowering_semantics=(
+                plgpu.LoweringSemantics.Lane if tiling.slabs else plgpu.LoweringSemantics.Warpgroup
+            ),
+        ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     outs, lses = call(q, k, v, count.astype(jnp.int32))

@@ -61,6 +61,24 @@ class Item(NamedTuple):
         return self.first_row < self.count
 
 
+def tiled(ref):
+    """The view that wgmma reads, of a piece."""
+    return ref[0] if isinstance(ref, tuple) else ref
+
+
+def copy_pieces(source, target, place, ready, tiling: Tiling, interpret):
+    """Starts to load rows in pieces of their channels; zeros where there are none."""
+    if not tiling.slabs:
+        plgpu.copy_gmem_to_smem(source, target[0].at[place], ready.at[place])
+        return
+    zero = lax.axis_index("warpgroup") * 0  # channels past the end are zeros, which JAX refuses if it knows
+    for piece, (first, size) in zip(target, tiling.pieces, strict=True):
+        view = piece[1] if isinstance(piece, tuple) else piece
+        plgpu.copy_gmem_to_smem(
+            source.at[:, pl.ds(first + zero, size)], view.at[place], ready.at[place]
+        )
+
+
 class Warpgroup(NamedTuple):
     """What a compute warpgroup works with.
 
@@ -80,6 +98,7 @@ class Warpgroup(NamedTuple):
     scale: float
     interpret: bool
     scratch: dict
+    dtype: Any
 
     @property
     def rows(self):
@@ -90,9 +109,10 @@ class Warpgroup(NamedTuple):
         """Loads its queries, and waits for them."""
         ready = self.scratch["q_ready"].at[self.index]
         source = q_ref.at[self.item.batch, self.rows, self.item.head]
+        q_smem, tiling = self.scratch["q_smem"], self.tiles.tiling
         if "out_smem" not in self.scratch:  # the last output has been read from their place
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.copy_gmem_to_smem(source, self.scratch["q_smem"].at[self.index], ready)
+        copy_pieces(source, q_smem, self.index, self.scratch["q_ready"], tiling, self.interpret)
         plgpu.barrier_wait(ready)
 
     def write(self, out, lse, out_ref, lse_ref) -> None:
@@ -101,7 +121,7 @@ class Warpgroup(NamedTuple):
         row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
         out = jnp.where(row < used, out, 0.0)[:, : out_ref.shape[-1]]
         row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
-        out_tile = self.scratch.get("out_smem", self.scratch["q_smem"]).at[self.index]
+        out_tile = self.scratch.get("out_smem", self.scratch["q_smem"][0]).at[self.index]
         lse_tile = self.scratch["lse_smem"].at[self.index]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_tile[...] = out.astype(out_tile.dtype)
@@ -111,19 +131,40 @@ class Warpgroup(NamedTuple):
         plgpu.copy_smem_to_gmem(out_tile, out_ref.at[target, self.rows, head])
         plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[target, head, self.rows])
 
+    @property
+    def softmax_turns(self):
+        return self.tiles.tiling.turns == "softmax"
+
+    def begin_products(self) -> None:
+        """Waits until the other warpgroup has started its products."""
+        if self.tiles.tiling.turns == "products":
+            plgpu.barrier_wait(self.scratch["turn"].at[self.index])
+
+    def end_products(self) -> None:
+        """Lets the other warpgroup start its products."""
+        if self.tiles.tiling.turns == "products":
+            plgpu.barrier_arrive(self.scratch["turn"].at[1 - self.index])
+
     def take_turn(self) -> None:
         """Hands the tensor cores to the other warpgroup, or takes them back."""
         plgpu.barrier_arrive(self.scratch["turn"])
         plgpu.barrier_wait(self.scratch["turn"])
 
-    def scores(self, slot):
+    def scores(self, slot, meanwhile=lambda: None, in_flight=0):
         """Products of the queries with a tile of keys."""
-        q_tile = self.scratch["q_smem"].at[self.index]
+        pieces = [
+            (tiled(q).at[self.index], tiled(k).at[slot])
+            for q, k in zip(self.scratch["q_smem"], self.scratch["k_smem"], strict=True)
+        ]
 
         def products(scores_ref):
-            plgpu.wgmma(scores_ref, q_tile, self.scratch["k_smem"].at[slot].T)
-            self.take_turn()
-            return scores_ref[...]
+            for q, k in pieces:
+                plgpu.wgmma(scores_ref, q, k.T)
+            meanwhile()
+            self.end_products()
+            if self.softmax_turns:
+                self.take_turn()
+            return plgpu.wgmma_accumulator_load(scores_ref, wait_n=in_flight)
 
         shape = (BLOCK_Q, self.tiles.tiling.block_kv)
         scores = pl.run_scoped(products, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
@@ -143,29 +184,42 @@ class Warpgroup(NamedTuple):
         keep = jnp.exp2(largest - new_largest)
         weights = jnp.exp2(scores * self.scale - _over_columns(new_largest, scores.shape))
         normaliser = normaliser * keep + weights.sum(axis=1)
-        return weights.astype(self.scratch["v_smem"].dtype), normaliser, new_largest, keep
+        return weights.astype(self.dtype), normaliser, new_largest, keep
+
+    def value_pieces(self, slot):
+        return [
+            (tiled(v).at[slot], pl.ds(*piece))
+            for v, piece in zip(self.scratch["v_smem"], self.tiles.tiling.pieces, strict=True)
+        ]
+
+    def multiply_values(self, total_ref, weights, slot):
+        pieces = self.value_pieces(slot)
+        for v, columns in pieces:
+            target = total_ref if len(pieces) == 1 else total_ref.at[:, columns]
+            plgpu.wgmma(target, weights, v)
 
     def add_values(self, total, weights, slot, meanwhile) -> Any:
         """The total with the values of a tile, by their weights."""
-        v_tile = self.scratch["v_smem"].at[slot]
+        pieces = self.value_pieces(slot)
         if self.interpret:
-            total += jnp.dot(weights, v_tile[...], preferred_element_type=jnp.float32)
+            values = jnp.concatenate([v[...] for v, _ in pieces], axis=1)
+            total += jnp.dot(weights, values, preferred_element_type=jnp.float32)
             plgpu.commit_smem()  # a plain read is fenced off from the copy that overwrites it
             meanwhile()
         else:
 
             def add(total_ref):
-                plgpu.wgmma(total_ref, weights, v_tile)
+                self.multiply_values(total_ref, weights, slot)
                 meanwhile()
 
             total = pl.run_state(add)(plgpu.WGMMAAccumulatorRef.init(total))
         plgpu.barrier_arrive(self.scratch["v_used"].at[slot])
         return total
 
-    def loop(self, add_tile, carry):
+    def loop(self, add_tile, carry, skip=0):
         """Folds the tiles into `carry`; only the last of all may need a mask."""
         full, rest = divmod(self.tiles.num_keys, self.tiles.tiling.block_kv)
-        first, last = self.tiles.first, self.tiles.last
+        first, last = self.tiles.first + skip, self.tiles.last
         carry = lax.fori_loop(first, jnp.minimum(last, full), add_tile, carry)
         if rest:
             masked = functools.partial(add_tile, masked=True)
@@ -183,6 +237,8 @@ class Warpgroup(NamedTuple):
 
 def attend_tiles(warpgroup: Warpgroup):
     """Attention to the tiles, one after another: (out, lse)."""
+    if warpgroup.tiles.tiling.overlap:
+        return overlapped(warpgroup)
     tiles, scratch = warpgroup.tiles, warpgroup.scratch
 
     def add_tile(tile, carry, masked=False):
@@ -196,9 +252,12 @@ def attend_tiles(warpgroup: Warpgroup):
         total, normaliser, largest, weights = lax.optimization_barrier(
             (total, normaliser, largest, weights)
         )
-        plgpu.barrier_arrive(scratch["turn"])  # the softmax is done
+        if warpgroup.softmax_turns:
+            plgpu.barrier_arrive(scratch["turn"])  # the softmax is done
         plgpu.barrier_wait(scratch["v_ready"].at[slot])
-        plgpu.barrier_wait(scratch["turn"])  # the tensor cores are free
+        if warpgroup.softmax_turns:
+            plgpu.barrier_wait(scratch["turn"])  # the tensor cores are free
+        warpgroup.begin_products()
 
         def wait_for_next_keys():
             @pl.when(tile + 1 < tiles.last)
@@ -209,9 +268,13 @@ def attend_tiles(warpgroup: Warpgroup):
         return total, normaliser, largest
 
     plgpu.barrier_wait(scratch["k_ready"].at[tiles.slot(tiles.first)])
-    pl.when(warpgroup.index == 1)(warpgroup.take_turn)
+    if warpgroup.softmax_turns:
+        pl.when(warpgroup.index == 1)(warpgroup.take_turn)
+    pl.when(warpgroup.index == 1)(warpgroup.begin_products)
     total, normaliser, largest = warpgroup.loop(add_tile, warpgroup.start())
-    pl.when(warpgroup.index == 0)(warpgroup.take_turn)
+    if warpgroup.softmax_turns:
+        pl.when(warpgroup.index == 0)(warpgroup.take_turn)
+    pl.when(warpgroup.index == 0)(warpgroup.end_products)
     out = total / _over_columns(normaliser, total.shape)
     return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)
 
@@ -222,3 +285,64 @@ def _filled(shape, value, layout):
 
 def _over_columns(rows, shape):
     return lax.broadcast_in_dim(rows, shape, [0])
+
+
+def overlapped(warpgroup: Warpgroup):
+    """The same, each tile's product with its values behind the next tile's softmax."""
+    tiles, scratch = warpgroup.tiles, warpgroup.scratch
+    turns = warpgroup.softmax_turns
+
+    def add_tile(tile, carry, masked=False):
+        total, normaliser, largest, weights = carry
+        slot, before = tiles.slot(tile), tiles.slot(tile - 1)
+        plgpu.barrier_wait(scratch["k_ready"].at[slot])
+        plgpu.barrier_wait(scratch["v_ready"].at[before])
+        warpgroup.begin_products()
+        if warpgroup.interpret:
+            scores = warpgroup.scores(slot)
+            total = warpgroup.add_values(total, weights, before, lambda: None)
+            weights, normaliser, largest, keep = warpgroup.softmax(
+                tile, scores, normaliser, largest, masked
+            )
+        else:
+
+            def step(refs):
+                total_ref, *stats = refs
+                pieces = len(tiles.tiling.pieces)
+                values = functools.partial(warpgroup.multiply_values, total_ref, weights, before)
+                scores = warpgroup.scores(slot, values, in_flight=pieces)
+                news = warpgroup.softmax(tile, scores, normaliser, largest, masked)
+                for ref, new in zip(stats, news, strict=True):
+                    ref[...] = new
+
+            total_ref: Any = plgpu.WGMMAAccumulatorRef.init(total)
+            total, weights, normaliser, largest, keep = pl.run_state(step)(
+                (total_ref, weights, normaliser, largest, largest)
+            )
+            plgpu.barrier_arrive(scratch["v_used"].at[before])
+        total *= _over_columns(keep, total.shape)
+        if turns:
+            warpgroup.take_turn()
+        return total, normaliser, largest, weights
+
+    plgpu.barrier_wait(scratch["k_ready"].at[tiles.slot(tiles.first)])
+    if turns:
+        pl.when(warpgroup.index == 1)(warpgroup.take_turn)
+    pl.when(warpgroup.index == 1)(warpgroup.begin_products)
+    total, *stats = warpgroup.start()
+    ragged = tiles.num_keys % tiles.tiling.block_kv > 0  # the first may be the last
+    scores = warpgroup.scores(tiles.slot(tiles.first))
+    weights, *stats, _ = warpgroup.softmax(tiles.first, scores, *stats, ragged)
+    if turns:
+        warpgroup.take_turn()
+    carry = warpgroup.loop(add_tile, (total, *stats, weights), skip=1)
+    total, normaliser, largest, weights = carry
+    slot = tiles.slot(tiles.last - 1)
+    plgpu.barrier_wait(scratch["v_ready"].at[slot])
+    warpgroup.begin_products()
+    total = warpgroup.add_values(total, weights, slot, lambda: None)
+    if turns:
+        pl.when(warpgroup.index == 0)(warpgroup.take_turn)
+    pl.when(warpgroup.index == 0)(warpgroup.end_products)
+    out = total / _over_columns(normaliser, total.shape)
+    return out, (largest + jnp.log(normaliser) * LOG2_E) * (1 / LOG2_E)

@@ -7,8 +7,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from astraea_jax.kernels.hopper_compute import Item, Tiles, Warpgroup, attend_tiles
-from astraea_jax.kernels.hopper_tiling import BLOCK_Q, COMPUTE, MEMORY, ROWS, Tiling
+from astraea_jax.kernels.hopper_compute import Item, Tiles, Warpgroup, attend_tiles, copy_pieces
+from astraea_jax.kernels.hopper_tiling import BLOCK_Q, Tiling
 
 
 def _shared(shape, dtype):
@@ -20,12 +20,28 @@ def _shared(shape, dtype):
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
+def _pieces(shape, dtype, tiling: Tiling, interpret: bool):
+    """The same for each piece of the channels."""
+    if not tiling.slabs:
+        return [_shared((*shape, tiling.width), dtype)]
+    found = []
+    for _, size in tiling.pieces:
+        whole = (*shape, size)
+        tiled = _shared(whole, dtype)
+        if interpret:
+            found.append(tiled)
+            continue
+        swizzle = plgpu.SwizzleTransform(2 * size)  # pyright: ignore[reportAbstractUsage]
+        found.append(plgpu.RefUnion(tiled, plgpu.SMEM(whole, dtype, transforms=(swizzle,))))
+    return found
+
+
 def _swizzle(width: int, itemsize: int) -> int:
     """The longest run of bytes that swizzled rows of this width are made of."""
     return math.gcd(width * itemsize, 128)
 
 
-def scratch_types(dtype, tiling: Tiling, out=None) -> dict:
+def scratch_types(dtype, tiling: Tiling, out=None, interpret=False) -> dict:
     """Shared memory and barriers of a program, by the names that `program` knows them by.
 
     Args:
@@ -34,22 +50,25 @@ def scratch_types(dtype, tiling: Tiling, out=None) -> dict:
       out: width and dtype of the output, if it needs rows of its own; otherwise it takes the place
         of the queries.
     """
-    keys = (tiling.stages, tiling.block_kv, tiling.width)
-    queries = (COMPUTE, BLOCK_Q, tiling.width)
+    compute, pieces = tiling.warpgroups, len(tiling.pieces)
+    keys = (tiling.stages, tiling.block_kv)
     scratch = dict(
-        q_smem=_shared(queries, dtype),
-        k_smem=_shared(keys, dtype),
-        v_smem=_shared(keys, dtype),
-        lse_smem=plgpu.SMEM((COMPUTE, BLOCK_Q), jnp.float32),
-        q_ready=plgpu.Barrier(num_barriers=COMPUTE),
-        k_ready=plgpu.Barrier(num_barriers=tiling.stages),
-        v_ready=plgpu.Barrier(num_barriers=tiling.stages),
-        k_used=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
-        v_used=plgpu.Barrier(num_arrivals=COMPUTE, num_barriers=tiling.stages),
-        turn=plgpu.Barrier(num_arrivals=COMPUTE),
+        q_smem=_pieces((compute, BLOCK_Q), dtype, tiling, interpret),
+        k_smem=_pieces(keys, dtype, tiling, interpret),
+        v_smem=_pieces(keys, dtype, tiling, interpret),
+        lse_smem=plgpu.SMEM((compute, BLOCK_Q), jnp.float32),
+        q_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=compute),
+        k_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=tiling.stages),
+        v_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=tiling.stages),
+        k_used=plgpu.Barrier(num_arrivals=compute, num_barriers=tiling.stages),
+        v_used=plgpu.Barrier(num_arrivals=compute, num_barriers=tiling.stages),
     )
+    if tiling.turns == "softmax":
+        scratch["turn"] = plgpu.Barrier(num_arrivals=compute)
+    if tiling.turns == "products":
+        scratch["turn"] = plgpu.Barrier(num_barriers=compute)
     if out is not None:
-        shape = (COMPUTE, BLOCK_Q, out[0])
+        shape = (compute, BLOCK_Q, out[0])
         scratch["out_smem"] = plgpu.SMEM(shape, out[1]) if out[0] % 16 else _shared(shape, out[1])
     return scratch
 
@@ -59,6 +78,9 @@ def program(
     scale, num_keys, splits, num_items, num_programs, tiling, interpret, **scratch,
 ):  # fmt: skip
     """A program: every so many items of work, one after another."""
+    if tiling.slabs and not interpret:
+        for name in ("q_smem", "k_smem", "v_smem"):
+            scratch[name] = [tuple(ref) for ref in scratch[name]]
     first_item, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     num_batch, heads = k_ref.shape[0], k_ref.shape[2]
     tiles_a_head = num_items // (num_batch * heads)
@@ -73,7 +95,7 @@ def program(
             first = lax.div(part * num_kv_tiles, splits)
             last = lax.div((part + 1) * num_kv_tiles, splits)
             target = part * num_batch + batch
-        item = Item(batch, head, target, tile * ROWS, count_ref[batch])
+        item = Item(batch, head, target, tile * tiling.rows, count_ref[batch])
         return item, Tiles(first, last, before, num_keys, tiling)
 
     def for_each_item(work):
@@ -91,12 +113,12 @@ def program(
         turns = lax.div(num_items - first_item + num_programs - 1, num_programs)
         return lax.fori_loop(0, turns, one, jnp.int32(0))
 
-    @pl.when(warpgroup < COMPUTE)
+    @pl.when(warpgroup < tiling.warpgroups)
     def _compute_warpgroup():
-        plgpu.set_max_registers(240, action="increase")
+        plgpu.set_max_registers(tiling.registers[0], action="increase")
 
         def work(item, tiles):
-            worker = Warpgroup(warpgroup, item, tiles, scale, interpret, scratch)
+            worker = Warpgroup(warpgroup, item, tiles, scale, interpret, scratch, v_ref.dtype)
 
             @pl.when(item.live)
             def _():
@@ -111,10 +133,10 @@ def program(
         for_each_item(work)
         plgpu.wait_smem_to_gmem(0)
 
-    @pl.when(warpgroup == MEMORY)
+    @pl.when(warpgroup == tiling.warpgroups)
     def _memory_warpgroup():
-        plgpu.set_max_registers(24, action="decrease")
-        loaded = for_each_item(lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch))
+        plgpu.set_max_registers(tiling.registers[1], action="decrease")
+        loaded = for_each_item(lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch, interpret))
 
         def drain(tile, _):  # no barrier may be left with an arrival that nobody has seen
             for name in ("k_used", "v_used"):
@@ -123,7 +145,7 @@ def program(
         lax.fori_loop(jnp.maximum(loaded - tiling.stages, 0), loaded, drain, None)
 
 
-def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch) -> None:
+def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch, interpret) -> None:
     """What the memory warpgroup does for an item: keeps the buffers of keys and values full."""
     streams = [
         (ref, *(scratch[f"{name}_{part}"] for part in ("smem", "ready", "used")))
@@ -139,8 +161,9 @@ def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch) -> None:
             def _(used=used):
                 plgpu.barrier_wait(used.at[slot])
 
-            source = source.at[item.batch, keys, item.head]
-            plgpu.copy_gmem_to_smem(source, target.at[slot], ready.at[slot])
+            copy_pieces(
+                source.at[item.batch, keys, item.head], target, slot, ready, tiles.tiling, interpret
+            )
 
     @pl.when(item.live)
     def _():

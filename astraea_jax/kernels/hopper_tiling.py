@@ -4,10 +4,7 @@ import dataclasses
 import math
 
 LOG2_E = math.log2(math.e)
-COMPUTE = 2  # warpgroups 0 and 1
-MEMORY = 2  # warpgroup 2
 BLOCK_Q = 64  # queries of a compute warpgroup: the rows of one wgmma
-ROWS = COMPUTE * BLOCK_Q
 SHARED_MEMORY = 227 * 1024  # bytes that a program may have
 OVERHEAD = 2048  # log-sum-exps, barriers, scratch and alignment
 
@@ -28,6 +25,32 @@ class Tiling:
     block_kv: int
     stages: int
     persistent: bool = True
+    warpgroups: int = 2
+    turns: str = "softmax"
+    slabs: bool = False
+    overlap: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Queries of a program."""
+        return self.warpgroups * BLOCK_Q
+
+    @property
+    def registers(self) -> tuple[int, int]:
+        """Of a thread that computes, and of one that loads."""
+        return {2: (240, 24), 3: (160, 32)}[self.warpgroups]
+
+    @property
+    def pieces(self) -> list[tuple[int, int]]:
+        """Channels as they lie in shared memory, in runs of one width: [(first, channels)]."""
+        if not self.slabs:
+            return [(0, self.width)]
+        found, first = [], 0
+        while first < self.width:
+            size = next(n for n in (64, 32, 16) if n <= self.width - first)
+            found.append((first, size))
+            first += size
+        return found
 
 
 def shared_memory(tiling: Tiling) -> int:
@@ -35,19 +58,40 @@ def shared_memory(tiling: Tiling) -> int:
 
     An output that can't take the place of the queries comes on top.
     """
-    return 2 * tiling.width * (ROWS + 2 * tiling.stages * tiling.block_kv) + OVERHEAD
+    return 2 * tiling.width * (tiling.rows + 2 * tiling.stages * tiling.block_kv) + OVERHEAD
 
 
 def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
     """Tilings worth timing for a head width."""
     del num_queries
-    return [
-        Tiling(padded, block_kv, stages, persistent)
-        for padded in (64, 80, 96, 128)
-        for block_kv in (64, 128, 192)
-        for stages in (2, 3, 4)
-        for persistent in (True, False)
-        if width <= padded < width + 64
-        and block_kv < num_keys + 64
-        and shared_memory(Tiling(padded, block_kv, stages)) <= SHARED_MEMORY
+    padded = width + -width % 16
+    slabs, persistent = bool(width % 16), padded <= 96
+    found = [
+        Tiling(padded, block_kv, stages, persistent, warpgroups, turns, slabs, overlap)
+        for block_kv, stages, warpgroups, overlap in (
+            [
+                (128, 3, 2, False),
+                (128, 3, 2, True),
+                (128, 2, 3, False),
+                (128, 4, 3, False),
+                (64, 4, 3, True),
+                (64, 4, 3, False),
+            ]
+            if padded <= 96
+            else [
+                (128, 2, 2, False),
+                (128, 2, 2, True),
+                (128, 3, 2, True),
+                (192, 2, 2, False),
+                (64, 4, 3, False),
+            ]
+        )
+        for turns in (("softmax", "products", "") if warpgroups == 2 else ("",))
+        if block_kv < num_keys + 64
     ]
+    if slabs:
+        found += [
+            Tiling(padded, 128, 3, True, warpgroups, turns, False)
+            for warpgroups, turns in ((2, "softmax"), (2, "products"), (2, ""), (3, ""))
+        ]
+    return found

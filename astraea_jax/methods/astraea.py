@@ -23,7 +23,7 @@ SMALL_TENTH = 256
 FEW_ROWS = 1024
 """Rows below which eight more would be a cost."""
 
-Pieces = Literal["branch", "loop"]
+Pieces = Literal["branch", "loop", "masked"]
 
 
 class AstraeaState(NamedTuple):
@@ -106,9 +106,12 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
-      pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
-        nine that are compiled. "loop": two tenths at a time, which compiles three times faster
-        and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
+      pieces: how a level that is data runs. "branch": each level is compiled, as the static driver
+        compiles it, and one of the nine runs. "loop": one program, in whose blocks the rows go
+        two tenths at a time; it compiles several times faster and is as fast where a tenth is
+        many rows. "masked": all rows, of which only the selected ones are kept, level 10 too; the
+        plainest, for many schedules mapped side by side, where a branch not taken costs as much.
+        None: "branch" where a tenth is below `SMALL_TENTH` rows.
       correct: whether, once a token's next velocity is known, the steps that reused its last one
         are taken again along the line between the two; needs velocity "kept".
 
@@ -134,7 +137,8 @@ class Astraea:
     @property
     def modes(self) -> tuple[base.Mode, ...]:
         """Skip, a level that is data, or the plain model."""
-        return (base.SKIP, base.Mode("sparse"), base.DENSE)
+        modes = (base.SKIP, base.Mode("sparse"), base.DENSE)
+        return modes[:2] if self.pieces == "masked" else modes
 
     def static_mode(self, level: int) -> base.Mode:
         """A mode for each level."""
@@ -144,7 +148,8 @@ class Astraea:
         """By the level."""
         del state
         level = inputs.level
-        return jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        mode = jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        return jnp.minimum(mode, len(self.modes) - 1)
 
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> AstraeaState:
         """An empty cache; it is filled by the first step, which is dense."""
@@ -180,11 +185,23 @@ class Astraea:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
         run = Run(
-            self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
-        )
+            self.selection, model, prepared, modulation, geometry, inputs, num_branches,
+            masked=self.pieces == "masked",
+        )  # fmt: skip
         if mode == base.DENSE:
             return run.dense(state)
-        return run.sparse(state, inputs.level if mode.level is None else mode.level)
+        if mode.level is not None:
+            return run.sparse(state, mode.level)
+        if self._branches(geometry):
+            levels = range(1, selection.LEVELS)
+            runs = [functools.partial(run.sparse, level=level) for level in levels]
+            return lax.switch(inputs.level - 1, runs, state)
+        return run.sparse(state, inputs.level)
+
+    def _branches(self, geometry: Geometry) -> bool:
+        if self.pieces is not None:
+            return self.pieces == "branch"
+        return geometry.num_tokens < SMALL_TENTH * selection.LEVELS
 
     def _skip(self, geometry, inputs, state) -> base.Forward:
         cache = state.cache
@@ -217,13 +234,13 @@ class Run:
     """
 
     config: SelectionConfig
-    pieces: Pieces | None
     model: VideoDiT
     prepared: Prepared
     modulation: core.Modulation
     geometry: Geometry
     inputs: base.StepInputs
     num_branches: int
+    masked: bool = False
 
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
@@ -365,19 +382,19 @@ class Run:
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
-        """Runs the selected rows: at once when their number is known, else by `pieces`."""
+        """Runs the selected rows: at once when their number is known, else as `pieces` says."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, self._whole_tiles(choice.indices[:, : level * rows]))
+
+        if self.masked:
+            place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
+            return compute(state, jnp.where(place < level * rows, choice.indices, past))
 
         def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
             return compute(state, indices)
 
-        if self.pieces == "branch" or (self.pieces is None and rows < SMALL_TENTH):
-            levels = range(1, selection.LEVELS)
-            branches = [functools.partial(run, first=0, tenths=tenths) for tenths in levels]
-            return lax.switch(level - 1, branches, state)
         state = lax.fori_loop(0, level // 2, lambda pair, state: run(state, 2 * pair, 2), state)
         return lax.cond(
             level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
