@@ -224,6 +224,15 @@ def compute_rows(config: SelectionConfig, block, rows, indices, keys_values) -> 
     return Filled(fresh, kept, selection.heads_reduced(lse, config))
 
 
+def write_rows(filled: Filled, index, indices, fresh: Filled) -> Filled:
+    """`filled` with the rows of a block put at `indices`."""
+    return Filled(
+        scatter_rows(filled.merged, indices, fresh.merged),
+        token_cache.write_rows(filled.out, index, indices, fresh.out),
+        scatter_rows(filled.lse, indices, fresh.lse),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """One evaluation of the model: what its parts share.
@@ -273,6 +282,8 @@ class Run:
     def sparse(self, state: AstraeaState, level: int | Int[Array, ""]) -> base.Forward:
         """Some tokens in every block; `level` is a number or data."""
         whole, carry = self.begin(state, level)
+        if whole is not None and isinstance(level, int):
+            return self._sparse_rows(state, whole, carry, level)
 
         def step(carry: Carry, block, index, groups) -> Carry:
             opened = self.open_block(carry, block, index, groups, whole, level)
@@ -280,16 +291,28 @@ class Run:
             def compute(filled: Filled, indices) -> Filled:
                 rows = gather_rows(opened.carry.tokens, indices)
                 fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
-                return Filled(
-                    scatter_rows(filled.merged, indices, fresh.merged),
-                    token_cache.write_rows(filled.out, index, indices, fresh.out),
-                    scatter_rows(filled.lse, indices, fresh.lse),
-                )
+                return write_rows(filled, index, indices, fresh)
 
             filled = self._at_level(compute, opened.filled, opened.choice, level)
             return self.close_block(opened, filled, index)
 
         return self.finish(self._scan(step, carry), state)
+
+    def _sparse_rows(
+        self, state: AstraeaState, whole: Choice, carry: Carry, level: int
+    ) -> base.Forward:
+        """A step whose one selection has a known size: its rows go from block to block as rows."""
+        indices = self._first_rows(whole, level)
+
+        def step(carried, block, index, groups):
+            carry, rows = carried
+            opened = self.open_block(carry, block, index, groups, whole, level)
+            fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
+            filled = write_rows(opened.filled, index, indices, fresh)
+            return self.close_block(opened, filled, index), fresh.merged
+
+        carry, _ = self._scan(step, (carry, gather_rows(carry.tokens, indices)))
+        return self.finish(carry, state)
 
     def begin(
         self, state: AstraeaState, level: int | Int[Array, ""]
@@ -385,7 +408,7 @@ class Run:
         """Runs the selected rows: at once when their number is known, else as `pieces` says."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
-            return compute(state, self._whole_tiles(choice.indices[:, : level * rows]))
+            return compute(state, self._first_rows(choice, level))
 
         if self.masked:
             place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
@@ -400,11 +423,13 @@ class Run:
             level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
         )
 
-    def _whole_tiles(self, indices: Int[Array, "B K"]) -> Int[Array, "B _"]:
-        """Many rows in whole tiles of 8: attention kernels would pad and cut them in each block.
+    def _first_rows(self, choice: Choice, level: int) -> Int[Array, "B K"]:
+        """The selected positions; many of them in whole tiles of 8.
 
-        What is added lies past the tokens: computed as the last row, written nowhere.
+        Attention kernels would otherwise pad and cut them in each block. What is added lies past
+        the tokens: computed like the last row, written nowhere.
         """
+        indices = choice.indices[:, : level * (choice.indices.shape[1] // selection.LEVELS)]
         batch, count = indices.shape
         if count < FEW_ROWS or any(groups.number > 1 for groups in self.geometry.groups):
             return indices

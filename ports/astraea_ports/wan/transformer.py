@@ -95,9 +95,9 @@ def rope_tables(grid: tuple[int, int, int], head_width: int) -> Rope:
 def rotate(x: Float[Array, "B K A C"], rope: Rope) -> Float[Array, "B K A C"]:
     """Rotates adjacent channels (2i, 2i + 1), in float32, back to the dtype of `x`."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope.cos[..., :, None, :], rope.sin[..., :, None, :]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    cos, sin = rope.cos[..., :, None, :, None], rope.sin[..., :, None, :, None]
+    # A reversal and no stack: on a GPU two halves would be written by turns, at half the speed.
+    turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
 
 
