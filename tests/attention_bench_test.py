@@ -6,7 +6,6 @@ import sys
 import types
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from astraea_jax import attention, report

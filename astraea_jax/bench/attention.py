@@ -279,9 +279,7 @@ def time_runs(runs: dict[Any, Callable], rounds: int) -> tuple[dict[Any, float],
     return {key: float(np.median(values)) for key, values in seconds.items()}, failed
 
 
-def tune_shape(
-    shape: Shape, shares, rounds: int, names: Iterable[str]
-) -> list[dict[str, Any]]:
+def tune_shape(shape: Shape, shares, rounds: int, names: Iterable[str]) -> list[dict[str, Any]]:
     """Times every tiling of the kernels that run here; the fastest go to the user's table."""
     here = machine.gpu()
     found = []

@@ -71,7 +71,8 @@ def copy_pieces(source, target, place, ready, tiling: Tiling, interpret):
     if not tiling.slabs:
         plgpu.copy_gmem_to_smem(source, target[0].at[place], ready.at[place])
         return
-    zero = lax.axis_index("warpgroup") * 0  # channels past the end are zeros, which JAX refuses if it knows
+    # Channels past the end come as zeros; a slice that is known to reach there JAX would refuse.
+    zero = lax.axis_index("warpgroup") * 0
     for piece, (first, size) in zip(target, tiling.pieces, strict=True):
         view = piece[1] if isinstance(piece, tuple) else piece
         plgpu.copy_gmem_to_smem(
@@ -133,6 +134,7 @@ class Warpgroup(NamedTuple):
 
     @property
     def softmax_turns(self):
+        """Whether one warpgroup's softmax ends before the other's begins."""
         return self.tiles.tiling.turns == "softmax"
 
     def begin_products(self) -> None:
@@ -187,12 +189,14 @@ class Warpgroup(NamedTuple):
         return weights.astype(self.dtype), normaliser, new_largest, keep
 
     def value_pieces(self, slot):
+        """Values of a tile, and the columns of the total that each piece adds to."""
         return [
             (tiled(v).at[slot], pl.ds(*piece))
             for v, piece in zip(self.scratch["v_smem"], self.tiles.tiling.pieces, strict=True)
         ]
 
     def multiply_values(self, total_ref, weights, slot):
+        """Starts the product of the weights with the values of a tile."""
         pieces = self.value_pieces(slot)
         for v, columns in pieces:
             target = total_ref if len(pieces) == 1 else total_ref.at[:, columns]

@@ -49,6 +49,7 @@ def scratch_types(dtype, tiling: Tiling, out=None, interpret=False) -> dict:
       tiling: how the work is cut.
       out: width and dtype of the output, if it needs rows of its own; otherwise it takes the place
         of the queries.
+      interpret: whether the interpreter runs it.
     """
     compute, pieces = tiling.warpgroups, len(tiling.pieces)
     keys = (tiling.stages, tiling.block_kv)
@@ -136,7 +137,8 @@ def program(
     @pl.when(warpgroup == tiling.warpgroups)
     def _memory_warpgroup():
         plgpu.set_max_registers(tiling.registers[1], action="decrease")
-        loaded = for_each_item(lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch, interpret))
+        load = lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch, interpret)  # noqa: E731
+        loaded = for_each_item(load)
 
         def drain(tile, _):  # no barrier may be left with an arrival that nobody has seen
             for name in ("k_used", "v_used"):
