@@ -33,10 +33,10 @@ from jaxtyping import Array, Float, Int
 
 from astraea_jax.kernels import splits as split
 from astraea_jax.kernels import tilings
-from astraea_jax.kernels.machine import Gpu, gpu
+from astraea_jax.kernels.machine import gpu
+from astraea_jax.kernels.machine import refusal as refusal
 
 LOG2_E = math.log2(math.e)
-WIDEST = 128
 MOST_NUMBERS = 2**31 - 1  # offsets are int32
 
 
@@ -55,17 +55,6 @@ class Tiling:
     block_kv: int
     warps: int
     stages: int
-
-
-def refusal(here: Gpu, width: int, dtype) -> str | None:
-    """Why this kernel can't take heads of this width and dtype on this GPU; None if it can."""
-    if here.capability < (8, 0):
-        return f"needs compute capability 8.0 or more; {here.kind} has {here.version}"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
-    if width > WIDEST:
-        return f"takes head widths to {WIDEST}; got {width}: use xla"
-    return None
 
 
 def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:

@@ -10,17 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.kernels import machine, rows
 from astraea_jax.kernels.machine import Gpu
 
 
-def refusal(gpu: Gpu, width: int, dtype) -> str | None:
-    """Why cuDNN can't take heads of this width and dtype on this GPU; None if it can."""
-    if gpu.capability < (8, 0):
-        return f"needs compute capability 8.0 or more; {gpu.kind} has {gpu.version}"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
-    if width % 8 or width > 128:
-        return f"takes head widths to 128 in steps of 8; got {width}: pad it, or use xla"
+def refusal(here: Gpu, width: int, dtype) -> str | None:
+    """Why cuDNN can't take this; None if it can."""
+    if reason := machine.refusal(here, width, dtype):
+        return reason
+    if width % 8:
+        return f"takes head widths in steps of 8; got {width}: pad it, or use xla"
     try:
         from jax._src.cudnn import fused_attention_stablehlo as fused
 
@@ -49,9 +48,4 @@ def attend(
     results: Any = fused.dot_product_attention(
         q, k, v, None, None, *lengths, scale=scale, mask_type=mask_type, return_residual=True
     )
-    out, lse = results
-    if count is not None:
-        used = jnp.arange(q.shape[1]) < count[:, None]
-        out = jnp.where(used[:, :, None, None], out, 0)
-        lse = jnp.where(used[:, None], lse, -jnp.inf)
-    return out, lse
+    return rows.blank_past(count, *results)

@@ -11,17 +11,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from astraea_jax.kernels import backward
+from astraea_jax.kernels import backward, rows
 from astraea_jax.kernels.machine import Gpu, gpu
 
 Implementation = Literal["xla", "cudnn", "triton", "mosaic"]
 MODULES = {"cudnn": "cudnn", "triton": "ampere", "mosaic": "hopper"}
 """Implementation -> its module in this folder; imported only where there is a GPU to run it."""
-
-
-def rows_at(values, indices):
-    """Rows of `values` [B, N, ...] at `indices` [B, K]; an index past the end gives the last."""
-    return jax.vmap(lambda rows, index: rows.at[index].get(mode="clip"))(values, indices)
 
 
 def implementations() -> dict[str, str]:
@@ -155,7 +150,7 @@ def _run_kernel(settings: Settings, q, k, v, count, indices):
     if settings.name == "triton":  # it gathers by itself
         return module.attend(q, k, v, count, indices, scale=settings.scale)
     if indices is not None:
-        q = rows_at(q, indices)
+        q = rows.take(q, indices)
     return module.attend(q, k, v, count, scale=settings.scale)
 
 
@@ -166,12 +161,12 @@ def _attend_forward(settings: Settings, q, k, v, count, indices):
 
 def _attend_backward(settings: Settings, saved, gradients):
     q, k, v, _, indices, out, lse = saved
-    rows = q if indices is None else rows_at(q, indices)
-    rows, k, v = backward.gradient(rows, k, v, out, lse, *gradients, scale=settings.scale)
+    taken = q if indices is None else rows.take(q, indices)
+    taken, k, v = backward.gradient(taken, k, v, out, lse, *gradients, scale=settings.scale)
     if indices is not None:
         batch = jnp.arange(q.shape[0])[:, None]
-        rows = jnp.zeros_like(q).at[batch, jnp.minimum(indices, q.shape[1] - 1)].add(rows)
-    return rows, k, v, None, None
+        taken = jnp.zeros_like(q).at[batch, jnp.minimum(indices, q.shape[1] - 1)].add(taken)
+    return taken, k, v, None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)

@@ -36,26 +36,20 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.kernels import machine, tilings
 from astraea_jax.kernels import splits as split
-from astraea_jax.kernels import tilings
 from astraea_jax.kernels.hopper_program import program, scratch_types
 from astraea_jax.kernels.hopper_tiling import LOG2_E, SHARED_MEMORY, shared_memory
 from astraea_jax.kernels.hopper_tiling import Tiling as Tiling
 from astraea_jax.kernels.hopper_tiling import candidates as candidates
 from astraea_jax.kernels.machine import Gpu, gpu
 
-WIDEST = 128
-
 
 def refusal(here: Gpu, width: int, dtype) -> str | None:
     """Why this kernel can't take heads of this width and dtype on this GPU; None if it can."""
     if here.capability != (9, 0):
         return f"needs compute capability 9.0 (Hopper); {here.kind} has {here.version}"
-    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
-        return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
-    if width > WIDEST:
-        return f"takes head widths to {WIDEST}; got {width}: use xla"
-    return None
+    return machine.refusal(here, width, dtype)
 
 
 def attend(
@@ -96,9 +90,10 @@ def attend(
         splits = split.num_splits(batch * heads * num_tiles, num_kv_tiles, processors)
     # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows. (Those of a
     # single head are contiguous: a copy of them would not stop at the last.)
-    plain = splits == 1 and width % 16 == 8 and heads > 1
-    out_shape = (num_queries, heads, width) if plain else _padded(q.shape, tiling.width)
-    own_rows = plain or splits > 1 or tiling.slabs
+    plain = splits == 1 and width % 16 == 8 and heads > 1 and not tiling.slabs
+    exact = plain or (tiling.slabs and splits == 1)
+    out_shape = (num_queries, heads, width) if exact else _padded(q.shape, tiling.width)
+    own_rows = plain or splits > 1
     out_dtype = jnp.dtype(v.dtype if splits == 1 else jnp.float32)
     out_bytes = own_rows * tiling.rows * out_shape[-1] * out_dtype.itemsize
     while shared_memory(tiling) + out_bytes > SHARED_MEMORY:

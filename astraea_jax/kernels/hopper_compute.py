@@ -66,6 +66,11 @@ def tiled(ref):
     return ref[0] if isinstance(ref, tuple) else ref
 
 
+def swizzled(ref):
+    """The view that copies write and read, of a piece."""
+    return ref[1] if isinstance(ref, tuple) else ref
+
+
 def copy_pieces(source, target, place, ready, tiling: Tiling, interpret):
     """Starts to load rows in pieces of their channels; zeros where there are none."""
     if not tiling.slabs:
@@ -74,9 +79,8 @@ def copy_pieces(source, target, place, ready, tiling: Tiling, interpret):
     # Channels past the end come as zeros; a slice that is known to reach there JAX would refuse.
     zero = lax.axis_index("warpgroup") * 0
     for piece, (first, size) in zip(target, tiling.pieces, strict=True):
-        view = piece[1] if isinstance(piece, tuple) else piece
         plgpu.copy_gmem_to_smem(
-            source.at[:, pl.ds(first + zero, size)], view.at[place], ready.at[place]
+            source.at[:, pl.ds(first + zero, size)], swizzled(piece).at[place], ready.at[place]
         )
 
 
@@ -120,16 +124,31 @@ class Warpgroup(NamedTuple):
         """Starts to write its rows; 0 and -inf for those that are not in use."""
         used = self.item.count - self.item.first_row - self.index * BLOCK_Q
         row = plgpu.broadcasted_iota(jnp.int32, out.shape, 0, layout=plgpu.Layout.WGMMA)
-        out = jnp.where(row < used, out, 0.0)[:, : out_ref.shape[-1]]
+        out = jnp.where(row < used, out, 0.0)
         row = plgpu.broadcasted_iota(jnp.int32, lse.shape, 0, layout=ROW_LAYOUT)
-        out_tile = self.scratch.get("out_smem", self.scratch["q_smem"][0]).at[self.index]
         lse_tile = self.scratch["lse_smem"].at[self.index]
+        target, head = self.item.target, self.item.head
+        out_rows = out_ref.at[target, self.rows, head]
+        if "out_smem" in self.scratch or not self.tiles.tiling.slabs:
+            out_smem = self.scratch.get("out_smem", self.scratch["q_smem"][0])
+            out = out[:, : out_ref.shape[-1]]
+            pieces = [(out_smem, out_smem, slice(0, out.shape[1]), None)]
+        else:
+            zero = lax.axis_index("warpgroup") * 0
+            pieces = [
+                (tiled(q), swizzled(q), slice(first, first + size), pl.ds(first + zero, size))
+                for q, (first, size) in zip(
+                    self.scratch["q_smem"], self.tiles.tiling.pieces, strict=True
+                )
+            ]
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out_tile[...] = out.astype(out_tile.dtype)
+        for ref, _, columns, _ in pieces:
+            ref.at[self.index][...] = out[:, columns].astype(ref.dtype)
         lse_tile[...] = jnp.where(row < used, lse, -jnp.inf)
         plgpu.commit_smem()
-        target, head = self.item.target, self.item.head
-        plgpu.copy_smem_to_gmem(out_tile, out_ref.at[target, self.rows, head])
+        for _, ref, _, columns in pieces:
+            rows = out_rows if columns is None else out_rows.at[:, columns]
+            plgpu.copy_smem_to_gmem(ref.at[self.index], rows)
         plgpu.copy_smem_to_gmem(lse_tile, lse_ref.at[target, head, self.rows])
 
     @property

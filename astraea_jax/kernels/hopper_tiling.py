@@ -65,33 +65,14 @@ def candidates(width: int, num_queries: int, num_keys: int) -> list[Tiling]:
     """Tilings worth timing for a head width."""
     del num_queries
     padded = width + -width % 16
-    slabs, persistent = bool(width % 16), padded <= 96
     found = [
-        Tiling(padded, block_kv, stages, persistent, warpgroups, turns, slabs, overlap)
-        for block_kv, stages, warpgroups, overlap in (
-            [
-                (128, 3, 2, False),
-                (128, 3, 2, True),
-                (128, 2, 3, False),
-                (128, 4, 3, False),
-                (64, 4, 3, True),
-                (64, 4, 3, False),
-            ]
+        Tiling(padded, block_kv, stages, padded <= 96, warpgroups, turns, slabs)
+        for slabs in (True, False)
+        for block_kv, stages, warpgroups, turns in (
+            [(128, 4, 3, ""), (128, 3, 3, ""), (128, 4, 2, "softmax"), (192, 2, 2, "softmax")]
             if padded <= 96
-            else [
-                (128, 2, 2, False),
-                (128, 2, 2, True),
-                (128, 3, 2, True),
-                (192, 2, 2, False),
-                (64, 4, 3, False),
-            ]
+            else [(192, 2, 2, "softmax"), (128, 2, 2, "softmax"), (128, 3, 2, "softmax")]
         )
-        for turns in (("softmax", "products", "") if warpgroups == 2 else ("",))
         if block_kv < num_keys + 64
     ]
-    if slabs:
-        found += [
-            Tiling(padded, 128, 3, True, warpgroups, turns, False)
-            for warpgroups, turns in ((2, "softmax"), (2, "products"), (2, ""), (3, ""))
-        ]
-    return found
+    return [t for t in found if shared_memory(t) <= SHARED_MEMORY]

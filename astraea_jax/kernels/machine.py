@@ -3,6 +3,10 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+WIDEST = 128
+"""Channels of a head that the kernels take at most."""
 
 KINDS = {
     "GH200": (9, 0, 132),
@@ -60,3 +64,14 @@ def gpu() -> Gpu | None:
     for name in ("core_count", "num_cores"):  # of a device, of the description of one
         processors = getattr(device, name, None) or processors
     return Gpu((major, minor), processors, device.device_kind)
+
+
+def refusal(here: Gpu, width: int, dtype) -> str | None:
+    """Why no kernel can take heads of this width and dtype on this GPU; None if one may."""
+    if here.capability < (8, 0):
+        return f"needs compute capability 8.0 or more; {here.kind} has {here.version}"
+    if jnp.dtype(dtype) not in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)):
+        return f"takes bfloat16 and float16; got {jnp.dtype(dtype).name}: cast, or use xla"
+    if width > WIDEST:
+        return f"takes head widths to {WIDEST}; got {width}: use xla"
+    return None
