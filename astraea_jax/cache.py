@@ -50,19 +50,27 @@ def empty_cache(
 
 
 def block_rows(stack: Float[Array, "L B N H"], block: Int[Array, ""]) -> Float[Array, "B N H"]:
-    """What the cache holds of one block, where nothing is written to it afterwards."""
+    """What the cache holds of one block."""
     return lax.dynamic_index_in_dim(stack, block, keepdims=False)
 
 
 def read_block(
-    stack: Float[Array, "L B N H"], block: Int[Array, ""]
+    stack: Float[Array, "L B N H"],
+    block: Int[Array, ""],
+    onto: Float[Array, "B N H"] | None = None,
 ) -> tuple[Float[Array, "L B N H"], Float[Array, "B N H"]]:
     """What the cache holds of one block, and the cache to write to from here on.
 
     The read is ordered before any write to what this returns. Without that XLA may write first,
     and keeps the old rows by copying the whole cache, twice in every block.
+
+    Args:
+      stack: the cache's large array.
+      block: which block.
+      onto: what to add to the rows that are read, in the same pass over memory.
     """
-    return lax.optimization_barrier((stack, block_rows(stack, block)))
+    rows = block_rows(stack, block)
+    return lax.optimization_barrier((stack, rows if onto is None else onto + rows))
 
 
 def write_block(

@@ -9,6 +9,13 @@ from typing import Any
 import jax
 import jax.core
 
+GPU_OPTIONS: dict[str, bool | int | float | str] = {"xla_gpu_enable_triton_gemm": False}
+"""How programs are compiled, beside XLA's own choices; other platforms pass it over.
+
+cuBLASLt adds biases and applies the tanh GELU as it writes a product; Triton's products leave both
+to a pass of their own over the largest arrays of a step, and take longer to be tuned.
+"""
+
 _seconds = 0.0
 
 
@@ -57,24 +64,32 @@ class TimedJit:
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...]):
         functools.update_wrapper(self, function)
-        self.jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
+        names = {"static_argnames": static, "donate_argnames": donate}
+        self.jitted = jax.jit(function, **names)
+        # Only the outermost program may say how it is compiled.
+        self._outermost = jax.jit(function, **names, compiler_options=GPU_OPTIONS)
         self.static = static
         self._executables: dict[Any, Any] = {}
 
     def __call__(self, *args, **kwargs):
         """Runs the function, compiling it first for arguments of a new kind."""
-        leaves, tree = jax.tree.flatten((args, self._dynamic(kwargs)))
+        leaves = jax.tree.leaves((args, self._dynamic(kwargs)))
         if any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
             return self.jitted(*args, **kwargs)  # inside another jit it becomes a part of it
+        return self.executable(*args, **kwargs)(*args, **self._dynamic(kwargs))
+
+    def executable(self, *args, **kwargs) -> jax.stages.Compiled:
+        """The program that a call with these arguments runs, compiled now if need be."""
+        leaves, tree = jax.tree.flatten((args, self._dynamic(kwargs)))
         fixed = tuple((name, kwargs[name]) for name in self.static if name in kwargs)
         key = (fixed, tree, tuple(map(_kind, leaves)))
         if key not in self._executables:
             self._executables[key] = self._compile(args, kwargs)
-        return self._executables[key](*args, **self._dynamic(kwargs))
+        return self._executables[key]
 
     def lower(self, *args, **kwargs) -> jax.stages.Lowered:
-        """The function lowered for these arguments, as `jax.jit` does it."""
-        return self.jitted.lower(*args, **kwargs)
+        """The function lowered for these arguments, as `jax.jit` does it, to be compiled."""
+        return self._outermost.lower(*args, **kwargs)
 
     @property
     def num_executables(self) -> int:
@@ -88,7 +103,7 @@ class TimedJit:
         global _seconds
         began = time.perf_counter()
         try:
-            return self.jitted.lower(*args, **kwargs).compile()
+            return self.lower(*args, **kwargs).compile()
         finally:
             _seconds += time.perf_counter() - began
 

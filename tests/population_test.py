@@ -60,6 +60,8 @@ def test_lanes_give_what_each_schedule_gives_alone():
     found = scorer(method, lanes=3, tiles=4, batch=5, dense_start=1).latents(LEVELS)
     expected = one_by_one(method, LEVELS, model, inputs)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+    masked = scorer(method, plan="masked", batch=5).latents(LEVELS)
+    assert np.abs(masked - expected).max() < 2e-5 * np.abs(expected).max()
 
 
 def test_lanes_on_a_model_of_two_kinds_of_block():

@@ -44,6 +44,9 @@ DOORS = {"__init__", "bench", "cli"}
 
 KNOW_THE_PORTS = {"bench", "cli"}
 
+PEERS = ROOT / "astraea_jax/bench/peers"
+"""Scripts by themselves, each with the library that it times."""
+
 
 def room_of(path):
     """The room that a file of astraea_jax belongs to: its module, or its sub-package."""
@@ -114,8 +117,19 @@ def test_ports_do_not_import_the_doors():
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "transformers", "tensorflow"])
 def test_other_frameworks_are_imported_nowhere(package):
-    for path in sources(ROOT / "astraea_jax") + sources(PORTS) + sources(ROOT / "tests"):
-        assert package not in {m.split(".")[0] for m in imported_modules(path, path.parent)}, path
+    ours = sources(ROOT / "astraea_jax") + sources(PORTS) + sources(ROOT / "tests")
+    for path in ours:
+        if path.parent != PEERS:
+            modules = set(imported_modules(path, path.parent))
+            assert package not in {m.split(".")[0] for m in modules}, path
+
+
+def test_peers_are_imported_nowhere_and_import_nothing_of_ours():
+    for path in sources(ROOT / "astraea_jax") + sources(PORTS):
+        modules = set(imported_modules(path, ROOT))
+        assert not any("bench.peers" in module for module in modules), path
+        ours = {"astraea_jax", "astraea_ports"} & {m.split(".")[0] for m in modules}
+        assert path.parent != PEERS or not ours, path
 
 
 def test_no_init_in_the_source_root_of_the_ports():

@@ -20,6 +20,7 @@ from astraea_jax import denoise as loop
 from astraea_jax import report, solvers
 from astraea_jax.bench.models import SIZES, Dtype, Precision
 from astraea_jax.methods import METHODS
+from astraea_jax.timing import GPU_OPTIONS
 from astraea_ports.wan import parts, vae_weights
 from astraea_ports.wan.vae import VAEConfig
 
@@ -142,7 +143,7 @@ def _compile(inputs, settings, level: int) -> dict[str, Any]:
     lowered = loop.static_step.jitted.trace(
         *inputs, settings=settings, mode=settings.method.static_mode(level)
     ).lower(lowering_platforms=("cuda",))
-    program = lowered.compile()
+    program = lowered.compile(GPU_OPTIONS)
     seconds = time.perf_counter() - began
     memory: Any = program.memory_analysis()
     text = program.as_text() or ""
@@ -163,7 +164,7 @@ def _compile(inputs, settings, level: int) -> dict[str, Any]:
     }
 
 
-def count_copies(text: str, leaf: jax.ShapeDtypeStruct) -> int:
+def count_copies(text: str, leaf: jax.ShapeDtypeStruct | jax.Array) -> int:
     """Copies, in an optimised program, of an array of this shape."""
     short = {"bfloat16": "bf16", "float32": "f32"}.get(str(np.dtype(leaf.dtype)), "")
     shape = ",".join(map(str, leaf.shape))

@@ -18,11 +18,12 @@ import numpy as np
 
 from astraea_jax import denoise as loop
 from astraea_jax import files, flops, report, solvers
+from astraea_jax.bench import compile as compiled
+from astraea_jax.bench import profile as kernels
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
 
-DYNAMIC_STEPS = 4
 PROJECTED_STEPS = 50
 """Steps of the projection: the first dense, the rest at the level, all guidance branches."""
 
@@ -38,6 +39,8 @@ class Case(NamedTuple):
       steps: steps that one run takes.
       peak: bytes of its arguments, results and temporaries together.
       compile: seconds of compilation.
+      copies: copies of the cache that the optimised program makes.
+      cache: bytes of the method's state.
     """
 
     driver: str
@@ -47,6 +50,8 @@ class Case(NamedTuple):
     steps: int
     peak: int
     compile: float
+    copies: int
+    cache: int
 
 
 def command(
@@ -59,12 +64,14 @@ def command(
     method: str = "astraea",
     levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
     drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
+    steps: int = 10,
     rounds: int = 15,
     seconds: float = math.inf,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
     stages: bool = True,
+    profile: bool = False,
     output: pathlib.Path | None = None,
 ) -> None:
     """Times a step, dense and at each level, with both drivers, in one run.
@@ -78,18 +85,23 @@ def command(
       method: A method that computes some of the tokens.
       levels: Tenths of the tokens, 1..10.
       drivers: "static", "dynamic" or both.
+      steps: Of a run of the dynamic driver, the first of them dense; its start (text, empty cache)
+        is charged to the others.
       rounds: How often each is timed.
       seconds: No round starts after so many, counted from the first warm run; one always runs.
       frames: Frames of the video, 4k + 1; the model's default when left out.
       height: Pixels.
       width: Pixels.
       stages: Also time text and decoding.
+      profile: Also say, on a GPU, where the time of each program goes.
       output: A .json file for every number.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if rounds < 1 or not levels or not all(1 <= level <= LEVELS for level in levels):
         raise ValueError(f"expected levels in 1..{LEVELS} and rounds of at least 1")
+    if steps < 2:
+        raise ValueError(f"steps must be at least 2, as the first one is dense; got {steps}")
     if output is not None:
         files.check_output(output, (".json",))
     choice = ModelChoice(model, checkpoint, random, dtype, precision)
@@ -97,16 +109,28 @@ def command(
     pipeline = choice.open()
     say(f"model ready after {time.perf_counter() - began:.1f} s")
     size = pipeline.size(frames, height, width)
-    cases = make_cases(pipeline, size, METHODS[method], levels, drivers)
+    cases = make_cases(pipeline, size, METHODS[method], levels, drivers, steps)
     timed = time_in_turn([case.run for case in cases], rounds, seconds)
     rows = summarise(cases, timed, pipeline.workload(*size))
     if stages:
         rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
+    profiles = [profiled(case) for case in cases] if profile else []
     if output is not None:
         what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
-        report.write_json(output, {"environment": report.environment(), "run": what, "rows": rows})
+        what |= {"most memory held": device_peak()}
+        content = {"environment": report.environment(), "run": what, "rows": rows}
+        report.write_json(output, content | ({"profiles": profiles} if profile else {}))
+
+
+def profiled(case: Case) -> dict:
+    """Where the time of one run goes, said and returned."""
+    found = kernels.record(case.run)
+    what = {"driver": case.driver, "method": case.method.name, "level": case.level}
+    print(f"\n{case.driver} {case.method.name} level {case.level}, {found.launches:.0f} kernels")
+    print(report.markdown(found.kinds(), kernels.COLUMNS))
+    return what | found._asdict() | {"kinds": found.kinds(), "kernels": found.kernels[:40]}
 
 
 def say(line: str) -> None:
@@ -129,18 +153,20 @@ COLUMNS = {
     "bound": "bound",
     "share": "of the bound",
     "peak": "peak memory",
+    "cache": "cache / (L B N H 2 B)",
+    "copies": "copies of it",
     "compile": "compile s",
     "projected": f"s for {PROJECTED_STEPS} steps",
 }
 
 
-def make_cases(pipeline, size, method: Method, levels, drivers) -> list[Case]:
+def make_cases(pipeline, size, method: Method, levels, drivers, steps: int) -> list[Case]:
     """Compiled programs: the plain model first, then each level with each driver."""
     model = pipeline.transformer
     keys = jax.random.split(jax.random.key(0))
     latents = jax.random.normal(keys[0], (1, *pipeline.latents_shape(*size)))
     context = pipeline.encode_text(["a video"])
-    solver = solvers.unipc(DYNAMIC_STEPS, shift=pipeline.shift)
+    solver = solvers.unipc(steps, shift=pipeline.shift)
     geometry = model.geometry(latents.shape)
     cases = []
     for driver in drivers:
@@ -186,7 +212,8 @@ def _static_case(model, latents, context, solver, settings, level: int, held: di
         held[settings.method] = program(model, prepared, state, *arguments)[0]
         jax.block_until_ready(held[settings.method])
 
-    return Case("static", settings.method, level, run, 1, _peak(program), compile_seconds)
+    facts = _facts(program, state.method)
+    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **facts)
 
 
 def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case:
@@ -200,9 +227,10 @@ def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case
     def run() -> None:
         jax.block_until_ready(program(*arguments))
 
-    return Case(
-        "dynamic", settings.method, level, run, solver.steps, _peak(program), compile_seconds
-    )
+    state = jax.eval_shape(functools.partial(loop.start, model, latents, settings))
+    facts = _facts(program, state.method)
+    steps = solver.steps
+    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **facts)
 
 
 _programs: dict[Any, Any] = {}
@@ -216,10 +244,19 @@ def _dynamic_program(arguments, settings):
     return _programs[settings]
 
 
-def _peak(program) -> int:
+def _facts(program, state) -> dict[str, int]:
+    """What a compiled program holds and copies."""
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    return held + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    leaves = jax.tree.leaves(state)
+    large = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] > 1]
+    text = program.as_text() or ""
+    return {
+        "peak": held,
+        "copies": sum(compiled.count_copies(text, leaf) for leaf in large),
+        "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
+    }
 
 
 def time_in_turn(runs: list[Callable[[], None]], rounds: int, most: float = math.inf) -> np.ndarray:
@@ -273,10 +310,17 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
                 "bound": bound,
                 "share": speedup / bound,
                 "peak": report.human_bytes(case.peak),
+                "cache": case.cache / cache_bytes(workload),
+                "copies": case.copies,
                 "compile": case.compile,
             }
         )
     return rows
+
+
+def cache_bytes(workload: flops.Workload, branches: int = 2) -> int:
+    """Two bytes for each channel of each token of each block and branch."""
+    return workload.num_blocks * branches * workload.num_tokens * workload.width * 2
 
 
 def time_stages(pipeline, size, rounds: int, most: float) -> list[dict]:

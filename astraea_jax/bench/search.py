@@ -10,13 +10,14 @@ import jax
 
 import astraea_jax
 from astraea_jax import methods, report
-from astraea_jax.bench.search_study import BUDGETS, PARTS, Options, OutOfTime, Study, read_rows, run
+from astraea_jax.bench.search_parts import BUDGETS, PARTS, run
+from astraea_jax.bench.search_study import Options, OutOfTime, Study, read_rows
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe
 from astraea_jax.search.space import WHOLE_STEPS, Space
-from astraea_ports import tiny, wan
+from astraea_ports import wan
 
 
 def command(
@@ -28,7 +29,8 @@ def command(
     solver: tuple[str, ...] = ("unipc", "euler"),
     search_prompts: int = 4,
     pool: int = 48,
-    seeds: tuple[int, int] = (2, 6),
+    seeds: int = 4,
+    look: int = 8,
     heldout_prompts: int = 16,
     population: int = 32,
     generations: int = 6,
@@ -36,7 +38,8 @@ def command(
     patience: float = 1.3,
     finalists: int = 16,
     rows: int = 256,
-    parts: tuple[str, ...] = tuple(PARTS),
+    parts: tuple[str, ...] = tuple(name for name in PARTS if name != "again"),
+    known: pathlib.Path | None = None,
     reuses: tuple[str, ...] = ("step-level-corrected", "step-level"),
     frames: int | None = None,
     height: int | None = None,
@@ -55,15 +58,17 @@ def command(
       solver: Solvers to search for.
       search_prompts: Prompts that are searched on: those of
       pool: so many that stand best for it;
-      seeds: each with so much noise for a first look, and so much more for those that pass it,
-      heldout_prompts: and the prompts after them judged on, at least 2.
+      seeds: each with the noise of so many seeds,
+      look: so many videos at a time: a schedule that fails some is not tried on the rest.
+      heldout_prompts: Prompts judged on, at least 2; none of them is searched on.
       population: Children of a generation.
       generations: Of each search.
       swaps: Evaluations of the local refinement.
       patience: A schedule passes the first look if its error is at most so many times that of
         the best so far there.
       finalists: Of each search, chosen from by prompts that it has not seen.
-      parts: Of the study, in order.
+      parts: Of the study, in order; "again" searches whole steps from all that was found before.
+      known: A results.json whose rows are not measured again, where the folder holds none.
       reuses: Step-level methods that are searched for; the better of them is judged.
       rows: Videos denoised at a time, guidance branches counted.
       frames: Frames of the videos, 4k + 1; the model's default when left out.
@@ -74,31 +79,22 @@ def command(
         them for `astraea generate --budget`.
     """
     deadline = time.perf_counter() + 60 * minutes
-    total = search_prompts + heldout_prompts
-    if (
-        min(search_prompts, finalists, rows, *seeds) < 1
-        or heldout_prompts < 2
-        or total > len(tiny.captions())
-    ):
-        raise ValueError(
-            f"expected a search prompt, 2 held-out ones, {len(tiny.captions())} together at most, "
-            f"and seeds, finalists and rows of at least 1; got {search_prompts}, "
-            f"{heldout_prompts}, {seeds}, {finalists} and {rows}"
-        )
     if set(parts) - set(PARTS):
         raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
+    options = Options(
+        steps, budgets, solver, search_prompts, pool, seeds, look, heldout_prompts, population,
+        generations, swaps, patience, finalists, rows, (frames or 0, height or 0, width or 0),
+    )  # fmt: skip
+    rows_before = json.loads(known.read_text())["rows"] if known else ()
     pipeline = wan.Pipeline.from_pretrained(model)
     if minutes > 0:
-        options = Options(
-            steps, budgets, solver, search_prompts, pool, seeds, heldout_prompts, population,
-            generations, swaps, patience, finalists, rows, pipeline.size(frames, height, width),
-        )  # fmt: skip
+        options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
         header["backend"] = jax.default_backend()
         with study.open_journal(output, header) as journal:
-            it = Study(pipeline, options, output, deadline)
+            it = Study(pipeline, options, output, deadline, rows_before)
             try:
                 run(it, journal, parts, reuses)
             except OutOfTime:

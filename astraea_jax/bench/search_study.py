@@ -1,17 +1,17 @@
-"""The study behind `astraea bench search`: searches on some prompts, judges on others.
+"""What `astraea bench search` holds schedules against: prompts to search on, prompts to judge on.
 
 Schedules are searched by the error of their latents and judged by the decoded videos. Every
-evaluation goes into a journal and every judgement into results.json, so that a run that was
-stopped goes on where it was; the most telling work comes first.
+judgement goes into results.json, so that a run that was stopped goes on where it was.
 """
 
 import concurrent.futures
 import dataclasses
 import functools
+import itertools
 import json
 import pathlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,20 +19,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from astraea_jax import methods, metrics, report, solvers
+from astraea_jax.bench.search_choices import CHOICES
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Method
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import sensitivity, study
-from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
-from astraea_jax.search.scoring import Evaluator
-from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny
 
-BUDGETS = (0.3, 0.4, 0.5, 0.7)
 RESULTS = "results.json"
+
+FIRST_JUDGED = 4
+"""The captions judged on start here; all that are not judged on may be searched on."""
+
 STARTS = (3, 4, 5, 6, 8, 10, 12)
 """Dense starts of the hand-made patterns."""
 
@@ -40,8 +40,12 @@ METHODS: dict[str, Method] = {
     **methods.METHODS,
     "per block": Astraea(SelectionConfig(scope="block")),
     "random tokens": Astraea(SelectionConfig(rank="random")),
+    **{name: Astraea(config) for name, config in CHOICES.items()},
 }
 """By the name that rows of the table know them by."""
+
+COMPILERS = 8
+"""Programs that are compiled side by side."""
 
 
 class OutOfTime(Exception):
@@ -50,14 +54,15 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a study is made of; see `command`."""
+    """What a study is made of; see `astraea_jax.bench.search.command`."""
 
     steps: int
     budgets: tuple[float, ...]
     solvers: tuple[str, ...]
     search_prompts: int
     pool: int
-    seeds: tuple[int, int]
+    seeds: int
+    look: int
     heldout_prompts: int
     population: int
     generations: int
@@ -66,6 +71,21 @@ class Options:
     finalists: int
     rows: int
     size: tuple[int, int, int]
+
+    def __post_init__(self):
+        pool = len(tiny.captions()) - self.heldout_prompts - FIRST_JUDGED
+        if (
+            min(self.search_prompts, self.seeds, self.look, self.finalists, self.rows) < 1
+            or self.heldout_prompts < 2
+            or self.search_prompts > FIRST_JUDGED + pool
+            or self.search_prompts * self.seeds % self.look
+        ):
+            raise ValueError(
+                f"expected a search prompt, 2 held-out ones, {FIRST_JUDGED + pool} to search on "
+                f"at most, search prompts times seeds a multiple of look ({self.look}), finalists "
+                f"and rows of at least 1; got {self.search_prompts}, {self.heldout_prompts}, "
+                f"{self.seeds} seeds, {self.finalists} and {self.rows}"
+            )
 
 
 class Prompts(NamedTuple):
@@ -78,13 +98,31 @@ class Prompts(NamedTuple):
 class Study:
     """One run of the study: what is shared, and what has been found."""
 
-    def __init__(self, pipeline, options: Options, folder: pathlib.Path, deadline: float):
-        """Reads what an earlier run left in the folder."""
+    def __init__(
+        self,
+        pipeline,
+        options: Options,
+        folder: pathlib.Path,
+        deadline: float,
+        rows: Sequence[dict] = (),
+    ):
+        """Goes on from the rows that are in the folder, or from others where it holds none."""
         self.pipeline, self.options, self.folder, self.deadline = (
             pipeline, options, folder, deadline,
         )  # fmt: skip
-        self.rows = read_rows(folder)
+        self.rows = read_rows(folder) or list(rows)
         self.began = time.perf_counter()
+
+    @property
+    def judged(self) -> range:
+        """Captions that are judged on."""
+        return range(FIRST_JUDGED, FIRST_JUDGED + self.options.heldout_prompts)
+
+    @property
+    def pool(self) -> list[int]:
+        """Captions that are not judged on."""
+        others = [index for index in range(len(tiny.captions())) if index not in self.judged]
+        return others[: self.options.pool]
 
     @functools.cached_property
     def chosen(self) -> list[int]:
@@ -93,25 +131,13 @@ class Study:
         They are those on which the patterns made by hand have, on the mean, the errors that they
         have on the whole pool. The pool holds none of those that are judged on.
         """
-        for row in self.rows:
-            if "prompts" in row:  # chosen by an earlier run
-                return row["prompts"]
         number, pool = self.options.search_prompts, self.pool
+        for row in self.rows:
+            if len(row.get("prompts", ())) == number:  # chosen by an earlier run
+                return row["prompts"]
         if number >= len(pool):
             return pool[:number]
-        solver, chunk = self.options.solvers[0], self.options.seeds[1] * number
-        patterns = [
-            schedule for _, _, schedule in hand_made(self.options.steps, self.options.budgets[:2])
-        ]
-        levels = np.array([schedule.levels for schedule in patterns], np.int8)
-        errors = []
-        for at in range(0, len(pool), chunk):
-            part = (pool[at : at + chunk] * chunk)[:chunk]  # as long as the rest of a search
-            scorer = self._scorer(
-                "step-level-corrected", solver, self._prompts([(i, 1) for i in part])
-            )
-            errors.append(np.log(scorer(levels))[:, : len(pool) - at])
-        table = np.concatenate(errors, axis=1)
+        table = self._errors_by_hand(pool)
         rng = np.random.default_rng(0)
         draws = [rng.permutation(len(pool))[:number] for _ in range(20_000)]
         means = np.stack([table[:, draw].mean(axis=1) for draw in draws])
@@ -120,33 +146,36 @@ class Study:
         self.say(f"searching on captions {found} of a pool of {len(pool)}")
         return found
 
-    @property
-    def pool(self) -> list[int]:
-        """Captions that are not judged on."""
-        first = self.options.search_prompts
-        judged = range(first, first + self.options.heldout_prompts)
-        others = [index for index in range(len(tiny.captions())) if index not in judged]
-        return others[: self.options.pool]
+    def _errors_by_hand(self, captions: Sequence[int]) -> np.ndarray:
+        """Logarithms of the patterns' errors on captions, [patterns, captions]."""
+        options = self.options
+        patterns = [each for _, _, each in hand_made(options.steps, options.budgets[:2])]
+        levels = np.array([schedule.levels for schedule in patterns], np.int8)
+        errors = []
+        for part in _parts_of(options.look, [(index, 1) for index in captions], pad=True):
+            scorer = self._scorer("step-level-corrected", options.solvers[0], self._prompts(part))
+            errors.append(np.log(scorer(levels)))
+        return np.concatenate(errors, axis=1)[:, : len(captions)]
 
     @functools.cached_property
-    def prompts(self) -> dict[str, Prompts]:
-        """Prompts with noise: for the first look, the rest of a search, its validation, judging.
+    def searched(self) -> list[Prompts]:
+        """What a search scores on, part by part: a schedule that fails one part ends there."""
+        options = self.options
+        rows = [(i, seed) for seed in range(1, 1 + options.seeds) for i in self.chosen]
+        return [self._prompts(part) for part in _parts_of(options.look, rows)]
 
-        The first two are several seeds of the same few prompts; the others have prompts of their
-        own, a seed each.
-        """
-        options, (first, rest) = self.options, self.options.seeds
-        seeds = {"first": range(1, 1 + first), "rest": range(1 + first, 1 + first + rest)}
-        rows = {
-            name: [(index, seed) for seed in numbers for index in self.chosen]
-            for name, numbers in seeds.items()
-        }
+    @functools.cached_property
+    def validation(self) -> list[Prompts]:
+        """Prompts of the pool that no search sees: they choose among a search's finalists."""
         others = [index for index in self.pool if index not in self.chosen] or self.chosen
-        length = rest * options.search_prompts
-        rows["validation"] = [(index, 1) for index in (others * length)[:length]]
-        judged = range(options.search_prompts, options.search_prompts + options.heldout_prompts)
-        rows["heldout"] = [(index, 0) for index in judged]
-        return {name: self._prompts(each) for name, each in rows.items()}
+        rows = [(index, self.options.seeds + 1) for index in others]
+        whole = len(rows) // self.options.look * self.options.look
+        return [self._prompts(part) for part in _parts_of(self.options.look, rows[:whole] or rows)]
+
+    @functools.cached_property
+    def heldout(self) -> Prompts:
+        """What rows are judged on."""
+        return self._prompts([(index, 0) for index in self.judged])
 
     def _prompts(self, rows: Sequence[tuple[int, int]]) -> Prompts:
         """Of (prompt, seed) pairs."""
@@ -163,11 +192,12 @@ class Study:
         )
 
     @functools.cache  # noqa: B019 - one study a process
-    def scorer(self, method: str, solver: str, part: str) -> Scorer:
-        """Scores on some of the prompts; exactly on those held out."""
-        return self._scorer(method, solver, self.prompts[part], exact=part == "heldout")
+    def scorers(self, method: str, solver: str, *, validation: bool = False) -> list[Scorer]:
+        """A score on each part of the prompts; they share one program."""
+        parts = self.validation if validation else self.searched
+        return [self._scorer(method, solver, prompts) for prompts in parts]
 
-    def _scorer(self, method: str, solver: str, prompts: Prompts, *, exact: bool = False) -> Scorer:
+    def _scorer(self, method: str, solver: str, prompts: Prompts) -> Scorer:
         return Scorer(
             self.pipeline.transformer,
             prompts.noise,
@@ -177,8 +207,68 @@ class Study:
             guidance=self.pipeline.defaults.guidance,
             lanes=max(1, self.options.rows // len(prompts.context)),
             batch=self.options.population,
-            precision="highest" if exact else None,
         )
+
+    def judge(self, rows: Sequence[dict], *, structure: bool = True) -> None:
+        """Measures rows on the held-out prompts; known ones are kept.
+
+        A row says what, method, solver, budget, levels, and what its search cost. Fewer levels
+        than steps are a run of fewer steps. Each method is one program; several are compiled side
+        by side.
+        """
+        known = set(map(name_of, self.rows))
+        new = [row for row in rows if name_of(row) not in known]
+        program = lambda row: (row["method"], len(row["levels"]))  # noqa: E731
+        groups = [list(each) for _, each in itertools.groupby(sorted(new, key=program), program)]
+        for solver in sorted({row["solver"] for row in new}):
+            self.dense_videos(solver)
+        with concurrent.futures.ThreadPoolExecutor(COMPILERS) as pool:
+            runs = [pool.submit(self._denoise, group) for group in groups]
+            try:
+                for run in concurrent.futures.as_completed(runs):
+                    self.check_time()
+                    self._measure(*run.result(), structure)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _denoise(self, rows: Sequence[dict]) -> tuple[Sequence[dict], list[jax.Array]]:
+        """Latents of rows that one program runs."""
+        return rows, [
+            self._latents(METHODS[row["method"]], row["solver"], row["levels"]) for row in rows
+        ]
+
+    def _latents(self, method: Method, solver: str, levels: Sequence[int]) -> jax.Array:
+        if isinstance(method, Astraea):
+            method = dataclasses.replace(method, pieces="loop")  # the quickest to compile
+        with jax.default_matmul_precision("highest"):
+            return denoise(
+                self.pipeline.transformer,
+                *self.heldout,
+                solver=self.solver(solver, len(levels)),
+                schedule=jnp.asarray(levels, jnp.int8),
+                method=method,
+                guidance=self.pipeline.defaults.guidance,
+            ).latents
+
+    def _measure(self, rows: Sequence[dict], latents, structure: bool) -> None:
+        with concurrent.futures.ThreadPoolExecutor() as pool:
+            for row, found in zip(rows, latents, strict=True):
+                dense, references = self.dense_videos(row["solver"])
+                videos = self.decode(found)
+                psnr = list(pool.map(metrics.psnr, references, videos))
+                row = dict(row, psnr_each=psnr, psnr=float(np.mean(psnr)), psnr_worst=min(psnr))
+                row["mse"] = float(jnp.square(found - dense).mean())
+                row["psnr_half_width"] = 1.96 * float(np.std(psnr, ddof=1)) / len(psnr) ** 0.5
+                if structure:
+                    row["ssim"] = float(np.mean(list(pool.map(metrics.ssim, references, videos))))
+                self.rows.append(row)
+        self.save()
+
+    @functools.cache  # noqa: B019
+    def dense_videos(self, solver: str) -> tuple[Any, list[np.ndarray]]:
+        """Latents and videos that every row of a solver is held against."""
+        dense = self._latents(METHODS["dense"], solver, [10] * self.options.steps)
+        return dense, self.decode(dense)
 
     @functools.cached_property
     def _decoder(self):
@@ -192,38 +282,10 @@ class Study:
         """Videos of latents, uint8."""
         return [np.asarray(self._decoder(latents[i : i + 1])[0]) for i in range(len(latents))]
 
-    @functools.cache  # noqa: B019
-    def dense_videos(self, solver: str) -> tuple[Any, list[np.ndarray]]:
-        """Latents and videos that every row of a solver is held against."""
-        dense = self.scorer("step-level-corrected", solver, "heldout").dense
-        return dense, self.decode(dense)
-
-    def judge(self, rows: Sequence[dict], *, structure: bool = True) -> None:
-        """Measures rows of one solver and method on the held-out prompts; known ones are kept.
-
-        A row says what, method, solver, budget, levels, and what its search cost.
-        """
-        new = [row for row in rows if _name(row) not in {_name(known) for known in self.rows}]
-        if not new:
-            return
-        self.check_time()
-        method, solver = new[0]["method"], new[0]["solver"]
-        levels = np.array([row["levels"] for row in new], np.int8)
-        self._measure(new, self.scorer(method, solver, "heldout").latents(levels), structure)
-
-    def _measure(self, rows: Sequence[dict], latents, structure: bool) -> None:
-        dense, references = self.dense_videos(rows[0]["solver"])
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            for row, found in zip(rows, latents, strict=True):
-                videos = self.decode(found)
-                psnr = list(pool.map(metrics.psnr, references, videos))
-                row = dict(row, psnr_each=psnr, psnr=float(np.mean(psnr)), psnr_worst=min(psnr))
-                row["mse"] = float(jnp.square(found - dense).mean())
-                row["psnr_half_width"] = 1.96 * float(np.std(psnr, ddof=1)) / len(psnr) ** 0.5
-                if structure:
-                    row["ssim"] = float(np.mean(list(pool.map(metrics.ssim, references, videos))))
-                self.rows.append(row)
-        self.save()
+    def has(self, what: str, method: str, solver: str, budget: float) -> bool:
+        """Whether such a row is judged, whatever its levels."""
+        asked = what, method, solver, budget
+        return any(name_of(row)[:4] == asked and "psnr" in row for row in self.rows)
 
     def save(self) -> None:
         """Writes what has been found."""
@@ -246,249 +308,23 @@ def read_rows(folder: pathlib.Path) -> list[dict]:
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 
-def _name(row: dict) -> tuple:
+def name_of(row: dict) -> tuple:
+    """What tells rows apart."""
     return row["what"], row["method"], row["solver"], row["budget"], tuple(row["levels"])
 
 
-@dataclasses.dataclass
-class Searches:
-    """The searches of one method and solver: they share what has been evaluated.
-
-    The journal's earlier evaluations of the same method and solver are known from the start.
-    """
-
-    it: Study
-    journal: study.Journal
-    method: str
-    solver: str
-
-    def __post_init__(self):
-        name = f"{self.method}, {self.solver}"
-        known = [each for each in self.journal.evaluations if each.search == name]
-        self.evaluator = Evaluator(
-            [functools.partial(self.score, "first"), functools.partial(self.score, "rest")],
-            reduce="log",
-            patience=self.it.options.patience,
-            keep=max(2, self.it.options.population // 4),
-            batch=self.it.options.population,
-            record=self.journal.append,
-            known={each.levels: each for each in known},
-            search=name,
-        )
-
-    def score(self, part: str, levels: np.ndarray) -> np.ndarray:
-        """Errors on some of the prompts, until the study's minutes are over."""
-        self.it.check_time()
-        return self.it.scorer(self.method, self.solver, part)(levels)
-
-    def space(self, budget: float, choices: tuple[int, ...]) -> Space:
-        """The schedules of exactly a budget."""
-        return Space.for_budget(self.it.options.steps, budget, choices=choices)
-
-    def row(self, what: str, budget: float, evaluator: Evaluator, space: Space) -> dict:
-        """A row for `judge`: the best on other prompts among the best of what was asked for.
-
-        What it cost counts every schedule asked for, known before or not.
-        """
-        known = [self.evaluator.known[each] for each in evaluator.asked]
-        inside = [each for each in known if sum(each.levels) == space.high]
-        finalists = sorted(inside, key=self.evaluator.fitness)[: self.it.options.finalists]
-        if len(inside) > 1:
-            by_hand = {each.levels for _, _, each in hand_made(space.steps, [budget])}
-            finalists += [
-                each for each in inside if each.levels in by_hand - {f.levels for f in finalists}
-            ]
-        errors = self.score("validation", np.array([each.levels for each in finalists], np.int8))
-        validated = np.exp(np.log(errors).mean(axis=1))
-        chosen = finalists[int(np.argmin(validated))]
-        row = {"what": what, "method": self.method, "solver": self.solver, "budget": budget}
-        row |= {"levels": list(chosen.levels), "fitness": self.evaluator.fitness(chosen)}
-        row |= {"validation": float(validated.min()), "evaluations": len(evaluator.asked)}
-        row |= {"seconds": sum(each.seconds for each in known), "prompts": self.it.chosen}
-        self.it.say(
-            f"{what}, {self.method}, {self.solver}, {budget:g}: {row['fitness']:.5f} "
-            f"{row['validation']:.5f} {row['levels']}"
-        )
-        return row
-
-    def evolve(self, what: str, budget: float, choices, given: Sequence[Schedule] = ()) -> dict:
-        """Evolution, then local swaps as long as they help."""
-        options, space = self.it.options, self.space(budget, choices)
-        config = SearchConfig(
-            population=options.population,
-            parents=max(2, options.population // 4),
-            generations=options.generations,
-        )
-        evaluator = self.fresh()
-        found = study.evolve(
-            space, config, evaluator, jax.random.key(0), given=tuple(given),
-            deadline=self.it.deadline,
-        )  # fmt: skip
-        self.refined(space, evaluator, found.best, options.swaps)
-        return self.row(what, budget, evaluator, space)
-
-    def without_search(self, budgets: Sequence[float], choices, levels) -> Iterator[dict]:
-        """Dynamic programming over a sensitivity curve, then with swaps."""
-        options = self.it.options
-        for budget in budgets:
-            # Damages add up as squared errors do, not as their logarithms, and none is hopeless.
-            curve = dataclasses.replace(self.fresh(), reduce="mean", patience=None)
-            damage = sensitivity.level_sensitivity(curve, options.steps, levels)
-            row = {"what": "sensitivity", "method": self.method, "solver": self.solver}
-            row |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
-            if _name(row) not in {_name(known) for known in self.it.rows}:
-                self.it.rows.append(row)
-            space = self.space(budget, choices)
-            first = sensitivity.allocate(space, sensitivity.interpolated(damage, levels, choices))
-            alone = dataclasses.replace(self.fresh(), patience=None)
-            alone.asked |= curve.asked
-            alone(first.array()[None])
-            yield self.row("sensitivity + DP", budget, alone, space)
-            both = self.fresh()
-            both.asked |= alone.asked
-            self.refined(space, both, first, 2 * options.swaps)
-            yield self.row("DP + swaps", budget, both, space)
-
-    def fresh(self) -> Evaluator:
-        """An evaluator that counts anew and knows what has been evaluated."""
-        return dataclasses.replace(self.evaluator)
-
-    def refined(self, space: Space, evaluator: Evaluator, first: Schedule, number: int) -> None:
-        """Local swaps; what they found is known to the evaluator."""
-        batch = self.it.options.population
-        sensitivity.refine(space, evaluator, first, number, batch=batch)
-
-
-def hand_made(steps: int, budgets: Sequence[float]) -> Iterator[tuple[str, float, Schedule]]:
+def hand_made(steps: int, budgets: Sequence[float]) -> list[tuple[str, float, Schedule]]:
     """Step patterns of several dense starts and both orders, for each budget."""
-    for budget in budgets:
-        for name, schedule in step_patterns(steps, round(budget * steps)).items():
-            if int(name.split()[0]) in STARTS:
-                yield name, budget, schedule
+    return [
+        (name, budget, schedule)
+        for budget in budgets
+        for name, schedule in step_patterns(steps, round(budget * steps)).items()
+        if int(name.split()[0]) in STARTS
+    ]
 
 
-@dataclasses.dataclass
-class Plan:
-    """The study's work, part by part."""
-
-    it: Study
-    journal: study.Journal
-    reuses: Sequence[str]
-    found: list[dict] = dataclasses.field(default_factory=list)
-
-    def best(self, solver: str, budget: float, *methods: str) -> Schedule | None:
-        """What earlier searches judged best of some methods, by prompts that no search saw."""
-        rows = [
-            row
-            for row in [*self.it.rows, *self.found]
-            if row["solver"] == solver and row["budget"] == budget and row["method"] in methods
-            and "validation" in row
-        ]  # fmt: skip
-        if not rows:
-            return None
-        return Schedule(tuple(min(rows, key=lambda row: row["validation"])["levels"]))
-
-    def step_level(self, budgets: Sequence[float]) -> None:
-        """Evolution of whole steps with each kind of reuse; the better is judged."""
-        for solver in self.it.options.solvers:
-            for budget in budgets:
-                rows = [self.evolve(method, solver, budget, WHOLE_STEPS) for method in self.reuses]
-                self.it.judge([min(rows, key=lambda row: row["validation"])])
-
-    def evolve(self, method: str, solver: str, budget: float, choices) -> dict:
-        """Evolution from the patterns made by hand, and from the best step-level schedule."""
-        what = "step-level EA" if choices == WHOLE_STEPS else "EA"
-        given = [schedule for _, _, schedule in hand_made(self.it.options.steps, [budget])]
-        found = self.best(solver, budget, "step-level-corrected", "step-level")
-        given = given if found is None else [found, *given]
-        row = Searches(self.it, self.journal, method, solver).evolve(what, budget, choices, given)
-        self.found.append(row)
-        return row
-
-    def token_wise(self, budgets: Sequence[float]) -> None:
-        """Evolution of levels 0 to 10."""
-        for solver in self.it.options.solvers:
-            for budget in budgets:
-                self.it.judge([self.evolve("astraea-corrected", solver, budget, ALL_LEVELS)])
-
-    def without_search(self, method: str, choices, levels) -> None:
-        """Sensitivities, dynamic programming, swaps."""
-        for solver in self.it.options.solvers:
-            searches = Searches(self.it, self.journal, method, solver)
-            for row in searches.without_search(self.it.options.budgets, choices, levels):
-                self.it.judge([row])
-
-    def by_hand(self, method: str) -> None:
-        """Patterns made by hand."""
-        for solver in self.it.options.solvers:
-            patterns = hand_made(self.it.options.steps, self.it.options.budgets)
-            rows = [plain(f"hand-made: {name}", method, solver, b, s) for name, b, s in patterns]
-            self.it.judge(rows, structure=False)
-            self.it.say(f"hand-made patterns, {method}, {solver}: judged")
-
-    def tokens(self, method: str) -> None:
-        """A token-wise method on schedules that are there already."""
-        steps = self.it.options.steps
-        for solver in self.it.options.solvers:
-            rows = []
-            for budget in self.it.options.budgets:
-                found = self.best(solver, budget, "astraea-corrected")
-                if found is not None:
-                    rows.append(plain("EA's schedule", method, solver, budget, found))
-                spread = Schedule.for_budget(steps, budget, whole_steps=False)
-                rows.append(plain("first fifth dense", method, solver, budget, spread))
-                even = Schedule.uniform(steps, budget)
-                rows.append(plain("uniform", method, solver, budget, even))
-            self.it.judge(rows)
-            self.it.say(f"{method}, {solver}: judged")
-
-
-PARTS: dict[str, Callable[[Plan], object]] = {
-    "step-level": lambda plan: plan.step_level(plan.it.options.budgets[:2]),
-    "token-wise": lambda plan: plan.token_wise(plan.it.options.budgets[:2]),
-    "step-level-rest": lambda plan: plan.step_level(plan.it.options.budgets[2:]),
-    "by-hand": lambda plan: (plan.by_hand("step-level"), plan.by_hand("step-level-corrected")),
-    "fewer-steps": lambda plan: [
-        fewer_steps(plan.it, solver, budget)
-        for budget in plan.it.options.budgets
-        for solver in plan.it.options.solvers
-    ],
-    "tokens": lambda plan: [
-        plan.tokens(method) for method in ("fixed-token", "random tokens", "per block", "astraea")
-    ],
-    "without-search": lambda plan: plan.without_search("step-level-corrected", WHOLE_STEPS, (0,)),
-    "token-wise-rest": lambda plan: plan.token_wise(plan.it.options.budgets[2:]),
-}
-"""The study's work by name, the most telling part first."""
-
-
-def run(it: Study, journal: study.Journal, parts: Sequence[str], reuses: Sequence[str]) -> None:
-    """Some parts of the study in order; raises OutOfTime where the minutes end."""
-    plan = Plan(it, journal, reuses)
-    for part in parts:
-        PARTS[part](plan)
-
-
-def plain(what: str, method: str, solver: str, budget: float, schedule: Schedule) -> dict:
-    """A row for `judge` that no search has cost anything."""
-    row = {"what": what, "method": method, "solver": solver, "budget": budget}
-    return {**row, "levels": list(schedule.levels)}
-
-
-def fewer_steps(it: Study, solver: str, budget: float) -> None:
-    """A row for the plain model with so many steps fewer."""
-    number = round(budget * it.options.steps)
-    row = {"what": "fewer dense steps", "method": "dense", "solver": solver, "budget": budget}
-    row["levels"] = [10] * number
-    if _name(row) in {_name(known) for known in it.rows}:
-        return
-    it.check_time()
-    with jax.default_matmul_precision("highest"):
-        latents = denoise(
-            it.pipeline.transformer,
-            it.prompts["heldout"].noise,
-            it.prompts["heldout"].context,
-            solver=it.solver(solver, number),
-            guidance=it.pipeline.defaults.guidance,
-        ).latents
-    it._measure([row], [latents], True)
+def _parts_of(size: int, rows: list, *, pad: bool = False) -> list[list]:
+    """Rows in parts of one size, so that one program runs all; with `pad` the last repeats some."""
+    if pad:
+        rows = rows + rows[: -len(rows) % size]
+    return [rows[at : at + size] for at in range(0, len(rows), size)]

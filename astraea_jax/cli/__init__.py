@@ -20,9 +20,9 @@ from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
 from astraea_jax.bench import attention as bench_attention
+from astraea_jax.bench import batches, exactness, gpu, quality, scoring, sheet
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
-from astraea_jax.bench import quality, scoring, sheet
 from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
@@ -189,10 +189,11 @@ def keep_compiled_programs() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`attention`, `denoise`, `training`), quality and searches.
+    """Measures speed (`attention`, `denoise`, `batches`, `training`), quality and searches.
 
-    `quality` compares methods, `search` ways to find a schedule, `scoring` ways to score many;
-    `compile` compiles for a GPU that need not be there; `sheet` draws videos.
+    `exactness` says how exact this device is, `gpu` runs the whole study of one. `quality` compares
+    methods, `search` ways to find a schedule, `scoring` ways to score many; `compile` compiles for
+    a GPU that need not be there; `sheet` draws videos.
     """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
@@ -210,6 +211,9 @@ COMMANDS = {
 BENCHES = {
     "attention": bench_attention.command,
     "denoise": bench_denoise.command,
+    "batches": batches.command,
+    "exactness": exactness.command,
+    "gpu": gpu.command,
     "compile": bench_compile.command,
     "quality": quality.command,
     "scoring": scoring.command,

@@ -30,12 +30,12 @@ def train_tiny(
     steps: int | None = None,
     batch: int | None = None,
     rate: float = 1.0,
-    two: float = 0.5,
-    text_rate: float = 2.0,
-    even_times: float = 0.25,
+    two: float = 0.6,
+    text_rate: float = 1.0,
+    even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),
     pool: int | None = None,
-    refresh_every: int = 4,
+    refresh_every: int = 8,
     seed: int = 0,
     checkpoint_every: float = 2.0,
     sheet: int = 6,
@@ -50,7 +50,7 @@ def train_tiny(
       part: What to train; the reader is what score-tiny reads videos with.
       output: Folder of the run: checkpoints, loss.png, sheet.png, and the result as model/.
       steps: Length of the run, instead of minutes.
-      batch: Clips a step; 128, or 4 without a GPU.
+      batch: Clips a step; 128 for each GPU, or 4 without one.
       rate: Factor on all step sizes.
       two: Share of clips with two objects.
       text_rate: Factor on the text encoder's step size.
@@ -95,7 +95,7 @@ def train_tiny(
         source = lessons.Lessons(seed=seed, two=two)
         recipe = Recipe(
             steps=steps,
-            batch=batch or (128 if large else 4),
+            batch=batch or (128 * jax.device_count() if large else 4),
             muon_rate=6e-3 * rate,
             adam_rate=1.5e-3 * rate,
             text_rate=text_rate,
@@ -106,7 +106,7 @@ def train_tiny(
         )
         plan = transformer_training.PoolPlan(
             size=pool or (32768 if large else 64),
-            block=32 if large else 4,
+            block=32 * jax.device_count() if large else 4,
             refresh_every=refresh_every,
         )
         return transformer_training.TransformerTraining(

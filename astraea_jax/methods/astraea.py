@@ -20,7 +20,10 @@ from astraea_jax.selection import SelectionConfig
 SMALL_TENTH = 256
 """Rows below which a tenth of the tokens is too small a product to run near the machine's rate."""
 
-Pieces = Literal["branch", "loop"]
+FEW_ROWS = 1024
+"""Rows below which eight more would be a cost."""
+
+Pieces = Literal["branch", "loop", "masked"]
 
 
 class AstraeaState(NamedTuple):
@@ -66,7 +69,7 @@ class Filled(NamedTuple):
     """What the selected rows of a block are written to, or the rows themselves.
 
     Attributes:
-      merged: the tokens that leave the block where they are fresh, those that entered elsewhere.
+      merged: the tokens that leave the block: stale ones from the start, fresh ones once written.
       out: the cache's large array, of all blocks; of rows, what is kept of them.
       lse: one log-sum-exp a token.
     """
@@ -103,9 +106,12 @@ class Astraea:
 
     Attributes:
       selection: how tokens are chosen and what stale ones get.
-      pieces: how a level that is data runs its rows in a block. "branch": as one piece, one of
-        nine that are compiled. "loop": two tenths at a time, which compiles three times faster
-        and is as fast where a tenth is many rows. None: "branch" below `SMALL_TENTH` rows.
+      pieces: how a level that is data runs. "branch": each level is compiled, as the static driver
+        compiles it, and one of the nine runs. "loop": one program, in whose blocks the rows go
+        two tenths at a time; it compiles several times faster and is as fast where a tenth is
+        many rows. "masked": all rows, of which only the selected ones are kept, level 10 too; the
+        plainest, for many schedules mapped side by side, where a branch not taken costs as much.
+        None: "branch" where a tenth is below `SMALL_TENTH` rows.
       correct: whether, once a token's next velocity is known, the steps that reused its last one
         are taken again along the line between the two; needs velocity "kept".
 
@@ -131,7 +137,8 @@ class Astraea:
     @property
     def modes(self) -> tuple[base.Mode, ...]:
         """Skip, a level that is data, or the plain model."""
-        return (base.SKIP, base.Mode("sparse"), base.DENSE)
+        modes = (base.SKIP, base.Mode("sparse"), base.DENSE)
+        return modes[:2] if self.pieces == "masked" else modes
 
     def static_mode(self, level: int) -> base.Mode:
         """A mode for each level."""
@@ -141,7 +148,8 @@ class Astraea:
         """By the level."""
         del state
         level = inputs.level
-        return jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        mode = jnp.where(base.is_dense(level), 2, jnp.where(level > 0, 1, 0)).astype(jnp.int32)
+        return jnp.minimum(mode, len(self.modes) - 1)
 
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> AstraeaState:
         """An empty cache; it is filled by the first step, which is dense."""
@@ -177,11 +185,23 @@ class Astraea:
             return self._skip(geometry, inputs, state)
         modulation = model.modulation(inputs.timestep)
         run = Run(
-            self.selection, self.pieces, model, prepared, modulation, geometry, inputs, num_branches
-        )
+            self.selection, model, prepared, modulation, geometry, inputs, num_branches,
+            masked=self.pieces == "masked",
+        )  # fmt: skip
         if mode == base.DENSE:
             return run.dense(state)
-        return run.sparse(state, inputs.level if mode.level is None else mode.level)
+        if mode.level is not None:
+            return run.sparse(state, mode.level)
+        if self._branches(geometry):
+            levels = range(1, selection.LEVELS)
+            runs = [functools.partial(run.sparse, level=level) for level in levels]
+            return lax.switch(inputs.level - 1, runs, state)
+        return run.sparse(state, inputs.level)
+
+    def _branches(self, geometry: Geometry) -> bool:
+        if self.pieces is not None:
+            return self.pieces == "branch"
+        return geometry.num_tokens < SMALL_TENTH * selection.LEVELS
 
     def _skip(self, geometry, inputs, state) -> base.Forward:
         cache = state.cache
@@ -214,13 +234,13 @@ class Run:
     """
 
     config: SelectionConfig
-    pieces: Pieces | None
     model: VideoDiT
     prepared: Prepared
     modulation: core.Modulation
     geometry: Geometry
     inputs: base.StepInputs
     num_branches: int
+    masked: bool = False
 
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
@@ -313,21 +333,18 @@ class Run:
                 cache = cache._replace(reference=stack)
             carry = carry._replace(cache=cache)
         keys_values = block.keys_values(carry.tokens)
-        before, out = carry.before, carry.cache.out
-        if config.chained:
-            out, before = token_cache.read_block(out, index)
+        # What every token would leave with if it were stale; the rows are then written over it.
+        onto = carry.tokens if config.reuse == "residual" else None
+        out, merged = token_cache.read_block(carry.cache.out, index, onto)
+        before = merged if config.chained else carry.before
         lse = carry.cache.lse[index if config.scope == "block" else 0]
-        return Opened(carry, choice, keys_values, before, Filled(carry.tokens, out, lse))
+        return Opened(carry, choice, keys_values, before, Filled(merged, out, lse))
 
     def close_block(self, opened: Opened, filled: Filled, index) -> Carry:
         """What enters the next block, once the selected rows are computed."""
         config, carry, choice = self.config, opened.carry, opened.choice
         cache = carry.cache
         per_block = config.scope == "block"
-        # Read after the write, which left the stale rows alone: nothing has to be kept aside.
-        stale = token_cache.block_rows(filled.out, index)
-        stale = carry.tokens + stale if config.reuse == "residual" else stale
-        merged = jnp.where(choice.fresh[..., None], filled.merged, stale)
         lse = filled.lse
         if not per_block:
             # One selection serves all blocks, weighed by the first block's attention.
@@ -343,7 +360,7 @@ class Run:
         )
         same = selection.overlap(choice.fresh, carry.previous)
         return Carry(
-            tokens=merged,
+            tokens=filled.merged,
             before=opened.before,
             cache=cache,
             previous=choice.fresh,
@@ -365,23 +382,34 @@ class Run:
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
-        """Runs the selected rows: at once when their number is known, else by `pieces`."""
+        """Runs the selected rows: at once when their number is known, else as `pieces` says."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
-            return compute(state, choice.indices[:, : level * rows])
+            return compute(state, self._whole_tiles(choice.indices[:, : level * rows]))
+
+        if self.masked:
+            place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
+            return compute(state, jnp.where(place < level * rows, choice.indices, past))
 
         def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
             return compute(state, indices)
 
-        if self.pieces == "branch" or (self.pieces is None and rows < SMALL_TENTH):
-            levels = range(1, selection.LEVELS)
-            branches = [functools.partial(run, first=0, tenths=tenths) for tenths in levels]
-            return lax.switch(level - 1, branches, state)
         state = lax.fori_loop(0, level // 2, lambda pair, state: run(state, 2 * pair, 2), state)
         return lax.cond(
             level % 2 == 1, lambda state: run(state, level - 1, 1), lambda state: state, state
         )
+
+    def _whole_tiles(self, indices: Int[Array, "B K"]) -> Int[Array, "B _"]:
+        """Many rows in whole tiles of 8: attention kernels would pad and cut them in each block.
+
+        What is added lies past the tokens: computed as the last row, written nowhere.
+        """
+        batch, count = indices.shape
+        if count < FEW_ROWS or any(groups.number > 1 for groups in self.geometry.groups):
+            return indices
+        added = jnp.full((batch, -count % 8), self.geometry.num_tokens, indices.dtype)
+        return jnp.concatenate([indices, added], axis=1)
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
         """Selects the tokens of one block (or, with scope "step", of all)."""

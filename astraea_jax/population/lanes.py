@@ -10,6 +10,7 @@ at a time, so a round costs the sum of its levels.
 All candidates share the prompts, their text, the noise and the dense start of their schedules.
 """
 
+import dataclasses
 import functools
 from typing import Any, Literal, NamedTuple
 
@@ -63,12 +64,15 @@ def denoise_start(
 
 def _start(model, latents, context, solver, guidance, key, settings, dense_start):
     prepared = model.prepare(context, settings.geometry)
-    step = loop.loop_step(model, prepared, guidance, key, settings=settings)
-    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[:dense_start]), solver)
-    levels = jnp.full((dense_start,), LEVELS, jnp.int8)
-    state = loop.start(model, latents, settings)
-    xs = (rows, levels, jnp.arange(dense_start, dtype=jnp.int32))
-    return prepared, lax.scan(step, state, xs)[0]
+    each = Lane(model, prepared, solver, guidance, key, settings)
+
+    def step(state: LoopState, index):
+        inputs = each.inputs(state.latents, index, LEVELS)
+        forward = each.forward(base.DENSE, inputs, state.method)
+        return each.advance(state, forward, index), None
+
+    indices = jnp.arange(dense_start, dtype=jnp.int32)
+    return prepared, lax.scan(step, loop.start(model, latents, settings), indices)[0]
 
 
 @timed_jit(static=("settings", "dense_start", "plan", "lanes", "tiles", "precision", "mesh"))
@@ -123,6 +127,9 @@ def _denoise_many(
     settings, dense_start, plan, lanes, tiles,
 ):  # fmt: skip
     """What one device does with its schedules."""
+    if plan == "masked" and isinstance(settings.method, Astraea):
+        masked = dataclasses.replace(settings.method, pieces="masked")
+        settings = settings._replace(method=masked)
     loop_step = loop.loop_step(model, prepared, guidance, key, settings=settings)
     if plan != "lanes":
         rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)

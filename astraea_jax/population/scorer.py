@@ -1,7 +1,7 @@
 """Schedules scored against the dense videos of some prompts: the fitness of a search."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -116,41 +116,52 @@ class Scorer:
 
     def latents(self, levels: Int[np.ndarray, "S T"]) -> Float[Array, "S P F Y X C"]:
         """Denoised latents of each schedule."""
-        levels = np.asarray(levels, np.int8)
-        if levels.ndim != 2 or levels.shape[1] != self.steps:
-            raise ValueError(f"expected levels [S, {self.steps}]; got {levels.shape}")
-        firsts = range(0, len(levels), self._batch)
-        return jnp.concatenate([self._run(levels[at : at + self._batch]) for at in firsts])
+        batches = [latents[places] for latents, places in self._batches(levels)]
+        return jnp.concatenate(batches)
 
     def __call__(self, levels: Int[np.ndarray, "S T"]) -> Float[np.ndarray, "S P"]:
         """Mean squared error of each schedule and prompt: of latents, or of what `decode` gives."""
+        number = len(levels)
         if self._dense is None:
-            # Along with the first schedules, so that its lane is not the only one at work.
-            *rows, self._dense = self.latents(np.concatenate([levels, self._full]))
-            latents = jnp.stack(rows)
-        else:
-            latents = self.latents(levels)
+            # Along with the schedules, so that its lane is not the only one at work.
+            levels = np.concatenate([self._full, levels])
+        rows = []
+        for latents, places in self._batches(levels):
+            if self._dense is None:
+                self._dense = latents[int(places[0])]
+            rows.append(self._compared(latents, places))
+        return np.concatenate(rows)[-number:]
+
+    def _compared(self, latents, places) -> np.ndarray:
+        """Errors of some rows of a batch. Whole batches are compared: one shape, one program."""
         if self._decode is None:
-            return np.asarray(_errors(latents, self._dense), np.float64)
+            return np.asarray(_errors(latents, self._dense), np.float64)[places]
         if self._target is None:
             self._target = self._decode(self._dense)
-        rows = (_errors(self._decode(row)[None], self._target)[0] for row in latents)
-        return np.array([np.asarray(row, np.float64) for row in rows])
+        videos = (self._decode(latents[int(place)])[None] for place in places)
+        return np.array([np.asarray(_errors(v, self._target)[0], np.float64) for v in videos])
 
-    def lower(self) -> jax.stages.Lowered:
-        """The program of one batch, lowered: what to ask for its memory."""
+    def compiled(self) -> jax.stages.Compiled:
+        """The program of one batch, compiled now if need be: what to ask for its memory."""
         levels = jnp.zeros((self._batch, self.steps), jnp.int8)
-        return denoise_many.lower(*self._many.args, levels, **self._many.keywords)
+        return denoise_many.executable(*self._many.args, levels, **self._many.keywords)
 
-    def _run(self, levels: np.ndarray) -> Array:
+    def _batches(self, levels) -> Iterator[tuple[Array, np.ndarray]]:
+        """Latents of a whole batch, and where in it the next rows of `levels` are."""
+        levels = np.asarray(levels, np.int8)
+        if levels.ndim != 2 or levels.shape[1] != self.steps:
+            raise ValueError(f"expected levels [S, {self.steps}]; got {levels.shape}")
+        for first in range(0, len(levels), self._batch):
+            yield self._run(levels[first : first + self._batch])
+
+    def _run(self, levels: np.ndarray) -> tuple[Array, np.ndarray]:
         """One program: rows dealt out so that every device has as much to do."""
         number, devices = len(levels), len(self._devices)
         filled = np.zeros((self._batch, self.steps), np.int8)
         filled[:number] = levels
         by_cost = np.argsort(-filled.astype(int).sum(axis=1), kind="stable")
         dealt = by_cost.reshape(-1, devices).T.reshape(-1)
-        latents = self._many(jnp.asarray(filled[dealt]))
-        return latents[np.argsort(dealt)[:number]]
+        return self._many(jnp.asarray(filled[dealt])), np.argsort(dealt)[:number]
 
 
 @jax.jit

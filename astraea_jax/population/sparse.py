@@ -75,7 +75,7 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
 
     def run(modulation, inputs) -> Run:
         branches = settings.num_branches
-        return Run(config, None, model, prepared, modulation, geometry, inputs, branches)
+        return Run(config, model, prepared, modulation, geometry, inputs, branches)
 
     def begin(modulation, inputs, state):
         return run(modulation, inputs).begin(state, inputs.level)

@@ -124,10 +124,10 @@ def initial_population(
         # Spread over the list, which is sorted by the length of the dense start.
         taken = np.unique(np.linspace(0, len(patterns) - 1, min(room, len(patterns))).astype(int))
         chosen += [patterns[index] for index in taken]
-    drawn = jax.random.split(key)
-    given_genes = jnp.asarray(np.array(chosen[: config.population], np.int8))
-    first = _fill(space, config.population, drawn[0], given_genes)
-    genes, usable = distinct(space, drawn[1], first, first[:0])
+    chosen = np.array(chosen[: config.population], np.int8)
+    padded = np.zeros((config.population, space.steps), np.int8)
+    padded[: len(chosen)] = chosen
+    genes, usable = _first(space.without_band(), space.band, key, padded, len(chosen))
     genes = np.asarray(genes)[np.asarray(usable)]
     if len(genes) < 2:
         raise ValueError(
@@ -145,7 +145,10 @@ def next_children(
     In a space so small that new schedules run out there may be fewer than the population.
     """
     key, use = jax.random.split(jax.random.wrap_key_data(jnp.asarray(state.key_data)))
-    genes, usable = _children(space, config, use, state.genes, state.fitness, state.generation + 1)
+    genes, usable = _children(
+        space.without_band(), space.band, config, use,
+        state.genes, state.fitness, state.generation + 1,
+    )  # fmt: skip
     moved = state._replace(key_data=jax.random.key_data(key))
     return np.asarray(genes)[np.asarray(usable)], moved
 
@@ -202,8 +205,10 @@ def mutate(
     return jnp.where(mask, drawn, genes)
 
 
-def repair(space: Space, key: Key[Array, ""], genes: Int[Array, "T"]) -> Int[Array, "T"]:
-    """Moves random free steps by one choice until the cost lies in the band.
+def repair(
+    space: Space, band: Int[Array, "2"], key: Key[Array, ""], genes: Int[Array, "T"]
+) -> Int[Array, "T"]:
+    """Moves random free steps by one choice until the cost lies in the band, which is data.
 
     Where costs are so uneven that this does not end in the band, the last try is returned:
     `in_space` tells.
@@ -215,14 +220,12 @@ def repair(space: Space, key: Key[Array, ""], genes: Int[Array, "T"]) -> Int[Arr
 
     def outside(carry):
         _, genes, turn = carry
-        total = costs[genes].sum()
-        in_band = (total >= space.low) & (total <= space.high)
-        return ~in_band & (turn < 2 * top * space.steps)
+        return ~in_space(space, band, genes) & (turn < 2 * top * space.steps)
 
     def move(carry):
         key, genes, turn = carry
         key, use = jax.random.split(key)
-        down = costs[genes].sum() > space.high
+        down = costs[genes].sum() > band[1]
         movable = free & jnp.where(down, genes > 0, genes < top)
         weight = jnp.where(movable, jax.random.uniform(use, genes.shape), -1.0)
         change = jnp.where(down, -1, 1).astype(genes.dtype)
@@ -231,15 +234,15 @@ def repair(space: Space, key: Key[Array, ""], genes: Int[Array, "T"]) -> Int[Arr
     return lax.while_loop(outside, move, (key, genes, jnp.int32(0)))[1]
 
 
-def in_space(space: Space, genes: Int[Array, "T"]) -> Bool[Array, ""]:
+def in_space(space: Space, band: Int[Array, "2"], genes: Int[Array, "T"]) -> Bool[Array, ""]:
     """Whether a row of genes costs what it may, its pinned steps being dense."""
     total = jnp.asarray(space.costs, jnp.int32)[genes].sum()
-    return (total >= space.low) & (total <= space.high)
+    return (total >= band[0]) & (total <= band[1])
 
 
-@functools.partial(jax.jit, static_argnums=0)
 def distinct(
     space: Space,
+    band: Int[Array, "2"],
     key: Key[Array, ""],
     genes: Int[Array, "P T"],
     known: Int[Array, "K T"],
@@ -257,7 +260,7 @@ def distinct(
         mine = _digest(genes)
         alike = ((mine[:, None] == mine[None]).all(axis=-1) & earlier).any(axis=1)
         alike |= (mine[:, None] == taken[None]).all(axis=-1).any(axis=1)
-        return ~alike & jax.vmap(functools.partial(in_space, space))(genes)
+        return ~alike & jax.vmap(functools.partial(in_space, space, band))(genes)
 
     def again(carry):
         key, genes, turn = carry
@@ -267,7 +270,7 @@ def distinct(
         probability = jnp.minimum(0.05 * (turn + 1), 1.0)
 
         def renew(keys, row):
-            return repair(space, keys[1], mutate(space, keys[0], row, probability))
+            return repair(space, band, keys[1], mutate(space, keys[0], row, probability))
 
         renewed = jax.vmap(renew)(keys, genes)
         return key, jnp.where(usable(genes)[:, None], genes, renewed), turn + 1
@@ -285,8 +288,11 @@ def _digest(genes: Int[Array, "P T"]) -> UInt32[Array, "P 2"]:
     return (genes.astype(jnp.uint32)[..., None] * factors).sum(axis=1, dtype=jnp.uint32)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _children(space: Space, config: SearchConfig, key, parents, fitness, generation):
+# One program serves all budgets: the band is data. Twelve spaces would be as many compiles.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 2))
+def _children(space: Space, band, config: SearchConfig, key, parents, fitness, generation):
     """A generation of children, vmapped; see `next_children`."""
     keys = jax.random.split(key, config.population + 1)
     alive = jnp.isfinite(fitness)
@@ -301,22 +307,25 @@ def _children(space: Space, config: SearchConfig, key, parents, fitness, generat
             uniform_crossover(cross, parents[first], parents[second]),
             block_crossover(cross, parents[first], parents[second]),
         )
-        return repair(space, mend, mutate(space, change, crossed, probability))
+        return repair(space, band, mend, mutate(space, change, crossed, probability))
 
-    return distinct(space, keys[0], jax.vmap(child)(keys[1:]), parents)
+    return distinct(space, band, keys[0], jax.vmap(child)(keys[1:]), parents)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _fill(space: Space, population: int, key, given):
-    """The given rows repaired, then random ones."""
-    keys = jax.random.split(key, (population, 2))
+@functools.partial(jax.jit, static_argnums=0)
+def _first(space: Space, band, key, given, number):
+    """The first `number` given rows, then random ones, all repaired and none alike."""
+    population, steps = given.shape
+    fill, apart = jax.random.split(key)
 
-    def drawn(keys):
-        row = jnp.full((space.steps,), len(space.choices) - 1, jnp.int8)
-        return mutate(space, keys[0], row, jnp.float32(1.0))
+    def filled(index, keys, row):
+        dense = jnp.full((steps,), len(space.choices) - 1, jnp.int8)
+        row = jnp.where(index < number, row, mutate(space, keys[0], dense, jnp.float32(1.0)))
+        return repair(space, band, keys[1], row)
 
-    rows = jax.vmap(drawn)(keys).at[: given.shape[0]].set(given)
-    return jax.vmap(lambda keys, row: repair(space, keys[1], row))(keys, rows)
+    keys = jax.random.split(fill, (population, 2))
+    rows = jax.vmap(filled)(jnp.arange(population), keys, given)
+    return distinct(space, band, apart, rows, rows[:0])
 
 
 def _nearest(space: Space, schedule: Schedule) -> np.ndarray:

@@ -120,6 +120,15 @@ class Space:
         return cls(steps, tuple(choices), whole, low, high, dense_start)
 
     @property
+    def band(self) -> np.ndarray:
+        """Least and largest total cost, int32 [2]: the band as data."""
+        return np.array([self.low, self.high], np.int32)
+
+    def without_band(self) -> "Space":
+        """The same levels at any cost: what a compiled program is made for."""
+        return dataclasses.replace(self, low=0, high=self.costs[-1] * self.steps)
+
+    @property
     def free_steps(self) -> int:
         """Steps that are not pinned."""
         return self.steps - self.dense_start

@@ -40,6 +40,9 @@ class Trainee(Protocol):
     batch: int
     """Clips a step."""
 
+    period: int
+    """Steps after which they are of the same kinds again."""
+
     @property
     def steps(self) -> int:
         """The recipe's."""
@@ -101,14 +104,16 @@ def check_minutes(minutes: float, name: str = "minutes") -> float:
 
 
 def set_minutes(
-    trainee: Trainee, minutes: float, say: Callable[[str], None], timed: int = 5
+    trainee: Trainee, minutes: float, say: Callable[[str], None], timed: int = 6
 ) -> None:
     """Makes the run as long as `minutes` allow on this machine, from a few steps thrown away."""
-    trainee.prepare(0, say)
-    state, value = trainee.advance(trainee.start())
-    jax.block_until_ready(value)
-    began = time.perf_counter()
-    for _ in range(timed):
+    timed += -timed % trainee.period
+    state, value, began = trainee.start(), None, 0.0
+    for index in range(trainee.period + timed):
+        trainee.prepare(index % trainee.period, say)
+        if index == trainee.period:  # every kind of step is compiled by now
+            jax.block_until_ready(value)
+            began = time.perf_counter()
         state, value = trainee.advance(state)
     jax.block_until_ready(value)
     rate = timed / (time.perf_counter() - began)

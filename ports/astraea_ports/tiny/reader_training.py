@@ -148,6 +148,7 @@ class ReaderTraining:
     def __init__(self, vae: VAE, recipe: ReaderRecipe):
         """A reader from nothing; the VAE computes in the dtype of its weights."""
         self.recipe, self.batch = recipe, recipe.batch
+        self.period = max(1, recipe.vae_every)
         self._vae, self._done = vae, 0
 
     @property

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from astraea_ports.wan.text import TokenIds, Tokenizer
@@ -69,7 +70,7 @@ class LatentPool:
         size: int,
         block: int,
         refresh_every: int,
-        place: Callable[[Array], Array] = jnp.asarray,
+        mesh: Mesh | None = None,
     ):
         """A pool that `bring_to` fills.
 
@@ -80,19 +81,30 @@ class LatentPool:
           size: clips in the pool, a multiple of `block`.
           block: clips that are encoded at once.
           refresh_every: steps from one replaced block to the next; 0 for never.
-          place: puts an array on the training devices.
+          mesh: one axis of devices, which share a block's encoding and all hold the pool; None is
+            the default device.
 
         Raises:
-          ValueError: a size that is not a multiple of the block, or not positive.
+          ValueError: a size that is not a multiple of the block, or not positive; a block that
+            the devices can't share.
         """
         if block < 1 or size < block or size % block:
             raise ValueError(
                 f"the pool's size must be a positive multiple of {block} (the clips that are "
                 f"encoded at once); got {size}"
             )
+        mesh = Mesh(np.array(jax.devices()[:1]), ("batch",)) if mesh is None else mesh
+        if block % mesh.size:
+            raise ValueError(
+                f"the clips that are encoded at once must be a multiple of {mesh.size}, the "
+                f"devices that share them; got {block}"
+            )
         self.size, self.block, self.refresh_every = size, block, refresh_every
-        self._vae, self._tokenizer, self._source, self._place = vae, tokenizer, source, place
-        self._encode = jax.jit(_encode)
+        self._copied = NamedSharding(mesh, PartitionSpec())
+        self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
+        self._vae = jax.device_put(vae, self._copied)
+        self._tokenizer, self._source = tokenizer, source
+        self._encode = jax.jit(_encode, out_shardings=self._copied)
         self._put = jax.jit(_put, donate_argnums=0)
         self._refreshed = -1
         self._arrays: Latents | None = None
@@ -119,13 +131,14 @@ class LatentPool:
 
     def _fill(self, block: int, number: int) -> None:
         examples, tokens = self._take(number)
-        latents = self._encode(self._vae, examples.video())
-        fresh = Latents(latents, jnp.asarray(tokens.ids), jnp.asarray(tokens.mask))
+        latents = self._encode(self._vae, jax.device_put(examples.video(), self._split))
+        words = jax.device_put((tokens.ids, tokens.mask), self._copied)
+        fresh = Latents(latents, *words)
         if self._arrays is None:
             self._arrays = jax.tree.map(
-                lambda x: self._place(jnp.zeros((self.size, *x.shape[1:]), x.dtype)), fresh
+                lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), fresh
             )
-        self._arrays = self._put(self._arrays, jax.tree.map(self._place, fresh), block * self.block)
+        self._arrays = self._put(self._arrays, fresh, block * self.block)
 
     def _take(self, number: int) -> tuple[Examples, TokenIds]:
         """A block of the stream, its words made ahead while the device was at work."""

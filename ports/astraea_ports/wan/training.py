@@ -160,6 +160,8 @@ def train_step(
     keep = jnp.minimum(recipe.average, state.step / (state.step + 20))
     average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, networks)
     following = State(state.step + 1, networks, average, moments)
+    copied = NamedSharding(mesh, PartitionSpec())  # or the compiler may split what it likes
+    following = jax.lax.with_sharding_constraint(following, copied)
     return following, jnp.where(finite, value, jnp.nan)
 
 

@@ -45,10 +45,10 @@ class Recipe:
     text_rate: float = 1.0
     muon_decay: float = 0.01
     clip: float = 1.0
-    average: float = 0.998
+    average: float = 0.999
     text_dropout: float = 0.1
     time_width: float = 1.1
-    time_even: float = 0.25
+    time_even: float = 0.4
     shift: float = 3.0
     motion_weight: float = 0.5
     span: tuple[float, float] = (0.0, 1.0)
@@ -97,9 +97,9 @@ def descend[M](
 
 
 def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
-    """The schedule of the rates: up over 2 %, level to 55 %, then straight down to 2 %."""
-    down = 0.02 + 0.98 * (1 - fraction) / 0.45
-    return jnp.clip(jnp.minimum(fraction / 0.02, down), 0.02, 1.0)
+    """The schedule of the rates: up over 2 %, level to 30 %, then straight down to 1 %."""
+    down = 0.01 + 0.99 * (1 - fraction) / 0.7
+    return jnp.clip(jnp.minimum(fraction / 0.02, down), 0.01, 1.0)
 
 
 def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTransformation:

@@ -70,6 +70,8 @@ def devices_for(batch: int) -> list[Any]:
 class TransformerTraining:
     """A `training_run.Trainee`; any Wan in the Diffusers layout."""
 
+    period = 1
+
     def __init__(
         self,
         model: str | pathlib.Path,
@@ -113,7 +115,7 @@ class TransformerTraining:
             size=plan.size,
             block=plan.block,
             refresh_every=plan.refresh_every,
-            place=lambda x: jax.device_put(x, self._copied),
+            mesh=self.mesh,
         )
         self._settings = {
             "part": "transformer",

@@ -184,6 +184,8 @@ def _raw_latents(vae: VAE, pixels: Array) -> Array:
 class VAETraining:
     """A `training_run.Trainee`; any Wan 2.1 VAE in the Diffusers layout."""
 
+    period = 1
+
     def __init__(
         self,
         model: str | pathlib.Path,

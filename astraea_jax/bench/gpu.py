@@ -1,0 +1,151 @@
+"""`astraea bench gpu`: the whole study of one GPU, part by part, each in a process of its own.
+
+Every part is a command that stands by itself; its result goes into one file beside the command,
+the machine and the commit. A part that fails, or for which no time is left, is written down as such
+and the next one starts; parts that are run again replace what the file holds of them.
+"""
+
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+from typing import NamedTuple
+
+from astraea_jax import files, report
+
+WAN = "bench denoise --model wan --random --no-stages --frames"
+PEER = pathlib.Path(__file__).parent / "peers" / "diffusers_wan.py"
+FIXTURE_TESTS = ("tests/wan_test.py", "tests/vae_test.py", "tests/t5_test.py")
+FIXTURES = (
+    "intermediates or velocity or velocities or selected_rows or half_precision or test_text "
+    "or latents_after or test_video or first_block or all_rows or shipped or test_decode "
+    "or test_encode"
+)
+
+
+class Part(NamedTuple):
+    """One part of the study.
+
+    Attributes:
+      about: what it says.
+      limit: seconds that it may take.
+      command: words after `astraea`; with a leading "python", after the interpreter.
+      writes: whether it takes `--output FILE.json`.
+    """
+
+    about: str
+    limit: int
+    command: list[str]
+    writes: bool = True
+
+
+STUDY = {
+    "exactness": Part("the rungs of exactness on the small model", 150, ["bench", "exactness"]),
+    "fixtures": Part(
+        "tensors recorded from upstream's code, float32 and bfloat16",
+        240,
+        ["python", "-m", "pytest", "-n0", "-q", "--no-header", "-k", FIXTURES, *FIXTURE_TESTS],
+        writes=False,
+    ),
+    "static-81": Part(
+        "81 frames, a program for each level, with profiles",
+        300,
+        f"{WAN} 81 --drivers static --levels 10 7 5 4 --rounds 12 --seconds 50 --profile".split(),
+    ),
+    "static-65": Part(
+        "65 frames, a program for each level",
+        200,
+        f"{WAN} 65 --drivers static --levels 10 7 5 4 --rounds 12 --seconds 30".split(),
+    ),
+    "static-33": Part(
+        "33 frames, a program for each level",
+        150,
+        f"{WAN} 33 --drivers static --levels 10 7 5 4 --rounds 12 --seconds 20".split(),
+    ),
+    "dynamic-81": Part(
+        "81 frames, one program for all levels",
+        240,
+        f"{WAN} 81 --drivers dynamic --levels 10 5 --rounds 4 --seconds 40".split(),
+    ),
+    "reference-81": Part(
+        "81 frames, the residual stream in float32",
+        200,
+        f"{WAN} 81 --precision reference --drivers static --levels 10 5 --rounds 6 --seconds 20"
+        " --profile".split(),
+    ),
+    "peer": Part("the same transformer in Diffusers, torch.compile", 300, ["python", str(PEER)]),
+    "batches": Part("the small model, one to 32 videos at once", 200, ["bench", "batches"]),
+    "generate-33": Part(
+        "prompt to video at 33 frames, half of the tokens, every stage",
+        150,
+        "generate circle --model wan --random --precision fast --frames 33 --height 480 --width 832"
+        f" --budget 0.5 --method astraea -o {tempfile.gettempdir()}/astraea_study.gif".split(),
+        writes=False,
+    ),
+}
+
+
+def command(
+    *,
+    output: pathlib.Path,
+    parts: tuple[str, ...] = tuple(STUDY),
+    minutes: float = 60,
+    commit: str = "unknown",
+) -> None:
+    """Runs the study of a GPU, or some parts of it, and keeps all results in one file.
+
+    Args:
+      output: A .json file; what other parts left in it stays.
+      parts: Which, in order.
+      minutes: No part goes on beyond these.
+      commit: Of this tree, to be written down.
+    """
+    if unknown := sorted(set(parts) - set(STUDY)):
+        raise ValueError(f"expected parts of {', '.join(STUDY)}; got {', '.join(unknown)}")
+    path = files.check_output(output, (".json",))
+    content = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+    content["environment"] = _environment()
+    ends = time.monotonic() + 60 * minutes
+    for name in parts:
+        found = run(STUDY[name], min(STUDY[name].limit, ends - time.monotonic()))
+        content["parts"][name] = {"about": STUDY[name].about, "commit": commit} | found
+        report.write_json(path, content)
+        print(f"{name}: {found['outcome']} after {found['seconds']:.0f} s", flush=True)
+
+
+def _environment() -> dict:
+    """The machine, asked in a process of its own: this one must hold nothing on the GPU."""
+    code = "import json; from astraea_jax import report; print(json.dumps(report.environment()))"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    return json.loads(asked.stdout.splitlines()[-1]) if asked.returncode == 0 else {}
+
+
+def run(part: Part, seconds: float) -> dict:
+    """Runs one part for at most so many seconds; what came of it."""
+    python = part.command[0] == "python"
+    words = part.command[1:] if python else ["-m", "astraea_jax.cli", *part.command]
+    with tempfile.TemporaryDirectory() as folder:
+        result = pathlib.Path(folder) / "result.json"
+        words = [sys.executable, *words, *(["--output", str(result)] if part.writes else [])]
+        shown = " ".join(part.command if python else ["astraea", *part.command])
+        if seconds < 10:
+            return {"command": shown, "outcome": "not run, no time left", "seconds": 0.0}
+        began = time.monotonic()
+        try:
+            done = subprocess.run(
+                words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+            )
+            said, outcome = done.stdout, "done" if done.returncode == 0 else "failed"
+        except subprocess.TimeoutExpired as late:
+            said, outcome = (late.stdout or b"").decode(errors="replace"), "stopped, out of time"
+        print(said, flush=True)
+        read = json.loads(result.read_text()) if result.is_file() else None
+        return {
+            "command": shown,
+            "outcome": outcome,
+            "seconds": time.monotonic() - began,
+            "result": read,
+            "said": said.splitlines()[-40:] if read is None else [],
+        }
