@@ -27,7 +27,6 @@ against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
 Source: FlashAttention-3; the structure is that of jax.experimental.pallas.ops.gpu.attention_mgpu.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -38,8 +37,9 @@ from jaxtyping import Array, Float, Int
 
 from astraea_jax.kernels import machine, tilings
 from astraea_jax.kernels import splits as split
-from astraea_jax.kernels.hopper_program import program, scratch_types
-from astraea_jax.kernels.hopper_tiling import LOG2_E, SHARED_MEMORY, shared_memory
+from astraea_jax.kernels.hopper_memory import scratch_types
+from astraea_jax.kernels.hopper_program import program
+from astraea_jax.kernels.hopper_tiling import LOG2_E, fitted
 from astraea_jax.kernels.hopper_tiling import Tiling as Tiling
 from astraea_jax.kernels.hopper_tiling import candidates as candidates
 from astraea_jax.kernels.machine import Gpu, gpu
@@ -75,37 +75,34 @@ def attend(
       splits: parts of the keys that go to programs of their own; None means as many as fill a chip.
       interpret: run on a CPU, under the interpreter, with race detection.
     """
-    batch, num_queries, heads, width = q.shape
-    num_keys = k.shape[1]
     here = gpu()
     if tiling is None:
-        found = tilings.find(
-            "mosaic", here.version if here else "any", width, num_queries, num_keys
-        )
-        tiling = Tiling(**found)
-    num_tiles = pl.cdiv(num_queries, tiling.rows)
+        version = here.version if here else "any"
+        sizes = q.shape[3], q.shape[1], k.shape[1]
+        tiling = Tiling(**tilings.find("mosaic", version, *sizes))
     processors = here.processors if here else 1
     if splits is None:
-        num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
-        splits = split.num_splits(batch * heads * num_tiles, num_kv_tiles, processors)
-    # Rows of 72 channels, say, are stored as they are; others in tiles of 8 rows. (Those of a
-    # single head are contiguous: a copy of them would not stop at the last.)
-    plain = splits == 1 and width % 16 == 8 and heads > 1 and not tiling.slabs
-    exact = plain or (tiling.slabs and splits == 1)
-    out_shape = (num_queries, heads, width) if exact else _padded(q.shape, tiling.width)
-    own_rows = plain or splits > 1
-    out_dtype = jnp.dtype(v.dtype if splits == 1 else jnp.float32)
-    out_bytes = own_rows * tiling.rows * out_shape[-1] * out_dtype.itemsize
-    while shared_memory(tiling) + out_bytes > SHARED_MEMORY:
-        smaller = {"stages": tiling.stages - 1} if tiling.block_kv <= 128 else {"block_kv": 128}
-        tiling = dataclasses.replace(tiling, **smaller)
+        num_kv_tiles = pl.cdiv(k.shape[1], tiling.block_kv)
+        splits = split.num_splits(_num_tiles(q, tiling), num_kv_tiles, processors)
     if count is None:
-        count = jnp.full((batch,), num_queries, jnp.int32)
+        count = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
-    if not tiling.slabs:
-        q, k, v = (_pad(x, tiling.width) for x in (q, k, v))
-    num_items = batch * heads * num_tiles * splits
+    call = functools.partial(
+        _call, tiling=fitted(tiling, splits > 1), splits=splits, processors=processors
+    )
+    outs, lses = call(*_padded(q, k, v, tiling), count, k.shape[1], scale, interpret)
+    outs, lses = outs[:, : q.shape[1], :, : q.shape[3]], lses[:, :, : q.shape[1]]
+    if splits == 1:
+        return outs, lses
+    out, lse = split.merge(*(x.reshape(splits, -1, *x.shape[1:]) for x in (outs, lses)))
+    return out.astype(v.dtype), lse
+
+
+def _call(q, k, v, count, num_keys, scale, interpret, *, tiling, splits, processors):
+    """The kernel: outputs and log-sum-exps of each part of the keys, of whole tiles of queries."""
+    batch, num_queries, heads, width = q.shape
+    num_items = _num_tiles(q, tiling) * splits
     num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
         program,
@@ -117,45 +114,44 @@ def attend(
         tiling=tiling,
         interpret=interpret,
     )
+    # A copy of contiguous numbers knows no end of a row, only of the array.
+    num_rows = num_queries + -num_queries % tiling.rows
+    # Only there may a piece be seen in two ways.
+    lane, warpgroup = plgpu.LoweringSemantics.Lane, plgpu.LoweringSemantics.Warpgroup
     call = plgpu.kernel(
         body,
         out_type=(
-            jax.ShapeDtypeStruct((splits * batch, *out_shape), out_dtype),
-            # Whole tiles: a copy of contiguous numbers knows no end of a row, only of the array.
-            jax.ShapeDtypeStruct((splits * batch, heads, num_tiles * tiling.rows), jnp.float32),
+            jax.ShapeDtypeStruct(
+                (splits * batch, num_queries, heads, width), jnp.float32 if splits > 1 else v.dtype
+            ),
+            jax.ShapeDtypeStruct((splits * batch, heads, num_rows), jnp.float32),
         ),
         # Neighbours in the grid share keys and values, and find them in L2.
         grid=(num_programs,),
         grid_names=("program",),
         num_threads=tiling.warpgroups + 1,
         thread_name="warpgroup",
-        scratch_types=scratch_types(
-            q.dtype, tiling, (out_shape[-1], out_dtype) if own_rows else None, interpret
-        ),
+        scratch_types=scratch_types(q.dtype, tiling, partial=splits > 1, interpret=interpret),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=512,
-            lowering_semantics=(
-                plgpu.LoweringSemantics.Lane if tiling.slabs else plgpu.LoweringSemantics.Warpgroup
-            ),
+            lowering_semantics=warpgroup if tiling.whole else lane,
         ),
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
-    outs, lses = call(q, k, v, count.astype(jnp.int32))
-    outs, lses = outs[:, :num_queries, :, :width], lses[:, :, :num_queries]
-    if splits == 1:
-        return outs, lses
-    parts = (x.reshape(splits, batch, *x.shape[1:]) for x in (outs, lses))
-    out, lse = split.merge(*parts)
-    return out.astype(v.dtype), lse
+    return call(q, k, v, count.astype(jnp.int32))
 
 
-def _padded(shape, width: int) -> tuple[int, int, int]:
-    """Rows, heads and channels once padded: to the 8 rows of a tile, and to the tiling's width."""
-    return shape[1] + -shape[1] % 8, shape[2], width
+def _num_tiles(q, tiling: Tiling) -> int:
+    """Tiles of queries of all heads and rows of the batch."""
+    return q.shape[0] * q.shape[2] * pl.cdiv(q.shape[1], tiling.rows)
 
 
-def _pad(x, width: int):
-    """The same, with zeros."""
-    rows, _, width = _padded(x.shape, width)
-    return jnp.pad(x, ((0, 0), (0, rows - x.shape[1]), (0, 0), (0, width - x.shape[3])))
+def _padded(q, k, v, tiling: Tiling):
+    """Queries, keys and values, with zeros where the copies need them."""
+    widths = 8 if not tiling.whole else tiling.width
+    rows = 8 if tiling.whole else 1
+    return (
+        jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, 0), (0, -x.shape[3] % widths)))
+        for x in (q, k, v)
+    )

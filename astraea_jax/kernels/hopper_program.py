@@ -1,77 +1,12 @@
-"""What a program of the Hopper kernel does: two warpgroups compute, one loads."""
-
-import math
+"""What a program of the Hopper kernel does: some warpgroups compute, one loads."""
 
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from astraea_jax.kernels.hopper_compute import Item, Tiles, Warpgroup, attend_tiles, copy_pieces
-from astraea_jax.kernels.hopper_tiling import BLOCK_Q, Tiling
-
-
-def _shared(shape, dtype):
-    """Shared memory as wgmma reads it and TMA writes it; `shape` ends with (rows, channels)."""
-    itemsize = jnp.dtype(dtype).itemsize
-    swizzle = _swizzle(shape[-1], itemsize)
-    tiling = plgpu.TilingTransform((8, swizzle // itemsize))  # pyright: ignore[reportAbstractUsage]
-    transforms = (tiling, plgpu.SwizzleTransform(swizzle))  # pyright: ignore[reportAbstractUsage]
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
-
-
-def _pieces(shape, dtype, tiling: Tiling, interpret: bool):
-    """The same for each piece of the channels."""
-    if not tiling.slabs:
-        return [_shared((*shape, tiling.width), dtype)]
-    found = []
-    for _, size in tiling.pieces:
-        whole = (*shape, size)
-        tiled = _shared(whole, dtype)
-        if interpret:
-            found.append(tiled)
-            continue
-        swizzle = plgpu.SwizzleTransform(2 * size)  # pyright: ignore[reportAbstractUsage]
-        found.append(plgpu.RefUnion(tiled, plgpu.SMEM(whole, dtype, transforms=(swizzle,))))
-    return found
-
-
-def _swizzle(width: int, itemsize: int) -> int:
-    """The longest run of bytes that swizzled rows of this width are made of."""
-    return math.gcd(width * itemsize, 128)
-
-
-def scratch_types(dtype, tiling: Tiling, out=None, interpret=False) -> dict:
-    """Shared memory and barriers of a program, by the names that `program` knows them by.
-
-    Args:
-      dtype: of queries, keys and values.
-      tiling: how the work is cut.
-      out: width and dtype of the output, if it needs rows of its own; otherwise it takes the place
-        of the queries.
-      interpret: whether the interpreter runs it.
-    """
-    compute, pieces = tiling.warpgroups, len(tiling.pieces)
-    keys = (tiling.stages, tiling.block_kv)
-    scratch = dict(
-        q_smem=_pieces((compute, BLOCK_Q), dtype, tiling, interpret),
-        k_smem=_pieces(keys, dtype, tiling, interpret),
-        v_smem=_pieces(keys, dtype, tiling, interpret),
-        lse_smem=plgpu.SMEM((compute, BLOCK_Q), jnp.float32),
-        q_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=compute),
-        k_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=tiling.stages),
-        v_ready=plgpu.Barrier(num_arrivals=pieces, num_barriers=tiling.stages),
-        k_used=plgpu.Barrier(num_arrivals=compute, num_barriers=tiling.stages),
-        v_used=plgpu.Barrier(num_arrivals=compute, num_barriers=tiling.stages),
-    )
-    if tiling.turns == "softmax":
-        scratch["turn"] = plgpu.Barrier(num_arrivals=compute)
-    if tiling.turns == "products":
-        scratch["turn"] = plgpu.Barrier(num_barriers=compute)
-    if out is not None:
-        shape = (compute, BLOCK_Q, out[0])
-        scratch["out_smem"] = plgpu.SMEM(shape, out[1]) if out[0] % 16 else _shared(shape, out[1])
-    return scratch
+from astraea_jax.kernels import hopper_memory as memory
+from astraea_jax.kernels.hopper_compute import Item, Tiles, Warpgroup, attend_tiles
 
 
 def program(
@@ -79,9 +14,7 @@ def program(
     scale, num_keys, splits, num_items, num_programs, tiling, interpret, **scratch,
 ):  # fmt: skip
     """A program: every so many items of work, one after another."""
-    if tiling.slabs and not interpret:
-        for name in ("q_smem", "k_smem", "v_smem"):
-            scratch[name] = [tuple(ref) for ref in scratch[name]]
+    scratch = memory.with_views(scratch, q_ref.dtype, tiling, interpret=interpret)
     first_item, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
     num_batch, heads = k_ref.shape[0], k_ref.shape[2]
     tiles_a_head = num_items // (num_batch * heads)
@@ -119,7 +52,7 @@ def program(
         plgpu.set_max_registers(tiling.registers[0], action="increase")
 
         def work(item, tiles):
-            worker = Warpgroup(warpgroup, item, tiles, scale, interpret, scratch, v_ref.dtype)
+            worker = Warpgroup(warpgroup, item, tiles, scale, interpret, scratch)
 
             @pl.when(item.live)
             def _():
@@ -137,8 +70,7 @@ def program(
     @pl.when(warpgroup == tiling.warpgroups)
     def _memory_warpgroup():
         plgpu.set_max_registers(tiling.registers[1], action="decrease")
-        load = lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch, interpret)  # noqa: E731
-        loaded = for_each_item(load)
+        loaded = for_each_item(lambda item, tiles: _load_tiles(k_ref, v_ref, item, tiles, scratch))
 
         def drain(tile, _):  # no barrier may be left with an arrival that nobody has seen
             for name in ("k_used", "v_used"):
@@ -147,7 +79,7 @@ def program(
         lax.fori_loop(jnp.maximum(loaded - tiling.stages, 0), loaded, drain, None)
 
 
-def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch, interpret) -> None:
+def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch) -> None:
     """What the memory warpgroup does for an item: keeps the buffers of keys and values full."""
     streams = [
         (ref, *(scratch[f"{name}_{part}"] for part in ("smem", "ready", "used")))
@@ -163,9 +95,7 @@ def _load_tiles(k_ref, v_ref, item: Item, tiles: Tiles, scratch, interpret) -> N
             def _(used=used):
                 plgpu.barrier_wait(used.at[slot])
 
-            copy_pieces(
-                source.at[item.batch, keys, item.head], target, slot, ready, tiles.tiling, interpret
-            )
+            memory.load(source.at[item.batch, keys, item.head], target, slot, ready)
 
     @pl.when(item.live)
     def _():
