@@ -22,7 +22,13 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 from astraea_ports.t5 import T5Encoder
 from astraea_ports.wan.latent_pool import Latents
 from astraea_ports.wan.training_forward import Layout, velocity
-from astraea_ports.wan.training_recipe import Networks, Recipe, descend, optimiser
+from astraea_ports.wan.training_recipe import (
+    Networks,
+    Recipe,
+    descend,
+    moving_average,
+    optimiser,
+)
 
 
 class State(NamedTuple):
@@ -156,9 +162,7 @@ def train_step(
     finite = jnp.isfinite(optax.tree.norm(gradients))
     rule = optimiser(recipe, steps)
     networks, moments = descend(rule, gradients, state.moments, state.networks)
-    # A short memory at first, so that the average forgets where it started.
-    keep = jnp.minimum(recipe.average, state.step / (state.step + 20))
-    average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, networks)
+    average = moving_average(state.average, networks, state.step, recipe.average, warm=20)
     following = State(state.step + 1, networks, average, moments)
     copied = NamedSharding(mesh, PartitionSpec())  # or the compiler may split what it likes
     following = jax.lax.with_sharding_constraint(following, copied)
