@@ -112,11 +112,10 @@ def copy_model(
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        trained = relative.parts[0] in but and ".safetensors" in path.name
+        top = relative.parts[0]
+        trained = top in but and ".safetensors" in path.name
         kind = path.suffix in (".json", ".safetensors", ".model")
-        if not path.is_file() or not kind or trained or len(relative.parts) > 2:
-            continue
-        if relative.parts[0] in without:
+        if not path.is_file() or not kind or trained or top in without or len(relative.parts) > 2:
             continue
         copy = target / relative
         copy.parent.mkdir(exist_ok=True)
