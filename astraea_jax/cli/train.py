@@ -33,7 +33,7 @@ def train_tiny(
     steps: int | None = None,
     batch: int | None = None,
     rate: float = 1.0,
-    two: float = 0.6,
+    two: float = 0.7,
     text_rate: float = 1.0,
     even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),

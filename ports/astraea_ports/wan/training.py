@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_ports.t5 import T5Encoder
+from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.latent_pool import Latents
 from astraea_ports.wan.training_forward import Layout, velocity
 from astraea_ports.wan.training_recipe import (
@@ -130,7 +131,11 @@ def _change(clean: Float[Array, "B f h w C"]) -> Float[Array, "B f h w 1"]:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("recipe", "layout", "mesh"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("recipe", "layout", "mesh"),
+    donate_argnames=("state",),
+    # Where tokens are rounded to bfloat16, XLA would keep the float32 ones beside them.
+    compiler_options={"xla_allow_excess_precision": False},
 )
 def train_step(
     state: State,
@@ -169,6 +174,11 @@ def train_step(
     return following, jnp.where(finite, value, jnp.nan)
 
 
+def num_tokens(config: TransformerConfig, shape: tuple[int, ...]) -> int:
+    """Tokens of a clip whose latents are [f, h, w, C]."""
+    return int(np.prod(shape[:3])) // int(np.prod(config.patch_size))
+
+
 def step_flops(networks: Networks, recipe: Recipe, shape: tuple[int, ...], length: int) -> float:
     """Operations of one step's products, three times those of its forward pass; no recomputation.
 
@@ -179,7 +189,7 @@ def step_flops(networks: Networks, recipe: Recipe, shape: tuple[int, ...], lengt
       length: text tokens.
     """
     config = networks.transformer.config
-    tokens = int(np.prod(shape[:3])) // int(np.prod(config.patch_size))
+    tokens = num_tokens(config, shape)
     width, ffn = config.width, config.ffn_dim
     per_token = 6 * width**2 + 2 * width * ffn
     attention = 2 * tokens * width + 2 * length * width

@@ -16,7 +16,7 @@ from astraea_ports.wan import training, transformer_weights
 from astraea_ports.wan.latent_pool import LatentPool, Source
 from astraea_ports.wan.part_training import PartTraining, fingerprint
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_forward import Layout, kept_bytes
 from astraea_ports.wan.training_recipe import Networks, Recipe
 from astraea_ports.wan.transformer import Transformer
 
@@ -72,7 +72,7 @@ class TransformerTraining(PartTraining):
           recipe: how to train.
           plan: of the pool of latents.
           sheet: what to draw at a checkpoint.
-          layout: of the compiled step; None is what suits the device.
+          layout: of the compiled step; None is what suits the device and the clips.
           from_nothing: take the model's sizes, but random weights.
           data: what to write of the source into run.json.
 
@@ -80,7 +80,7 @@ class TransformerTraining(PartTraining):
           ValueError: no such model, or a batch that the devices can't share.
         """
         super().__init__(model, recipe, recipe.batch)
-        self.layout = Layout.for_device(recipe.dtype) if layout is None else layout
+        self.layout = layout
         self._from_nothing, self._sheet = from_nothing, sheet
         self.pipeline = Pipeline.from_pretrained(self.folder)
         empty = self.pipeline.tokenizer([""])
@@ -127,6 +127,11 @@ class TransformerTraining(PartTraining):
 
     def advance(self, state: training.State) -> tuple[training.State, jax.Array]:
         """One step."""
+        if self.layout is None:
+            config = self.pipeline.transformer.config
+            tokens = training.num_tokens(config, self.pool.arrays.latents.shape[1:])
+            kept = kept_bytes(config, tokens * self.batch // self.mesh.size)
+            self.layout = Layout.for_device(self.recipe.dtype, kept)
         return training.train_step(
             state,
             self.pool.arrays,
