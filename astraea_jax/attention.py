@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from astraea_jax.kernels import dispatch
+from astraea_jax.kernels import dispatch, rows
 from astraea_jax.kernels.dispatch import Implementation as Implementation
 from astraea_jax.kernels.dispatch import implementations as implementations
 
@@ -73,15 +73,15 @@ def gather_rows(
     values: Float[Array, "B N *rest"], indices: Int[Array, "B K"]
 ) -> Float[Array, "B K *rest"]:
     """Rows of `values` at `indices`; an index past the end gives the last row."""
-    return dispatch.rows_at(values, indices)
+    return rows.take(values, indices)
 
 
 def scatter_rows(
-    values: Float[Array, "B N *rest"], indices: Int[Array, "B K"], rows: Float[Array, "B K *rest"]
+    values: Float[Array, "B N *rest"], indices: Int[Array, "B K"], news: Float[Array, "B K *rest"]
 ) -> Float[Array, "B N *rest"]:
-    """`values` with `rows` put at `indices` (no two alike); an index past the end is dropped."""
+    """`values` with `news` put at `indices` (no two alike); an index past the end is dropped."""
     batch = jnp.arange(values.shape[0])[:, None]
-    return values.at[batch, indices].set(rows, mode="drop", unique_indices=True)
+    return values.at[batch, indices].set(news, mode="drop", unique_indices=True)
 
 
 def _xla(q, k, v, count, indices, scale):
@@ -95,11 +95,7 @@ def _xla(q, k, v, count, indices, scale):
             out, lse = _tiled(q * jnp.asarray(scale, q.dtype), k, v)
         else:  # a scaled query would be rounded again, and the log-sum-exp with it
             out, lse = _tiled(q, k, v, scale)
-    if count is not None:
-        used = jnp.arange(q.shape[1]) < count[:, None]
-        out = jnp.where(used[:, :, None, None], out, 0)
-        lse = jnp.where(used[:, None, :], lse, -jnp.inf)
-    return out, lse
+    return rows.blank_past(count, out, lse)
 
 
 def _tiled(q, k, v, scale=None):

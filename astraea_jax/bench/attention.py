@@ -75,10 +75,10 @@ def command(
     tuned = [tune_shape(SHAPES[name], shares, rounds, kernels) for name in shapes] if tune else []
     checks = check_all(names)
     print(report.markdown(checks, CHECK_COLUMNS), flush=True)
-    timings = [
-        row for name in shapes for row in time_shape(name, SHAPES[name], shares, names, rounds)
-    ]
-    print(report.markdown(timings, COLUMNS))
+    timings = []
+    for name in shapes:
+        timings += (found := time_shape(name, SHAPES[name], shares, names, rounds))
+        print(report.markdown(found, COLUMNS), flush=True)
     wrong = [row for row in checks if row["verdict"] != "right"]
     print(f"checks: {len(checks) - len(wrong)} of {len(checks)} right")
     if output is not None:
