@@ -170,10 +170,12 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
     modes = [settings.method.static_mode(level) for level in levels]
     prepared, state = start_static(model, latents, context, settings=settings)
     traces = []
+    # Numbers of the host's: a small model's step is shorter than it takes to put them on a device.
+    table = jax.tree.map(np.asarray, solver)
     for index, (mode, level) in enumerate(zip(modes, levels, strict=True)):
-        row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], table)
         state, step_trace = static_step(
-            model, prepared, state, row, jnp.int8(level), jnp.int32(index), guidance, key,
+            model, prepared, state, row, np.int8(level), np.int32(index), guidance, key,
             settings=settings, mode=mode,
         )  # fmt: skip
         traces.append(step_trace)

@@ -25,6 +25,10 @@ FIXTURES = (
 )
 
 
+LEAST = 10.0
+"""Seconds below which no part is started."""
+
+
 class Part(NamedTuple):
     """One part of the study.
 
@@ -36,7 +40,7 @@ class Part(NamedTuple):
     """
 
     about: str
-    limit: int
+    limit: float
     command: list[str]
     writes: bool = True
 
@@ -130,7 +134,7 @@ def run(part: Part, seconds: float) -> dict:
         result = pathlib.Path(folder) / "result.json"
         words = [sys.executable, *words, *(["--output", str(result)] if part.writes else [])]
         shown = " ".join(part.command if python else ["astraea", *part.command])
-        if seconds < 10:
+        if seconds < LEAST:
             return {"command": shown, "outcome": "not run, no time left", "seconds": 0.0}
         began = time.monotonic()
         try:

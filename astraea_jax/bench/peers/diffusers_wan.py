@@ -12,6 +12,7 @@ import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import diffusers
@@ -56,14 +57,13 @@ def fastest_backend(tokens: int) -> str:
 
 
 @torch.no_grad()
-def measure(model, frames: int, rounds: int) -> list[dict]:
+def measure(model, frames: int, rounds: int) -> Iterator[dict]:
     """Milliseconds of a step with guidance, eager and compiled, as one batch and as two calls."""
     shape = (16, (frames - 1) // 4 + 1, 60, 104)
     latents = torch.randn(2, *shape, device="cuda", dtype=torch.bfloat16)
     text = torch.randn(2, 512, 4096, device="cuda", dtype=torch.bfloat16)
     timestep = torch.full((2,), 500, device="cuda")
     backend = fastest_backend(shape[1] * 30 * 52)
-    rows = []
     for compiled in (False, True):
         torch._dynamo.reset()
         forward = torch.compile(model, dynamic=False) if compiled else model
@@ -80,19 +80,15 @@ def measure(model, frames: int, rounds: int) -> list[dict]:
                 torch.cuda.synchronize()
                 first = time.perf_counter() - began
                 times = seconds(run, rounds)
-            rows.append(
-                {
-                    "frames": frames,
-                    "compiled": compiled,
-                    "branches": name,
-                    "attention": backend,
-                    "milliseconds": 1e3 * statistics.median(times),
-                    "first": first,
-                    "peak": torch.cuda.max_memory_allocated(),
-                }
-            )
-            print(rows[-1], flush=True)
-    return rows
+            yield {
+                "frames": frames,
+                "compiled": compiled,
+                "branches": name,
+                "attention": backend,
+                "milliseconds": 1e3 * statistics.median(times),
+                "first": first,
+                "peak": torch.cuda.max_memory_allocated(),
+            }
 
 
 def main() -> None:
@@ -113,9 +109,11 @@ def main() -> None:
         "rows": [],
     }
     for frames in arguments.frames:
-        content["rows"] += measure(model, frames, arguments.rounds)
-        # Written after each size: a run that is cut short has still said something.
-        arguments.output.write_text(json.dumps(content, indent=1) + "\n")
+        for row in measure(model, frames, arguments.rounds):
+            print(row, flush=True)
+            content["rows"].append(row)
+            # Written after each row: a run that is cut short has still said something.
+            arguments.output.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":
