@@ -2,9 +2,9 @@
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,53 +14,21 @@ from jaxtyping import Array, Float
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.flops import Workload
-from astraea_jax.methods import Method, Trace
+from astraea_jax.methods import Method
 from astraea_jax.schedule import Schedule
-from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
+from astraea_jax.timing import Stopwatch, stopwatch
 from astraea_ports import t5
 from astraea_ports.checkpoints import Loadable
-from astraea_ports.wan import embeddings, parts, vae, vae_tiles
+from astraea_ports.wan import embeddings, parts, stages, vae
 from astraea_ports.wan import plan as plans
 from astraea_ports.wan.lora import Lora
 from astraea_ports.wan.parts import Defaults
+from astraea_ports.wan.stages import Progress as Progress
+from astraea_ports.wan.stages import Result as Result
+from astraea_ports.wan.stages import Stage as Stage
+from astraea_ports.wan.stages import quiet
 from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.transformer import Precision, Transformer
-
-Stage = Literal["text", "load", "denoise", "decode"]
-
-Progress = Callable[[Stage, int, int], None]
-"""Called as progress(stage, done, total)."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """Videos and how they came to be.
-
-    Attributes:
-      video: in [0, 1], float32.
-      latents: denoised, normalised.
-      branches: guidance branches that were run, 1 or 2.
-      schedule: the levels that were run.
-      trace: which tokens each step computed, or () when it was not asked for.
-      seconds: of each stage, compilation apart; "load" is that of transformer and VAE, where they
-        are loaded for their stage.
-    """
-
-    video: Float[Array, "B F height width 3"]
-    latents: Float[Array, "B f h w 16"]
-    branches: int
-    schedule: Schedule
-    trace: Trace | tuple[()]
-    seconds: Mapping[Stage, Stopwatch]
-
-
-def _quiet(stage: Stage, done: int, total: int) -> None:
-    """No progress is asked for."""
-
-
-@timed_jit()
-def _decode(model: vae.VAE, latents):
-    return (model.decode(latents) + 1) / 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +194,7 @@ class Pipeline:
             seed=seed,
             latents=latents,
         )
-        report = progress or _quiet
+        report = progress or quiet
         seconds: dict[Stage, Stopwatch] = {}
         report("text", 0, 1)
         with stopwatch() as seconds["text"]:
@@ -262,7 +230,7 @@ class Pipeline:
     def decode(
         self,
         latents: Float[Array, "B f h w 16"],
-        report: Progress = _quiet,
+        report: Progress = quiet,
         seconds: dict[Stage, Stopwatch] | None = None,
     ) -> Float[Array, "B F height width 3"]:
         """Latents to videos in [0, 1], one video at a time, in pieces where it is large.
@@ -274,35 +242,12 @@ class Pipeline:
         """
         seconds = {} if seconds is None else seconds
         model = self._resident("vae", report, seconds)
-        frames, rows, columns = latents.shape[1:4]
-        cut = vae_tiles.pieces(model.config, (frames, rows, columns))
-        report("decode", 0, len(latents))
-        videos = []
         with stopwatch() as seconds["decode"]:
-            for index in range(len(latents)):
-                one = latents[index : index + 1]
-                if cut is None:
-                    video = _decode(model, one)
-                else:
-                    whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
-                    video = (jnp.asarray(whole) + 1) / 2
-                videos.append(jax.block_until_ready(video))
-                report("decode", index + 1, len(latents))
-        return jnp.concatenate(videos)
+            return stages.decode(model, latents, report)
 
     def _resident(self, name: str, report: Progress, seconds: dict[Stage, Stopwatch]):
         """A part with its weights: the pipeline's own, or loaded now."""
-        module = getattr(self, name)
-        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(module)):
-            return module
-        report("load", 0, 1)
-        with stopwatch() as watch:
-            module = jax.block_until_ready(self.loaders[name].load())
-        total = seconds.setdefault("load", Stopwatch())
-        total.run += watch.run
-        total.compile += watch.compile
-        report("load", 1, 1)
-        return module
+        return stages.resident(getattr(self, name), self.loaders.get(name), report, seconds)
 
     def encode_text(
         self, prompts: Sequence[str], negative_prompt: str | None = ""
@@ -325,7 +270,7 @@ class Pipeline:
             texts,
             self.tokenizer,
             self.text_encoder.config.d_model,
-            lambda: self._resident("text_encoder", _quiet, {}),
+            lambda: self._resident("text_encoder", quiet, {}),
             cache=None if self.text_cache is None else (self.text_cache, self.text_name),
         )
 

@@ -16,14 +16,9 @@ from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
+from astraea_ports.wan.block import Block, layer_norm, rope_tables, rotate
 from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.transformer import (
-    Block,
-    Transformer,
-    layer_norm,
-    rope_tables,
-    rotate,
-)
+from astraea_ports.wan.transformer import Transformer
 
 AttentionKernel = Literal["xla", "cudnn"]
 

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_jax.attention import query_sparse_attention
+from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, layer_norm, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
 Precision = Literal["reference", "fast"]
@@ -29,101 +29,6 @@ WIDE = ("time_1", "time_2", "time_proj", "scale_shift_table", "norm", "proj_out"
 """Parameters that stay float32 under either policy: 1 % of the model, by parts of their paths."""
 
 
-class RMSNorm(nnx.Module):
-    """Root-mean-square norm over all channels, statistics in float32."""
-
-    def __init__(self, width: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((width,)))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:
-        """Normed rows in the dtype of `x`."""
-        y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...]).astype(x.dtype)
-
-
-def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"]:
-    """Layer norm without parameters, in float32 (and returned so)."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-
-
-class Attention(nnx.Module):
-    """Projections of one attention; q and k are normed over all channels before the head split."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        width = config.width
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            nnx.Linear(width, width, rngs=rngs) for _ in range(4)
-        )
-        self.norm_q = RMSNorm(width, config.eps)
-        self.norm_k = RMSNorm(width, config.eps)
-        self.heads = config.num_attention_heads
-
-    def split(self, x: Float[Array, "B K H"]) -> Float[Array, "B K A C"]:
-        """Channels to (head, channel of the head)."""
-        return x.reshape(*x.shape[:-1], self.heads, -1)
-
-
-class Rope(NamedTuple):
-    """Rotary tables, float32 [N, C / 2] (or [B, K, C / 2] once gathered)."""
-
-    cos: Array
-    sin: Array
-
-
-def rope_tables(grid: tuple[int, int, int], head_width: int) -> Rope:
-    """Rotary angles of every token of `grid`, row-major; each axis has its own channels.
-
-    Source: Wan 2.1 rope_params: of head width d, height and width take 2 * (d // 6) each, time
-    the rest; frequencies restart per axis; computed in float64.
-    """
-    side = 2 * (head_width // 6)
-    axes = (head_width - 2 * side, side, side)
-    angles = []
-    for axis, (length, channels) in enumerate(zip(grid, axes, strict=True)):
-        frequency = 10000.0 ** (-np.arange(0, channels, 2) / channels)
-        table = np.arange(length)[:, None] * frequency
-        shape = [1, 1, 1, table.shape[-1]]
-        shape[axis] = length
-        angles.append(np.broadcast_to(table.reshape(shape), (*grid, table.shape[-1])))
-    angle = np.concatenate(angles, axis=-1).reshape(-1, head_width // 2)
-    return Rope(jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32))
-
-
-def rotate(x: Float[Array, "B K A C"], rope: Rope) -> Float[Array, "B K A C"]:
-    """Rotates adjacent channels (2i, 2i + 1), in float32, back to the dtype of `x`."""
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope.cos[..., :, None, :, None], rope.sin[..., :, None, :, None]
-    # A reversal and no stack: on a GPU two halves would be written by turns, at half the speed.
-    turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], np.float32))
-    return turned.reshape(x.shape).astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """Parameters of one transformer block."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        width = config.width
-        self.attn1 = Attention(config, rngs)
-        self.attn2 = Attention(config, rngs)
-        self.norm2 = nnx.LayerNorm(width, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
-        self.ffn_in = nnx.Linear(width, config.ffn_dim, rngs=rngs)
-        self.ffn_out = nnx.Linear(config.ffn_dim, width, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (6, width)) / width**0.5
-        self.scale_shift_table = nnx.Param(table)
-        self.eps = config.eps
-
-
-class KeysValues(NamedTuple):
-    """Keys and values of every token, or of the text, [B, N, A, C]."""
-
-    keys: Array
-    values: Array
-
-
 class Prepared(NamedTuple):
     """What stays the same through a run."""
 
@@ -136,65 +41,6 @@ class TimeModulation(NamedTuple):
 
     embedding: Array
     projected: Array
-
-
-class BoundBlock:
-    """A block with its text, rotary tables and this step's modulation; see core.Block."""
-
-    def __init__(self, block: Block, text: KeysValues, rope: Rope, modulation: Array):
-        self.block, self.text, self.rope = block, text, rope
-        self.dtype = block.ffn_in.kernel.dtype  # of the products; rows may be wider
-        # Held as a value of its own: fused into the rows' loops it is added again for every row.
-        total = jax.lax.optimization_barrier(
-            block.scale_shift_table[...].astype(jnp.float32) + modulation
-        )
-        shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
-            total[:, index, None] for index in range(6)
-        )
-        self.attention_shift, self.attention_scale = shift, scale
-        self.mlp_shift, self.mlp_scale = mlp_shift, mlp_scale
-        self.gates = core.Gates(gate, 1.0, mlp_gate)
-
-    def keys_values(self, tokens: Float[Array, "B N H"]) -> KeysValues:
-        """Normed, rotated keys and plain values of every token."""
-        attention = self.block.attn1
-        x = self._modulated(tokens)
-        keys = attention.split(attention.norm_k(attention.to_k(x)))
-        return KeysValues(rotate(keys, self.rope), attention.split(attention.to_v(x)))
-
-    def self_attention(
-        self,
-        rows: Float[Array, "B K H"],
-        indices: Int[Array, "B K"] | None,
-        keys_values: KeysValues,
-    ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
-        """Rows attend to every token; queries turn by their own position in the video."""
-        attention = self.block.attn1
-        rope = self.rope
-        if indices is not None:
-            rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
-        queries = attention.split(attention.norm_q(attention.to_q(self._modulated(rows))))
-        out, lse = query_sparse_attention(rotate(queries, rope), *keys_values)
-        return attention.to_out(out.reshape(rows.shape)), lse
-
-    def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """Rows attend to the text, padding included, as the model was trained."""
-        attention, norm = self.block.attn2, self.block.norm2
-        x = norm(rows.astype(jnp.float32))
-        queries = attention.split(attention.norm_q(attention.to_q(x.astype(self.dtype))))
-        out, _ = query_sparse_attention(queries, *self.text)
-        return attention.to_out(out.reshape(rows.shape))
-
-    def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """Feed-forward with the tanh GELU."""
-        x = layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
-        hidden = self.block.ffn_in(x.astype(self.dtype))
-        return self.block.ffn_out(jax.nn.gelu(hidden, approximate=True))
-
-    def _modulated(self, x: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """What the self-attention reads: normed, scaled and shifted by the step."""
-        y = layer_norm(x, self.block.eps) * (1 + self.attention_scale) + self.attention_shift
-        return y.astype(self.dtype)
 
 
 class Transformer(nnx.Module):

@@ -1,0 +1,100 @@
+"""The stages of a run: what they report, how a part is had for one, and the last of them.
+
+A part that is shapes alone is loaded for its stage, timed apart, and let go when the stage ends.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from astraea_jax.methods import Trace
+from astraea_jax.schedule import Schedule
+from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
+from astraea_ports.checkpoints import Loadable
+from astraea_ports.wan import vae, vae_tiles
+
+Stage = Literal["text", "load", "denoise", "decode"]
+
+Progress = Callable[[Stage, int, int], None]
+"""Called as progress(stage, done, total)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """Videos and how they came to be.
+
+    Attributes:
+      video: in [0, 1], float32.
+      latents: denoised, normalised.
+      branches: guidance branches that were run, 1 or 2.
+      schedule: the levels that were run.
+      trace: which tokens each step computed, or () when it was not asked for.
+      seconds: of each stage, compilation apart; "load" is that of transformer and VAE, where they
+        are loaded for their stage.
+    """
+
+    video: Float[Array, "B F height width 3"]
+    latents: Float[Array, "B f h w 16"]
+    branches: int
+    schedule: Schedule
+    trace: Trace | tuple[()]
+    seconds: Mapping[Stage, Stopwatch]
+
+
+def quiet(stage: Stage, done: int, total: int) -> None:
+    """No progress is asked for."""
+
+
+def resident(
+    module: Any,
+    loadable: Loadable | None,
+    report: Progress = quiet,
+    seconds: dict[Stage, Stopwatch] | None = None,
+) -> Any:
+    """A part with its weights: as it is, or loaded now.
+
+    Args:
+      module: the part; of shapes alone where it is loaded for its stage.
+      loadable: the way to get it then.
+      report: takes progress.
+      seconds: gets those of loading.
+    """
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(module)):
+        return module
+    assert loadable is not None, "a part of shapes alone comes with its loader"
+    report("load", 0, 1)
+    with stopwatch() as watch:
+        module = jax.block_until_ready(loadable.load())
+    total = ({} if seconds is None else seconds).setdefault("load", Stopwatch())
+    total.run += watch.run
+    total.compile += watch.compile
+    report("load", 1, 1)
+    return module
+
+
+@timed_jit()
+def _decode(model: vae.VAE, latents):
+    return (model.decode(latents) + 1) / 2
+
+
+def decode(
+    model: vae.VAE, latents: Float[Array, "B f h w 16"], report: Progress = quiet
+) -> Float[Array, "B F height width 3"]:
+    """Latents to videos in [0, 1], one video at a time, in pieces where it is large."""
+    cut = vae_tiles.pieces(model.config, latents.shape[1:4])
+    report("decode", 0, len(latents))
+    videos = []
+    for index in range(len(latents)):
+        one = latents[index : index + 1]
+        if cut is None:
+            video = _decode(model, one)
+        else:
+            whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
+            video = (jnp.asarray(whole) + 1) / 2
+        videos.append(jax.block_until_ready(video))
+        report("decode", index + 1, len(latents))
+    return jnp.concatenate(videos)
