@@ -88,10 +88,12 @@ def attend(
         count = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
-    call = functools.partial(
-        _call, tiling=fitted(tiling, splits > 1), splits=splits, processors=processors
+    tiling = fitted(tiling, splits > 1)
+    padded = [_padded(x, tiling) for x in (q, k, v)]
+    call = functools.partial(_call, scale=scale, tiling=tiling, splits=splits)
+    outs, lses = call(
+        *padded, count, num_keys=k.shape[1], processors=processors, interpret=interpret
     )
-    outs, lses = call(*_padded(q, k, v, tiling), count, k.shape[1], scale, interpret)
     outs, lses = outs[:, : q.shape[1], :, : q.shape[3]], lses[:, :, : q.shape[1]]
     if splits == 1:
         return outs, lses
@@ -99,7 +101,7 @@ def attend(
     return out.astype(v.dtype), lse
 
 
-def _call(q, k, v, count, num_keys, scale, interpret, *, tiling, splits, processors):
+def _call(q, k, v, count, *, num_keys, scale, tiling, splits, processors, interpret):
     """The kernel: outputs and log-sum-exps of each part of the keys, of whole tiles of queries."""
     batch, num_queries, heads, width = q.shape
     num_items = _num_tiles(q, tiling) * splits
@@ -147,11 +149,7 @@ def _num_tiles(q, tiling: Tiling) -> int:
     return q.shape[0] * q.shape[2] * pl.cdiv(q.shape[1], tiling.rows)
 
 
-def _padded(q, k, v, tiling: Tiling):
-    """Queries, keys and values, with zeros where the copies need them."""
-    widths = 8 if not tiling.whole else tiling.width
-    rows = 8 if tiling.whole else 1
-    return (
-        jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, 0), (0, -x.shape[3] % widths)))
-        for x in (q, k, v)
-    )
+def _padded(x, tiling: Tiling):
+    """With zeros where the copies need them."""
+    rows, channels = (8, tiling.width) if tiling.whole else (1, 8)
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, 0), (0, -x.shape[3] % channels)))
