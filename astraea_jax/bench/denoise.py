@@ -116,12 +116,15 @@ def command(
         rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
-    profiles = [profiled(case) for case in cases] if profile else []
+    what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
+    what |= {"most memory held": device_peak()}
+    content = {"environment": report.environment(), "run": what, "rows": rows}
     if output is not None:
-        what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
-        what |= {"most memory held": device_peak()}
-        content = {"environment": report.environment(), "run": what, "rows": rows}
-        report.write_json(output, content | ({"profiles": profiles} if profile else {}))
+        report.write_json(output, content)
+    if profile:
+        content["profiles"] = [profiled(case) for case in cases]
+        if output is not None:
+            report.write_json(output, content)
 
 
 def profiled(case: Case) -> dict:

@@ -58,10 +58,14 @@ def kind_of(name: str) -> str:
 
 
 def record(run: Callable[[], None], times: int = 3) -> Profile:
-    """Profiles `run`, which blocks until it is done; no kernels where none are recorded (a CPU)."""
+    """Profiles `run`, which blocks until it is done; without a GPU there are no kernels to see."""
+    if jax.default_backend() != "gpu":
+        return summarise([], times)
     run()
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = options.host_tracer_level = 0
     with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder, create_perfetto_trace=False):
+        with jax.profiler.trace(folder, profiler_options=options):
             for _ in range(times):
                 run()
         traces = pathlib.Path(folder).rglob("*.trace.json.gz")

@@ -71,7 +71,8 @@ def command(
         f"large products: {peak / 1e12:.1f} TFLOP/s; clips encoded: {encoded:.0f} a second",
         flush=True,
     )
-    rows, kernels, best = [], [], 0.0
+    rows: list[dict] = []
+    kernels, best = [], 0.0
     for layout in GPU_LAYOUTS if gpu else CPU_LAYOUTS:
         row = layout._asdict() | _time(trainee, layout, steps, peak)
         rows.append(row)

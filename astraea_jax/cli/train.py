@@ -1,23 +1,26 @@
-"""`astraea train-tiny` and `astraea score-tiny`: the small model made better, and measured."""
+"""`astraea train-tiny`: the small model made better."""
 
+import dataclasses
 import functools
 import pathlib
 import time
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
 from tyro.conf import arg
 
-from astraea_jax import report, timing
-from astraea_ports import checkpoints, tiny, training_folder, training_run, wan
-from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
+from astraea_ports import checkpoints, tiny, training_folder, training_run
+from astraea_ports.tiny import lessons, reader_training, scenes
 from astraea_ports.wan import transformer_training, vae_training
 from astraea_ports.wan.parts import SHIPPED
 from astraea_ports.wan.training_recipe import Recipe
 from astraea_ports.wan.vae_weights import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
+
+TWO = 0.5
+"""Share of the VAE's clips with two objects."""
 
 
 def train_tiny(
@@ -30,7 +33,7 @@ def train_tiny(
     steps: int | None = None,
     batch: int | None = None,
     rate: float = 1.0,
-    two: float = 0.6,
+    two: float = 0.7,
     text_rate: float = 1.0,
     even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),
@@ -67,61 +70,24 @@ def train_tiny(
     if sitting is not None:
         training_run.check_minutes(sitting, "sitting")
     training_run.check_minutes(checkpoint_every, "checkpoint_every")
-    if not 0 <= sheet <= len(tiny.captions()):
-        raise ValueError(f"sheet must be in 0..{len(tiny.captions())}; got {sheet}")
-    if not 0 < rate <= 100:
-        raise ValueError(f"rate must be above 0 and at most 100; got {rate}")
-    large = jax.default_backend() != "cpu"
+    order = Order(
+        part=part,
+        model=from_,
+        batch=batch,
+        rate=rate,
+        two=two,
+        text_rate=text_rate,
+        even_times=even_times,
+        span=span,
+        pool=pool,
+        refresh_every=refresh_every,
+        seed=seed,
+        sheet=sheet,
+    )
     say = functools.partial(print, flush=True)
-
-    def make(steps: int) -> training_run.Trainee:
-        if part == "reader":
-            return _reader(from_, steps, batch or (128 if large else 16), rate, large, seed)
-        start = "tiny" if from_ == "nothing" else from_
-        dtype = "bfloat16" if large else "float32"
-        nothing = from_ == "nothing"
-        if part == "vae":
-            recipe = vae_training.VAERecipe(
-                steps=steps,
-                clips=batch or (16 if large else 2),
-                muon_rate=0.015 * rate,
-                adam_rate=2e-3 * rate,
-                seed=seed,
-                dtype=dtype,
-            )
-            return vae_training.VAETraining(
-                start, draw_clips, recipe, from_nothing=nothing, data={"two": 0.5}
-            )
-        source = lessons.Lessons(seed=seed, two=two)
-        recipe = Recipe(
-            steps=steps,
-            batch=batch or (128 * jax.device_count() if large else 4),
-            muon_rate=6e-3 * rate,
-            adam_rate=1.5e-3 * rate,
-            text_rate=text_rate,
-            time_even=even_times,
-            span=span,
-            seed=seed,
-            dtype=dtype,
-        )
-        plan = transformer_training.PoolPlan(
-            size=pool or (32768 if large else 64),
-            block=32 * jax.device_count() if large else 4,
-            refresh_every=refresh_every,
-        )
-        return transformer_training.TransformerTraining(
-            start,
-            source,
-            recipe,
-            plan=plan,
-            sheet=transformer_training.Sheet(tiny.captions()[:sheet]),
-            from_nothing=nothing,
-            data=source.settings,
-        )
-
     with training_folder.owned(output):
         settled = steps or _steps_before(output)
-        trainee = make(settled or 1)
+        trainee = order.trainee(settled or 1)
         if settled is None:
             training_run.set_minutes(trainee, minutes, say)
         if sitting is not None:  # it counts from the command's start
@@ -137,135 +103,105 @@ def train_tiny(
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class Order:
+    """What to train, as `train_tiny` was asked for it; None is what suits the device."""
+
+    part: Part
+    model: str
+    batch: int | None
+    rate: float
+    two: float
+    text_rate: float
+    even_times: float
+    span: tuple[float, float]
+    pool: int | None
+    refresh_every: int
+    seed: int
+    sheet: int
+
+    def __post_init__(self):
+        """Refuses what is out of range, but for what the recipes refuse."""
+        if not 0 <= self.sheet <= len(tiny.captions()):
+            raise ValueError(f"sheet must be in 0..{len(tiny.captions())}; got {self.sheet}")
+        if not 0 < self.rate <= 100:
+            raise ValueError(f"rate must be above 0 and at most 100; got {self.rate}")
+
+    def trainee(self, steps: int) -> training_run.Trainee:
+        """What a run of so many steps trains."""
+        large = jax.default_backend() != "cpu"
+        make = {"transformer": self._transformer, "vae": self._vae, "reader": self._reader}
+        return make[self.part](steps, large)
+
+    @property
+    def _start(self) -> dict[str, Any]:
+        """Where the weights come from: a model, or its sizes alone."""
+        nothing = self.model == "nothing"
+        return {"model": "tiny" if nothing else self.model, "from_nothing": nothing}
+
+    def _transformer(self, steps: int, large: bool) -> training_run.Trainee:
+        source = lessons.Lessons(seed=self.seed, two=self.two)
+        devices = jax.device_count()
+        recipe = Recipe(
+            steps=steps,
+            batch=self.batch or (128 * devices if large else 4),
+            muon_rate=6e-3 * self.rate,
+            adam_rate=1.5e-3 * self.rate,
+            text_rate=self.text_rate,
+            time_even=self.even_times,
+            span=self.span,
+            seed=self.seed,
+            dtype="bfloat16" if large else "float32",
+        )
+        plan = transformer_training.PoolPlan(
+            size=self.pool or (32768 if large else 64),
+            block=32 * devices if large else 4,
+            refresh_every=self.refresh_every,
+        )
+        return transformer_training.TransformerTraining(
+            source=source,
+            recipe=recipe,
+            plan=plan,
+            sheet=transformer_training.Sheet(tiny.captions()[: self.sheet]),
+            data=source.settings,
+            **self._start,
+        )
+
+    def _vae(self, steps: int, large: bool) -> training_run.Trainee:
+        recipe = vae_training.VAERecipe(
+            steps=steps,
+            clips=self.batch or (16 if large else 2),
+            muon_rate=0.015 * self.rate,
+            adam_rate=2e-3 * self.rate,
+            seed=self.seed,
+            dtype="bfloat16" if large else "float32",
+        )
+        return vae_training.VAETraining(
+            draw=draw_clips, recipe=recipe, data={"two": TWO}, **self._start
+        )
+
+    def _reader(self, steps: int, large: bool) -> training_run.Trainee:
+        folder = checkpoints.model_folder(SHIPPED.get(self.model, self.model))
+        vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
+        recipe = reader_training.ReaderRecipe(
+            steps=steps,
+            batch=self.batch or (128 if large else 16),
+            muon_rate=0.02 * self.rate,
+            adam_rate=2e-3 * self.rate,
+            # On a CPU the VAE would take nearly all of the time.
+            vae_every=6 if large else 0,
+            seed=self.seed,
+        )
+        return reader_training.ReaderTraining(vae, recipe)
+
+
 def draw_clips(key: jax.Array, count: int) -> vae_training.Drawn:
-    """Clips for the VAE, half of them with two objects."""
-    clips = scenes.make_clips(jax.random.split(key, count), two=0.5)
+    """Clips for the VAE."""
+    clips = scenes.make_clips(jax.random.split(key, count), two=TWO)
     return vae_training.Drawn(clips.video, clips.cover)
-
-
-def _reader(model: str, steps: int, batch: int, rate: float, large: bool, seed: int):
-    folder = checkpoints.model_folder(SHIPPED.get(model, model))
-    vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
-    recipe = reader_training.ReaderRecipe(
-        steps=steps,
-        batch=batch,
-        muon_rate=0.02 * rate,
-        adam_rate=2e-3 * rate,
-        # On a CPU the VAE would take nearly all of the time.
-        vae_every=6 if large else 0,
-        seed=seed,
-    )
-    return reader_training.ReaderTraining(vae, recipe)
 
 
 def _steps_before(folder: pathlib.Path) -> int | None:
     """The length of the run that is in the folder: it was settled when that began."""
     settings = training_folder.saved_settings(folder)
     return None if settings is None else int(settings["recipe"]["steps"])
-
-
-def score_tiny(
-    *,
-    model: str = "tiny",
-    count: int = scene_captions.HELD_OUT,
-    batch: int = 16,
-    steps: int | None = None,
-    guidance: float | None = None,
-    reader: pathlib.Path | None = None,
-    output: pathlib.Path | None = None,
-) -> None:
-    """Scores videos of captions that training never saw against what the captions ask for.
-
-    Args:
-      model: "tiny", or a folder of a model like it.
-      count: How many captions with one object, and as many with two, 1..256; seeds 0, 1, ...
-      batch: Videos at once.
-      steps: Solver steps; the model's default when left out.
-      guidance: Scale of guidance; the model's default when left out.
-      reader: Weights of another reader than the one that ships.
-      output: A .json file for every number.
-    """
-    if not 1 <= count <= scene_captions.HELD_OUT:
-        raise ValueError(f"count must be in 1..{scene_captions.HELD_OUT}; got {count}")
-    if batch < 1:
-        raise ValueError(f"batch must be at least 1; got {batch}")
-    if output is not None:
-        report.files.check_output(output, (".json",))
-    gpu = jax.default_backend() != "cpu"
-    network = score.reader() if reader is None else score.load_reader(reader)
-    pipeline = wan.Pipeline.from_pretrained(model, dtype=jnp.bfloat16 if gpu else jnp.float32)
-    rows = []
-    with report.Progress() as progress:
-        for two in (False, True):
-            captions, shown = scene_captions.held_out(two)
-            name = "two objects" if two else "one object"
-            with progress.stage(name, count) as bar:
-                parts = []
-                for first in range(0, count, batch):
-                    chosen = slice(first, min(first + batch, count))
-                    truth = jax.tree.map(lambda x, c=chosen: x[c], shown)
-                    noise = _noise(pipeline, chosen)
-                    made = pipeline(
-                        captions[chosen], latents=noise, steps=steps, guidance=guidance
-                    ).video
-                    drawn = _drawn(two, chosen)
-                    passed = _through_vae(pipeline.vae, drawn)
-                    parts.append(
-                        [
-                            score.compare(score.read(video, network), truth)
-                            for video in (made, drawn, passed)
-                        ]
-                    )
-                    for _ in range(first, chosen.stop):
-                        bar.advance()
-            totals = [score.add(column) for column in zip(*parts, strict=True)]
-            rows += [_score_row(name, attribute, totals) for attribute in totals[0]]
-    print(report.markdown(rows, SCORE_COLUMNS))
-    if output is not None:
-        report.write_json(
-            output,
-            {"environment": report.environment(), "model": model, "count": count, "rows": rows},
-        )
-
-
-SCORE_COLUMNS = {
-    "objects": "captions with",
-    "attribute": "attribute",
-    "total": "asked for",
-    "made": "made, %",
-    "drawn": "the reader on truth, %",
-    "passed": "on truth through the VAE, %",
-}
-
-
-def _score_row(objects: str, attribute: str, totals) -> dict:
-    made, drawn, passed = (total[attribute] for total in totals)
-    return {
-        "objects": objects,
-        "attribute": attribute,
-        "total": made.total,
-        **{
-            name: round(share.percent, 1)
-            for name, share in (("made", made), ("drawn", drawn), ("passed", passed))
-        },
-    }
-
-
-def _noise(pipeline: wan.Pipeline, chosen: slice) -> jax.Array:
-    """Caption i starts from the noise that seed i gives it alone."""
-    shape = pipeline.latents_shape(*pipeline.size(None, None, None))
-    keys = [
-        jax.random.fold_in(jax.random.key(seed), 0) for seed in range(chosen.start, chosen.stop)
-    ]
-    return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
-
-
-def _drawn(two: bool, chosen: slice) -> jax.Array:
-    first = scene_captions.HELD_OUT * two + chosen.start
-    keys = scenes.clip_keys(scene_captions.HELD_OUT_SEED, first, chosen.stop - chosen.start)
-    return scenes.make_clips(keys, two=float(two)).video
-
-
-@timing.timed_jit()
-def _through_vae(vae: wan.VAE, video: jax.Array) -> jax.Array:
-    return reader_training.through_vae(vae, video)

@@ -33,6 +33,7 @@ from astraea_ports.matching import time_conv as time_conv
 from astraea_ports.matching import vector as vector
 from astraea_ports.tensor_files import Tensor as Tensor
 from astraea_ports.tensor_files import TensorFiles
+from astraea_ports.tensor_files import aligned_empty as aligned_empty
 
 Table = Sequence[Entry]
 
@@ -227,12 +228,3 @@ def fingerprint(loadable: Loadable) -> str:
                 file.seek(place * size // 16)
                 content.update(file.read(1 << 16))
     return content.hexdigest()
-
-
-def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
-    """An array of whatever is there, on a boundary that JAX's CPU arrays need."""
-    dtype = np.dtype(dtype)
-    size = int(np.prod(shape)) * dtype.itemsize
-    raw = np.empty(size + 64, np.uint8)
-    start = -raw.ctypes.data % 64
-    return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,20 +1,31 @@
-"""Weights as Orbax keeps them: in the layout and dtype that they run in, quick to load."""
+"""Weights as Orbax keeps them: in the layout and dtype that they run in, quick to load.
 
-import math
+Orbax writes them, and can read them; they are read here by TensorStore, which it stands on, each
+parameter straight into its own memory. Orbax's own restore holds what it reads twice, and assembles
+it anew.
+"""
+
 import os
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 
 from astraea_ports.matching import parameter_shapes
+from astraea_ports.tensor_files import aligned_empty
 
 FOLDER = "orbax"
 """Name of the checkpoint within a part's folder."""
 
 PIECE = 1 << 26
-"""Bytes of a piece that is read or written at once."""
+"""Bytes of a file, and of what is read at once by each of `READERS`."""
+
+READERS = 2
+"""How many pieces are read at a time: more are held, and hardly faster."""
+
+MARKER = ".zarray"
+"""The file that makes a folder an array."""
 
 
 def is_converted(source: str | os.PathLike[str]) -> bool:
@@ -36,75 +47,71 @@ class Converted[M](NamedTuple):
         """
         slots = parameter_shapes(self.template)
         path = (self.folder / FOLDER).resolve()
-        orbax = _orbax()
+        context = _tensorstore().Context(
+            {name: {"limit": READERS} for name in ("file_io_concurrency", "data_copy_concurrency")}
+        )
+        names = {marker.parent.name for marker in path.glob(f"*/{MARKER}")}
         try:
-            stored = orbax.StandardCheckpointer().metadata(path).item_metadata
-            shapes = {name: tuple(leaf.shape) for name, leaf in dict(stored).items()}
-        except Exception as error:  # tensorstore, JSON and the file system, each in its own words
+            stores = {name: _open(path / name, context) for name in sorted(names)}
+        except ValueError as error:
             raise ValueError(_broken(path, error)) from error
         wrong = [
             f"{name}: expected {list(slots[name].shape) if name in slots else 'nothing'}, got "
-            f"{list(shapes[name]) if name in shapes else 'nothing'}"
-            for name in sorted(slots.keys() | shapes.keys())
-            if name not in slots or shapes.get(name) != tuple(slots[name].shape)
+            f"{list(stores[name].shape) if name in stores else 'nothing'}"
+            for name in sorted(slots.keys() | stores.keys())
+            if name not in slots or name not in stores or stores[name].shape != slots[name].shape
         ]
         if wrong:
             raise ValueError(
                 f"{path} does not fit this model: {len(wrong)} wrong; convert it again\n  "
                 + "\n  ".join(wrong[:20])
             )
-        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        targets = {
-            name: jax.ShapeDtypeStruct(slot.shape, slot.dtype, sharding=here)
-            for name, slot in slots.items()
-        }
-        arrays: dict[str, jax.Array] = {}
         try:
-            with _checkpointer() as checkpointer:
-                for some in _groups(targets):
-                    how = orbax.checkpoint_utils.construct_restore_args(some)
-                    wanted = orbax.args.PyTreeRestore(some, how, partial_restore=True)
-                    arrays |= checkpointer.restore(path, args=wanted)
-        except Exception as error:
+            leaves = [jax.device_put(_read(stores[name], slot)) for name, slot in slots.items()]
+        except ValueError as error:
             raise ValueError(_broken(path, error)) from error
-        leaves = [arrays[name] for name in slots]
         return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
 
 
-def save(module: Any, folder: str | os.PathLike[str]) -> None:
-    """Writes a module's parameters into a part's folder.
+def _open(folder: Path, context: Any) -> Any:
+    """An array's store, its header read; a piece that is not there is an error, not zeros."""
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": os.fspath(folder)},
+        "fill_missing_data_reads": False,
+    }
+    return _tensorstore().open(spec, read=True, open=True, context=context).result()
 
-    Raises:
-      ValueError: Orbax is not installed.
-    """
+
+def _read(store: Any, slot: jax.ShapeDtypeStruct) -> np.ndarray:
+    """A parameter in its slot's dtype, in memory that a CPU array of JAX takes over."""
+    out = aligned_empty(slot.shape, slot.dtype)
+    if store.dtype.numpy_dtype != out.dtype:
+        store = _tensorstore().cast(store, out.dtype)
+    _tensorstore().array(out).write(store).result()
+    return out
+
+
+def save(module: Any, folder: str | os.PathLike[str]) -> None:
+    """Writes a module's parameters into a part's folder."""
+    import orbax.checkpoint as orbax  # seconds to import, and needed here only
+
     arrays = dict(zip(parameter_shapes(module), jax.tree.leaves(module), strict=True))
-    pieces = _orbax().SaveArgs(chunk_byte_size=PIECE)
-    with _checkpointer() as checkpointer:
+    # Kept as they are, since weights hardly compress; large stacks are cut between the layers, so
+    # that a piece is one run of the array.
+    pieces = {
+        name: orbax.SaveArgs(
+            chunk_byte_size=PIECE,
+            shard_axes=(0,) if array.ndim > 2 and array.nbytes > PIECE else (),
+        )
+        for name, array in arrays.items()
+    }
+    handler = orbax.PyTreeCheckpointHandler(use_compression=False, use_ocdbt=False)
+    with orbax.Checkpointer(handler) as checkpointer:
         checkpointer.save(
             (Path(folder) / FOLDER).resolve(),
-            args=_orbax().args.PyTreeSave(arrays, dict.fromkeys(arrays, pieces)),
+            args=orbax.args.PyTreeSave(arrays, pieces),
         )
-
-
-def _groups(targets: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Parameters that are read together, no more than the largest one holds.
-
-    Orbax holds what it reads twice, and otherwise reads all at once.
-    """
-    sizes = {name: math.prod(leaf.shape) * leaf.dtype.itemsize for name, leaf in targets.items()}
-    group: dict[str, Any] = {}
-    for name in sorted(targets, key=sizes.__getitem__):
-        if sum(sizes[member] for member in group) + sizes[name] > max(sizes.values()):
-            yield group
-            group = {}
-        group[name] = targets[name]
-    yield group
-
-
-def _checkpointer() -> Any:
-    """A checkpointer that keeps numbers as they are: weights hardly compress."""
-    orbax = _orbax()
-    return orbax.Checkpointer(orbax.PyTreeCheckpointHandler(use_compression=False))
 
 
 def files(loadable: Any) -> list[Path]:
@@ -112,10 +119,10 @@ def files(loadable: Any) -> list[Path]:
     return [path for path in (loadable.folder / FOLDER).rglob("*") if path.is_file()]
 
 
-def _orbax() -> Any:
-    import orbax.checkpoint  # seconds to import, and needed for converted weights only
+def _tensorstore() -> Any:
+    import tensorstore  # needed for converted weights only
 
-    return orbax.checkpoint
+    return tensorstore
 
 
 def _broken(path: Path, error: Exception) -> str:

@@ -96,17 +96,26 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
         raise ValueError(f"{path} could not be written ({error}): make room there") from error
 
 
-def copy_model(source: pathlib.Path, target: pathlib.Path, *, but: Sequence[str]) -> None:
-    """Copies a Diffusers folder's parts and JSON files, but for the weights of the parts in `but`.
+def copy_model(
+    source: pathlib.Path, target: pathlib.Path, *, but: Sequence[str], without: Sequence[str] = ()
+) -> None:
+    """Copies a Diffusers folder's parts and JSON files.
 
     Weights that are there already, of the same size, are not copied again.
+
+    Args:
+      source: the folder.
+      target: another, made if need be.
+      but: parts whose weights stay behind.
+      without: folders of which nothing is taken.
     """
     target.mkdir(parents=True, exist_ok=True)
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
-        trained = relative.parts[0] in but and ".safetensors" in path.name
+        top = relative.parts[0]
+        trained = top in but and ".safetensors" in path.name
         kind = path.suffix in (".json", ".safetensors", ".model")
-        if not path.is_file() or not kind or trained or len(relative.parts) > 2:
+        if not path.is_file() or not kind or trained or top in without or len(relative.parts) > 2:
             continue
         copy = target / relative
         copy.parent.mkdir(exist_ok=True)

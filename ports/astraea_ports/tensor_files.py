@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
 PICKLES = (".pth", ".pt")
@@ -112,3 +113,12 @@ def _to_numpy(value: Any) -> np.ndarray:
         bits = value.view(importlib.import_module("torch").uint16)
         return bits.numpy().view(ml_dtypes.bfloat16)
     return value.numpy()
+
+
+def aligned_empty(shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
+    """An array of whatever is there, on a boundary that JAX's CPU arrays need."""
+    dtype = np.dtype(dtype)
+    size = int(np.prod(shape)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)

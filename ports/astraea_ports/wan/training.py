@@ -20,9 +20,16 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_ports.t5 import T5Encoder
+from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.latent_pool import Latents
 from astraea_ports.wan.training_forward import Layout, velocity
-from astraea_ports.wan.training_recipe import Networks, Recipe, descend, optimiser
+from astraea_ports.wan.training_recipe import (
+    Networks,
+    Recipe,
+    descend,
+    moving_average,
+    optimiser,
+)
 
 
 class State(NamedTuple):
@@ -124,7 +131,11 @@ def _change(clean: Float[Array, "B f h w C"]) -> Float[Array, "B f h w 1"]:
 
 
 @functools.partial(
-    jax.jit, static_argnames=("recipe", "layout", "mesh"), donate_argnames=("state",)
+    jax.jit,
+    static_argnames=("recipe", "layout", "mesh"),
+    donate_argnames=("state",),
+    # Where tokens are rounded to bfloat16, XLA would keep the float32 ones beside them.
+    compiler_options={"xla_allow_excess_precision": False},
 )
 def train_step(
     state: State,
@@ -156,13 +167,16 @@ def train_step(
     finite = jnp.isfinite(optax.tree.norm(gradients))
     rule = optimiser(recipe, steps)
     networks, moments = descend(rule, gradients, state.moments, state.networks)
-    # A short memory at first, so that the average forgets where it started.
-    keep = jnp.minimum(recipe.average, state.step / (state.step + 20))
-    average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, networks)
+    average = moving_average(state.average, networks, state.step, recipe.average, warm=20)
     following = State(state.step + 1, networks, average, moments)
     copied = NamedSharding(mesh, PartitionSpec())  # or the compiler may split what it likes
     following = jax.lax.with_sharding_constraint(following, copied)
     return following, jnp.where(finite, value, jnp.nan)
+
+
+def num_tokens(config: TransformerConfig, shape: tuple[int, ...]) -> int:
+    """Tokens of a clip whose latents are [f, h, w, C]."""
+    return int(np.prod(shape[:3])) // int(np.prod(config.patch_size))
 
 
 def step_flops(networks: Networks, recipe: Recipe, shape: tuple[int, ...], length: int) -> float:
@@ -175,7 +189,7 @@ def step_flops(networks: Networks, recipe: Recipe, shape: tuple[int, ...], lengt
       length: text tokens.
     """
     config = networks.transformer.config
-    tokens = int(np.prod(shape[:3])) // int(np.prod(config.patch_size))
+    tokens = num_tokens(config, shape)
     width, ffn = config.width, config.ffn_dim
     per_token = 6 * width**2 + 2 * width * ffn
     attention = 2 * tokens * width + 2 * length * width

@@ -16,6 +16,7 @@ from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
+from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.transformer import (
     Block,
     Transformer,
@@ -41,10 +42,31 @@ class Layout(NamedTuple):
     unroll: bool = False
 
     @classmethod
-    def for_device(cls, dtype: str) -> "Layout":
-        """What suits the default backend, for products in this dtype."""
-        gpu = jax.default_backend() == "gpu"
-        return cls(attention="cudnn" if gpu and dtype == "bfloat16" else "xla", unroll=gpu)
+    def for_device(cls, dtype: str, kept: float) -> "Layout":
+        """What suits the default backend.
+
+        Args:
+          dtype: of the products.
+          kept: of `kept_bytes`, on one device.
+        """
+        if jax.default_backend() != "gpu":
+            return cls()
+        limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+        return cls(
+            attention="cudnn" if dtype == "bfloat16" else "xla",
+            recompute=3 * kept > limit,
+            unroll=True,
+        )
+
+
+def kept_bytes(config: TransformerConfig, tokens: int) -> float:
+    """About what a bfloat16 step without recomputation keeps for its backward pass.
+
+    Args:
+      config: of the model.
+      tokens: of all clips of a batch.
+    """
+    return float(tokens) * config.num_layers * (30 * config.width + 10 * config.ffn_dim)
 
 
 def velocity(

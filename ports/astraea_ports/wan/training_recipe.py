@@ -96,6 +96,20 @@ def descend[M](
     return cast(M, optax.apply_updates(cast(Any, weights), updates)), moments
 
 
+def moving_average[M](average: M, weights: M, step: Int[Array, ""], decay: float, warm: int) -> M:
+    """The average after a step; short of memory at first, so that it forgets where it started.
+
+    Args:
+      average: before the step.
+      weights: after it.
+      step: steps done before it.
+      decay: of the average, once about `warm / (1 - decay)` steps are done.
+      warm: the average of `n` steps remembers about `n / warm` of them.
+    """
+    keep = jnp.minimum(decay, step / (step + warm))
+    return jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, average, weights)
+
+
 def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
     """The schedule of the rates: up over 2 %, level to 30 %, then straight down to 1 %."""
     down = 0.01 + 0.99 * (1 - fraction) / 0.7

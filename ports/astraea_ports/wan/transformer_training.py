@@ -9,19 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from astraea_jax import metrics, report, video
-from astraea_ports import checkpoints, export, t5
+from astraea_jax import metrics, video
+from astraea_ports import t5
 from astraea_ports.wan import training, transformer_weights
 from astraea_ports.wan.latent_pool import LatentPool, Source
-from astraea_ports.wan.parts import SHIPPED
+from astraea_ports.wan.part_training import PartTraining, fingerprint
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.training_forward import Layout
+from astraea_ports.wan.training_forward import Layout, kept_bytes
 from astraea_ports.wan.training_recipe import Networks, Recipe
 from astraea_ports.wan.transformer import Transformer
-
-PARTS = ("transformer", "text_encoder")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,25 +49,8 @@ class Sheet:
     steps: int = 15
 
 
-def devices_for(batch: int) -> list[Any]:
-    """All devices.
-
-    Raises:
-      ValueError: they don't divide the batch.
-    """
-    devices = jax.devices()
-    if batch % len(devices):
-        raise ValueError(
-            f"the batch must be a multiple of {len(devices)}, the devices that share it; got "
-            f"{batch}"
-        )
-    return devices
-
-
-class TransformerTraining:
+class TransformerTraining(PartTraining):
     """A `training_run.Trainee`; any Wan in the Diffusers layout."""
-
-    period = 1
 
     def __init__(
         self,
@@ -92,20 +72,17 @@ class TransformerTraining:
           recipe: how to train.
           plan: of the pool of latents.
           sheet: what to draw at a checkpoint.
-          layout: of the compiled step; None is what suits the device.
+          layout: of the compiled step; None is what suits the device and the clips.
           from_nothing: take the model's sizes, but random weights.
           data: what to write of the source into run.json.
 
         Raises:
           ValueError: no such model, or a batch that the devices can't share.
         """
-        self.recipe, self.batch = recipe, recipe.batch
-        self.layout = Layout.for_device(recipe.dtype) if layout is None else layout
-        self.mesh = Mesh(np.array(devices_for(recipe.batch)), ("batch",))
-        self._copied = NamedSharding(self.mesh, PartitionSpec())
-        self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
+        super().__init__(model, recipe, recipe.batch)
+        self.layout = layout
         self._from_nothing, self._sheet = from_nothing, sheet
-        self.pipeline = Pipeline.from_pretrained(self._folder)
+        self.pipeline = Pipeline.from_pretrained(self.folder)
         empty = self.pipeline.tokenizer([""])
         self._empty = training.EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
         self.pool = LatentPool(
@@ -117,7 +94,7 @@ class TransformerTraining:
             refresh_every=plan.refresh_every,
             mesh=self.mesh,
         )
-        self._settings = {
+        self.about = {
             "part": "transformer",
             "transformer": dataclasses.asdict(self.pipeline.transformer.config),
             "text_encoder": dataclasses.asdict(self.pipeline.text_encoder.config),
@@ -125,16 +102,6 @@ class TransformerTraining:
             "pool": dataclasses.asdict(plan),
             "data": dict(data or {}),
         }
-
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.recipe.steps
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """All that decides the result."""
-        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
 
     def _networks(self) -> Networks:
         """The weights that the run starts from."""
@@ -147,7 +114,7 @@ class TransformerTraining:
 
     def start(self) -> training.State:
         """The first state, a copy on every device."""
-        return jax.device_put(training.start(self._networks(), self.recipe), self._copied)
+        return jax.device_put(training.start(self._networks(), self.recipe), self.copied)
 
     def prepare(self, step: int, say: Callable[[str], None]) -> None:
         """Fills the pool, or replaces a block of it."""
@@ -160,6 +127,11 @@ class TransformerTraining:
 
     def advance(self, state: training.State) -> tuple[training.State, jax.Array]:
         """One step."""
+        if self.layout is None:
+            config = self.pipeline.transformer.config
+            tokens = training.num_tokens(config, self.pool.arrays.latents.shape[1:])
+            kept = kept_bytes(config, tokens * self.batch // self.mesh.size)
+            self.layout = Layout.for_device(self.recipe.dtype, kept)
         return training.train_step(
             state,
             self.pool.arrays,
@@ -179,24 +151,20 @@ class TransformerTraining:
 
     def export(self, state: training.State, folder: pathlib.Path) -> None:
         """The average weights in bfloat16, the rest of the model as it was, and how far it came."""
-        average = jax.device_get(state.average)
-        for part, module, table in (
-            ("transformer", average.transformer, transformer_weights.TABLE),
-            ("text_encoder", average.text_encoder, t5.TABLE),
-        ):
-            export.save_parameters(module, self._folder / part, folder / part, table)
-        export.copy_model(self._folder, folder, but=PARTS)
-        report.write_json(folder / "training.json", {"step": int(state.step), **self.settings})
+        tables = {"transformer": transformer_weights.TABLE, "text_encoder": t5.TABLE}
+        trained = state.average._asdict()
+        self.leave(
+            folder,
+            int(state.step),
+            {name: (trained[name], table) for name, table in tables.items()},
+        )
 
     def sheet(self, state: training.State) -> np.ndarray | None:
         """Videos of the sheet's prompts with the average weights, seeds 0, 1, ..."""
         if not self._sheet.prompts:
             return None
         # On one device, and in the dtype of training.
-        average = jax.device_put(
-            jax.tree.map(lambda x: x.astype(self.recipe.dtype), state.average),
-            self.mesh.devices.flat[0],
-        )
+        average = self.on_one(jax.tree.map(lambda x: x.astype(self.recipe.dtype), state.average))
         pipeline = dataclasses.replace(self.pipeline, **average._asdict())
         videos = sample(pipeline, self._sheet.prompts, self._sheet.steps)
         return video.contact_sheet(videos, self._sheet.prompts, columns=2)
@@ -206,9 +174,3 @@ def sample(pipeline: Pipeline, prompts: Sequence[str], steps: int) -> list[np.nd
     """A video of each prompt, uint8; the seed is its place."""
     results = [pipeline(text, seed=seed, steps=steps) for seed, text in enumerate(prompts)]
     return [metrics.to_uint8(np.asarray(result.video[0])) for result in results]
-
-
-def fingerprint(networks: Any) -> str:
-    """A short name of weights: other weights have another."""
-    total = sum(float(jnp.sum(jnp.abs(x.astype(jnp.float32)))) for x in jax.tree.leaves(networks))
-    return f"{total:.6e}"

@@ -18,12 +18,11 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from astraea_jax import report, video
-from astraea_ports import checkpoints, export
+from astraea_jax import video
+from astraea_ports import export
 from astraea_ports.wan import vae_weights
-from astraea_ports.wan.parts import SHIPPED
-from astraea_ports.wan.training_recipe import descend, rate_factor
-from astraea_ports.wan.transformer_training import devices_for, fingerprint
+from astraea_ports.wan.part_training import PartTraining, fingerprint
+from astraea_ports.wan.training_recipe import descend, moving_average, rate_factor
 from astraea_ports.wan.vae import VAE, Decoder, Encoder
 from astraea_ports.wan.vae_layers import Past
 
@@ -169,9 +168,11 @@ def train_step(
     )
     finite = jnp.isfinite(optax.tree.norm(gradients))
     weights, moments = descend(optimiser(recipe), gradients, state.moments, state.vae)
-    keep = jnp.minimum(recipe.average, state.step / (state.step + 5))
-    average = jax.tree.map(lambda a, w: keep * a + (1 - keep) * w, state.average, weights)
-    following = VAEState(state.step + 1, weights, average, moments)
+    average = moving_average(state.average, weights, state.step, recipe.average, warm=5)
+    copied = NamedSharding(mesh, PartitionSpec())  # or the compiler may split what it likes
+    following = jax.lax.with_sharding_constraint(
+        VAEState(state.step + 1, weights, average, moments), copied
+    )
     return following, jnp.where(finite, value, jnp.nan)
 
 
@@ -181,10 +182,8 @@ def _raw_latents(vae: VAE, pixels: Array) -> Array:
     return encoded[..., : vae.config.latent_channels]
 
 
-class VAETraining:
+class VAETraining(PartTraining):
     """A `training_run.Trainee`; any Wan 2.1 VAE in the Diffusers layout."""
-
-    period = 1
 
     def __init__(
         self,
@@ -196,37 +195,25 @@ class VAETraining:
         data: Mapping[str, Any] | None = None,
     ):
         """Loads the VAE of a model; arguments as for `TransformerTraining`."""
-        self.recipe, self.batch = recipe, recipe.clips
-        self.mesh = Mesh(np.array(devices_for(recipe.clips)), ("batch",))
+        super().__init__(model, recipe, recipe.clips)
         self._draw = draw
-        self._folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
-        self._vae = vae_weights.load_vae(self._folder / "vae")
+        self._vae = vae_weights.load_vae(self.folder / "vae")
         if from_nothing:
             self._vae = VAE(self._vae.config, nnx.Rngs(recipe.seed))
         self._done = 0
-        self._settings = {
+        self.about = {
             "part": "vae",
             "vae": dataclasses.asdict(self._vae.config),
             "start": fingerprint(self._vae),
             "data": dict(data or {}),
         }
 
-    @property
-    def steps(self) -> int:
-        """Of the whole run."""
-        return self.recipe.steps
-
-    @property
-    def settings(self) -> Mapping[str, Any]:
-        """All that decides the result."""
-        return {**self._settings, "recipe": dataclasses.asdict(self.recipe)}
-
     def start(self) -> VAEState:
         """The first state, a copy on every device."""
         weights = jax.tree.map(lambda x: jnp.array(x, jnp.float32), self._vae)
         moments = optimiser(self.recipe).init(cast(Any, weights))
         state = VAEState(jnp.int32(0), weights, jax.tree.map(jnp.copy, weights), moments)
-        return jax.device_put(state, NamedSharding(self.mesh, PartitionSpec()))
+        return jax.device_put(state, self.copied)
 
     def prepare(self, step: int, say: Callable[[str], None]) -> None:
         """Clips are drawn within the step; only its number matters."""
@@ -239,23 +226,21 @@ class VAETraining:
 
     def export(self, state: VAEState, folder: pathlib.Path) -> None:
         """The average weights, with the mean and deviation of their latents in the config."""
-        average = jax.device_put(state.average, self.mesh.devices.flat[0])
+        average = self.on_one(state.average)
         drawn = self._draw(jax.random.key(self.recipe.seed + 1), 8)
         latents = [_raw_latents(average, 2 * clip[None] - 1) for clip in drawn.video]
         axes = (0, 1, 2, 3)
         mean, std = (np.asarray(f(jnp.concatenate(latents), axes)) for f in (jnp.mean, jnp.std))
-        export.save_parameters(average, self._folder / "vae", folder / "vae", vae_weights.TABLE)
-        export.copy_model(self._folder, folder, but=("vae",))
+        self.leave(folder, int(state.step), {"vae": (average, vae_weights.TABLE)})
         export.update_config(
             folder / "vae" / "config.json",
             latents_mean=[round(float(x), 4) for x in mean],
             latents_std=[round(float(x), 4) for x in std],
         )
-        report.write_json(folder / "training.json", {"step": int(state.step), **self.settings})
 
     def sheet(self, state: VAEState) -> np.ndarray:
         """Two clips above what the VAE makes of them, and the error."""
-        average = jax.device_put(state.average, self.mesh.devices.flat[0])
+        average = self.on_one(state.average)
         drawn = self._draw(jax.random.key(self.recipe.seed + 2), 2)
         panels, titles = [], []
         for clip in drawn.video:
