@@ -4,21 +4,21 @@ Two or three warpgroups of a program compute, 64 queries each; one only loads ke
 take turns: while one multiplies on the tensor cores, the other does its softmax. Three, for heads
 to 96 channels, leave the order to the hardware.
 
-What counts, for 64 queries and 128 keys of a head of 72 channels: 704 cycles of the tensor cores
-(5 steps of 16 channels at 64 for the scores; 8 steps of 16 keys at 32 + 16 for the values of 64 and
-of the 8 others, counted as 16), 512 of the unit for exponentials, some 420 instructions of a warp.
-None is the limit as long as one warpgroup's softmax hides behind another's products; a copy that
-pads the heads took 0.11 ms of 0.63 for opensora-spatial-15, hence the pieces of `hopper_memory`.
+What counts, for 64 queries and 128 keys of 72 channels: 640 cycles of the tensor cores (64 for
+each 16 of 80 channels in the scores, 40 for each 16 keys in the values), 512 of the unit that makes
+exponentials, 420 instructions of each warp. No one of them is the limit as long as a warpgroup's
+softmax hides behind another's products; but a copy that pads the heads took .11 ms of .63 for
+opensora-spatial-15, hence the pieces of `hopper_memory`.
 
 What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1, ptxas
 13.5): one program a processor, no spills, registers at launch (2 warpgroups: 168, then 240 for
 those that compute and 24 for the one that loads; 3 warpgroups: 128, then 160 and 32):
 
-    C    width  block_kv  stages  warpgroups  persistent   bytes of shared memory: keys whole   in parts
-    64   64     128       4       3           yes                               157696         206848
-    72   80     128       4       3           yes                               196608         217088
-    96   96     128       3       3           yes                               186368         210944
-    128  128    192       2       2           no                                231424         231424
+    C    width  block_kv  stages  warpgroups  persistent   bytes of shared memory: keys in parts
+    64   64     128       4       3           yes                    157696         206848
+    72   80     128       4       3           yes                    196608         217088
+    96   96     128       3       3           yes                    186368         210944
+    128  128    192       2       2           no                     231424         231424
 
 Measured on H100s 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; bench/attention.json), K = N,
 against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
