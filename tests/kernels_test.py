@@ -17,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from astraea_jax.attention import gather_rows, query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, rows
 from astraea_jax.kernels import ampere, backward, dispatch, hopper, splits, tilings
+from astraea_jax.kernels.hopper_tiling import fitted
 from astraea_jax.kernels.machine import Gpu, gpu
 
 pytestmark = pytest.mark.core
@@ -56,7 +57,7 @@ def assert_right(got, q, k, v, count, seed):
 # The interpreter looks for races, and fills what is not written with NaN.
 HOPPER = [  # B, K, N, A, C, count, tiling, splits, dtype
     ((1, 130, 200, 2, 72), (129,), hopper.Tiling(80, 64, 2), 1, jnp.bfloat16),
-    ((2, 20, 150, 1, 128), (20, 0), hopper.Tiling(128, 64, 2, persistent=False), 2, jnp.float16),
+    ((2, 24, 152, 1, 128), (20, 0), hopper.Tiling(128, 64, 2, False, whole=True), 2, jnp.float16),
     ((1, 7, 256, 1, 64), (1,), hopper.Tiling(64, 128, 2), 1, jnp.bfloat16),
     ((1, 128, 33, 1, 96), (128,), hopper.Tiling(96, 64, 2, persistent=False), 1, jnp.bfloat16),
 ]
@@ -163,6 +164,16 @@ def test_no_copy_runs_over_into_the_next_row(with_gpu, monkeypatch, queries, hea
     rows, lses = seen
     assert rows.shape == out.shape  # a copy of pieces ends where the array does, on every axis
     assert lses.shape[-1] % 192 == 0 and lses.shape[-1] >= queries
+
+
+def test_what_does_not_fit_is_made_to():
+    tiling = hopper.Tiling(128, 192, 2, persistent=False, whole=True)
+    assert fitted(tiling, 1000, 1592, 128, partial=False) == tiling
+    for queries, keys, width in ((1001, 1592, 128), (1000, 1590, 128), (1000, 1592, 120)):
+        assert not fitted(tiling, queries, keys, width, partial=False).whole
+    # The output of a part of the keys has rows of its own.
+    smaller = fitted(tiling, 1000, 1592, 128, partial=True)
+    assert (smaller.block_kv, smaller.stages) == (128, 2)
 
 
 def test_vmap_of_both(with_gpu):
