@@ -206,7 +206,7 @@ def start(model, latents, settings: Settings) -> LoopState:
     batch = latents.shape[0] * settings.num_branches
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
-    method_state = settings.method.init(settings.geometry, batch, model.dtype)
+    method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
     gap = solvers.no_gap(latents) if settings.correct else ()
     return LoopState(latents, solvers.init(latents), method_state, gap)
 

@@ -103,6 +103,11 @@ class Block(Protocol):
 class VideoDiT(Protocol):
     """A video diffusion transformer."""
 
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Dtype of what is kept of the tokens from step to step; may be narrower than theirs."""
+        ...
+
     def geometry(self, latents_shape: tuple[int, ...]) -> Geometry:
         """Static sizes for latents [B, F, H, W, C]; ValueError for sizes it can't do."""
         ...

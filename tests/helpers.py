@@ -72,7 +72,7 @@ class GroupedModel(nnx.Module):
 
     def __init__(self, width: int, layers: int, channels: int, rngs: nnx.Rngs):
         self.width, self.num_layers, self.channels = width, layers, channels
-        self.dtype = jnp.dtype(jnp.float32)
+        self.cache_dtype = jnp.dtype(jnp.float32)
         self.enter = nnx.Linear(channels, width, rngs=rngs)
         keys = jax.random.split(rngs.params(), (layers, 2))
         make = lambda key: nnx.Linear(width, 4 * width, rngs=nnx.Rngs(key))  # noqa: E731

@@ -191,7 +191,7 @@ def _row(pipeline, method: Method, levels: Schedule, result: wan.Result) -> dict
     workload = pipeline.workload(frames, height, width)
     branches = result.branches
     geometry = pipeline.transformer.geometry(result.latents.shape)
-    dtype = pipeline.transformer.dtype
+    dtype = pipeline.transformer.cache_dtype
     state = jax.eval_shape(lambda: method.init(geometry, branches, dtype))
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     tokens = levels.realised_budget(workload.num_tokens)

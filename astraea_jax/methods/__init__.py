@@ -1,13 +1,13 @@
 """Acceleration methods, one file each, behind one interface."""
 
 from astraea_jax.methods.astraea import Astraea as Astraea
-from astraea_jax.methods.astraea import AstraeaState as AstraeaState
 from astraea_jax.methods.base import Method as Method
 from astraea_jax.methods.base import Mode as Mode
 from astraea_jax.methods.base import Trace as Trace
 from astraea_jax.methods.dense import Dense as Dense
 from astraea_jax.methods.fixed_token import FixedToken as FixedToken
 from astraea_jax.methods.step_level import StepLevel as StepLevel
+from astraea_jax.methods.token_wise import AstraeaState as AstraeaState
 from astraea_jax.selection import PUBLISHED
 
 METHODS = {

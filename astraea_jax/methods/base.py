@@ -129,14 +129,19 @@ def scan_blocks(model, prepared: Prepared, modulation: Modulation, geometry: Geo
     return lax.scan(layer_step, carry, (model.layers(prepared), numbers))[0]
 
 
-def dense_block(block: core.Block, tokens: Float[Array, "B N H"]):
-    """A block on every token: (tokens that leave it, LSE).
+def dense_block(block: core.Block, tokens: Float[Array, "B N H"], *, residual: bool = False):
+    """A block on every token: (tokens that leave it, LSE, what is kept of them).
 
     The barrier keeps what surrounds the block from being fused into it, so that every method's
-    dense step gives the same bits as the plain model.
+    dense step gives the same bits as the plain model. What is kept is the tokens that leave, or
+    with `residual` what the block added to them: made in the same pass, where the tokens were, or
+    XLA would keep those aside in each block.
     """
     out, lse = core.apply_block(block, tokens, None, block.keys_values(tokens))
-    return lax.optimization_barrier((out, lse))
+    if not residual:
+        out, lse = lax.optimization_barrier((out, lse))
+        return out, lse, out
+    return lax.optimization_barrier((out, lse, out - tokens))
 
 
 def dense_tokens(model, prepared: Prepared, modulation: Modulation, geometry: Geometry, tokens):

@@ -106,6 +106,6 @@ class StepLevel:
         if kept:
             state = state._replace(velocity=velocity)
         else:
-            state = state._replace(residual=final - tokens)
+            state = state._replace(residual=(final - tokens).astype(state.residual.dtype))
         fresh = jnp.ones((batch, geometry.num_tokens), bool)
         return base.Forward(velocity, state, base.full_trace(batch, geometry.num_tokens), fresh)

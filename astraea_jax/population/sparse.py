@@ -10,7 +10,7 @@ from jaxtyping import Array, Int
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
 from astraea_jax.methods import Astraea, base
-from astraea_jax.methods.astraea import Filled, Run, compute_rows
+from astraea_jax.methods.token_wise import Filled, Run, compute_rows
 from astraea_jax.model import VideoDiT
 from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver

@@ -21,7 +21,8 @@ Precision = Literal["reference", "fast"]
 
 "reference": the tokens between sub-layers (the residual stream), time embedding, modulation, norms
 and head, as the original's autocast does. "fast": the same but for the tokens, which are rounded
-to the weights' dtype after each sub-layer, as in Diffusers; half the cache, half the traffic.
+to the weights' dtype after each sub-layer, as in Diffusers; half the traffic. What is kept from
+step to step has the weights' dtype under either.
 """
 
 WIDE = ("time_1", "time_2", "time_proj", "scale_shift_table", "norm", "proj_out")
@@ -95,9 +96,9 @@ def rope_tables(grid: tuple[int, int, int], head_width: int) -> Rope:
 def rotate(x: Float[Array, "B K A C"], rope: Rope) -> Float[Array, "B K A C"]:
     """Rotates adjacent channels (2i, 2i + 1), in float32, back to the dtype of `x`."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope.cos[..., :, None, :], rope.sin[..., :, None, :]
-    even, odd = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1)
+    cos, sin = rope.cos[..., :, None, :, None], rope.sin[..., :, None, :, None]
+    # A reversal and no stack: on a GPU two halves would be written by turns, at half the speed.
+    turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
 
 
@@ -229,9 +230,12 @@ class Transformer(nnx.Module):
 
     @property
     def dtype(self) -> jnp.dtype:
-        """Dtype of the tokens, and of what is cached of them."""
-        if self.precision == "reference":
-            return jnp.dtype(jnp.float32)
+        """Dtype of the tokens between sub-layers."""
+        return jnp.dtype(jnp.float32) if self.precision == "reference" else self.cache_dtype
+
+    @property
+    def cache_dtype(self) -> jnp.dtype:
+        """Dtype of what is kept of the tokens from step to step: that of the large products."""
         return self.patch_embedding.kernel.dtype
 
     def geometry(self, latents_shape: tuple[int, ...]) -> core.Geometry:
