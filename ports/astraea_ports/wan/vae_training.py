@@ -182,6 +182,11 @@ def _raw_latents(vae: VAE, pixels: Array) -> Array:
     return encoded[..., : vae.config.latent_channels]
 
 
+@jax.jit
+def _reconstructed(vae: VAE, pixels: Array) -> Array:
+    return vae.decode(vae.encode(pixels))
+
+
 class VAETraining(PartTraining):
     """A `training_run.Trainee`; any Wan 2.1 VAE in the Diffusers layout."""
 
@@ -244,7 +249,7 @@ class VAETraining(PartTraining):
         drawn = self._draw(jax.random.key(self.recipe.seed + 2), 2)
         panels, titles = [], []
         for clip in drawn.video:
-            made = (average.decode(average.encode(2 * clip[None] - 1))[0] + 1) / 2
+            made = (_reconstructed(average, 2 * clip[None] - 1)[0] + 1) / 2
             noise = -10 * float(jnp.log10(jnp.mean(jnp.square(made - clip))))
             panels += [np.asarray(clip), np.asarray(jnp.clip(made, 0, 1))]
             titles += ["drawn", f"through the VAE: {noise:.1f} dB"]
