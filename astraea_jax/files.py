@@ -1,10 +1,12 @@
 """Output files that are there whole or not at all."""
 
 import contextlib
+import fcntl
 import os
 import pathlib
 import tempfile
 from collections.abc import Collection, Iterator
+from typing import BinaryIO
 
 
 def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.Path:
@@ -50,3 +52,33 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def held(path: str | os.PathLike, *, choose: str = "another folder") -> Iterator[BinaryIO]:
+    """Opens a file for reading and appending, and holds it until the block or the process ends.
+
+    One process holds a file at a time; the hold ends with it, even where it is killed. What is
+    written goes to the disk unbuffered.
+
+    Args:
+      path: the file; it and its folder are made where they are missing.
+      choose: what the message proposes.
+
+    Raises:
+      ValueError: another process holds the file, or it can't be made or written to.
+    """
+    path = pathlib.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115
+    except OSError as error:
+        raise ValueError(f"can't write {path} ({error.strerror}): choose {choose}") from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(
+                f"{path} is in use by another run: wait for it, or choose {choose}"
+            ) from error
+        yield file

@@ -10,7 +10,7 @@ import pytest
 
 from astraea_jax import attention, report
 from astraea_jax.bench import attention as bench
-from astraea_jax.bench import compile_report
+from astraea_jax.bench import attention_runs, attention_tuning, compile_report
 from astraea_jax.bench.shapes import SHAPES, Shape, rows
 from astraea_jax.kernels import dispatch, machine, tilings
 
@@ -72,7 +72,7 @@ def test_a_right_kernel_passes_and_wrong_ones_are_caught(monkeypatch):
 
 
 def test_rows_of_a_shape(monkeypatch):
-    monkeypatch.setattr(bench, "SECONDS_A_RUN", 1e-4)
+    monkeypatch.setattr(attention_runs, "SECONDS_A_RUN", 1e-4)
     fake_kernels(monkeypatch)
     timed = bench.time_shape("small", SMALL, (0.1, 1.0), ["xla", "mosaic"], 2)
     assert [(row["queries"], row["implementation"]) for row in timed] == [
@@ -98,8 +98,8 @@ def test_tuning_remembers_the_fastest_that_fits_and_is_right(monkeypatch, tmp_pa
         assert set(runs) == set(seconds)  # the one that does not fit is left out
         return seconds, {}
 
-    monkeypatch.setattr(bench, "time_runs", time_runs)
-    bench.tune_shape(SMALL, (1.0,), 1, ["mosaic"])
+    monkeypatch.setattr(attention_tuning, "time_runs", time_runs)
+    attention_tuning.tune_shape(SMALL, (1.0,), 1, ["mosaic"])
     assert "1.000 ms" in capsys.readouterr().out
     assert tilings.find("mosaic", "9.0", 8, 20, 20) == {"block": 2}
     assert json.loads(tilings.user_table().read_text())[0]["queries"] == 32

@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import os
+import subprocess
 import sys
 import types
 
@@ -15,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from astraea_jax.attention import gather_rows, query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, rows
 from astraea_jax.kernels import ampere, backward, dispatch, hopper, splits, tilings
+from astraea_jax.kernels.hopper_tiling import fitted
 from astraea_jax.kernels.machine import Gpu, gpu
 
 pytestmark = pytest.mark.core
@@ -54,8 +57,8 @@ def assert_right(got, q, k, v, count, seed):
 # The interpreter looks for races, and fills what is not written with NaN.
 HOPPER = [  # B, K, N, A, C, count, tiling, splits, dtype
     ((1, 130, 200, 2, 72), (129,), hopper.Tiling(80, 64, 2), 1, jnp.bfloat16),
-    ((2, 20, 150, 1, 128), (20, 0), hopper.Tiling(128, 64, 2, persistent=False), 2, jnp.float16),
-    ((1, 7, 256, 1, 64), (1,), hopper.Tiling(64, 128, 2, warpgroups=3), 1, jnp.bfloat16),
+    ((2, 24, 152, 1, 128), (20, 0), hopper.Tiling(128, 64, 2, False, whole=True), 2, jnp.float16),
+    ((1, 7, 256, 1, 64), (1,), hopper.Tiling(64, 128, 2), 1, jnp.bfloat16),
     ((1, 128, 33, 1, 96), (128,), hopper.Tiling(96, 64, 2, persistent=False), 1, jnp.bfloat16),
 ]
 
@@ -70,6 +73,37 @@ def test_hopper(with_gpu, shape, count, tiling, parts, dtype):
     with with_gpu():
         got = jax.jit(attend)(q, k, v, jnp.array(count, jnp.int32))
     assert_right(got, q, k, v, count, seed)
+
+
+THREE_WARPGROUPS = """
+import jax.numpy as jnp
+from attention_oracle import new_seed, random_inputs
+from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
+from kernels_test import assert_right
+from astraea_jax.kernels import hopper
+
+seed = new_seed()
+q, k, v = random_inputs(seed, (1, 200, 150, 1, 72), jnp.bfloat16)
+device = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=1, platform="gpu")
+with use_abstract_mesh(AbstractMesh((), (), abstract_device=device)):
+    got = hopper.attend(
+        q, k, v, jnp.array([129], jnp.int32), scale=72**-0.5, splits=1, interpret=True,
+        tiling=hopper.Tiling(80, 64, 2, warpgroups=3),
+    )
+assert_right(got, q, k, v, (129,), seed)
+"""
+
+
+def test_hopper_with_three_warpgroups():
+    # Each of the interpreter's threads waits in a thread of the runtime's: as many as NPROC says.
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "NPROC": "8",
+        "PYTHONPATH": os.pathsep.join([os.path.dirname(__file__), *filter(None, sys.path)]),
+    }
+    command = [sys.executable, "-c", THREE_WARPGROUPS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 AMPERE = [  # the same, and whether the queries are those of all tokens, with indices
@@ -130,6 +164,16 @@ def test_no_copy_runs_over_into_the_next_row(with_gpu, monkeypatch, queries, hea
     rows, lses = seen
     assert rows.shape == out.shape  # a copy of pieces ends where the array does, on every axis
     assert lses.shape[-1] % 192 == 0 and lses.shape[-1] >= queries
+
+
+def test_what_does_not_fit_is_made_to():
+    tiling = hopper.Tiling(128, 192, 2, persistent=False, whole=True)
+    assert fitted(tiling, 1000, 1592, 128, partial=False) == tiling
+    for queries, keys, width in ((1001, 1592, 128), (1000, 1590, 128), (1000, 1592, 120)):
+        assert not fitted(tiling, queries, keys, width, partial=False).whole
+    # The output of a part of the keys has rows of its own.
+    smaller = fitted(tiling, 1000, 1592, 128, partial=True)
+    assert (smaller.block_kv, smaller.stages) == (128, 2)
 
 
 def test_vmap_of_both(with_gpu):
@@ -317,14 +361,12 @@ def test_too_many_numbers_for_offsets():
 
 
 def test_preferences():
-    def first(here, *sizes):
-        return dispatch.preferred(here, *sizes)[0]
+    def first(here, *lengths):
+        return dispatch.preferred(here, *lengths)[0]
 
-    assert dispatch.preferred(None, 1000, 1000, 128) == ("xla",)
-    assert first(H200, 1000, 1000, 128) == first(H200, 65, 512, 64) == "mosaic"
-    assert first(H200, 1000, 1000, 72) == "cudnn"
-    assert first(H200, 15, 15, 72) == first(H200, 1000, 64, 128) == first(A100, 500, 500, 128)
-    assert first(H200, 15, 15, 72) == "triton"
+    assert dispatch.preferred(None, 1000, 1000) == ("xla",)
+    assert first(H200, 1000, 1000) == first(H200, 65, 512) == "mosaic"
+    assert first(H200, 15, 15) == first(H200, 1000, 64) == first(A100, 500, 500) == "triton"
 
 
 def test_the_gpu_is_that_of_the_mesh(with_gpu):

@@ -132,7 +132,7 @@ def test_a_truncated_last_line_is_repaired_and_reported(tmp_path):
 def test_two_processes_cannot_write_one_journal(tmp_path):
     with (
         study.open_journal(tmp_path, HEADER),
-        pytest.raises(ValueError, match="another process writes"),
+        pytest.raises(ValueError, match="in use by another run"),
         study.open_journal(tmp_path, HEADER),
     ):
         pass
@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
-        pytest.raises(ValueError, match="can't write the journal"),
+        pytest.raises(ValueError, match="can't write"),
         study.open_journal(tmp_path / "file" / "folder", HEADER),
     ):
         pass

@@ -5,13 +5,10 @@ round, so that a drift of the machine's speed meets all alike. One that fails is
 out; the rest goes on.
 """
 
-import dataclasses
 import functools
 import itertools
 import pathlib
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from typing import Any, get_args
 
 import jax
@@ -20,10 +17,19 @@ import numpy as np
 
 from astraea_jax import attention, files, report
 from astraea_jax.attention import query_sparse_attention
+from astraea_jax.bench.attention_runs import (
+    by_hand,
+    compile_all,
+    inputs,
+    poison,
+    sampled_errors,
+    short,
+    time_runs,
+)
+from astraea_jax.bench.attention_tuning import tune_shape
 from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
-from astraea_jax.kernels import dispatch, machine, tilings
+from astraea_jax.kernels import machine
 
-SECONDS_A_RUN = 0.02  # calls are queued for about so long before the clock is read
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
     (1, 130, 150, 2, 128, (129,)),
     (2, 100, 300, 2, 72, (100, 0)),
@@ -34,8 +40,6 @@ CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty,
 )
 LIMITS = {"bfloat16": 2e-3, "float16": 2e-3, "float32": 1e-6}
 LSE_LIMITS = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 1e-6}
-MOST_WRONG = 1e-4  # of a log-sum-exp of some tens, by a tiling that is remembered
-SHOWN = 24  # tilings that are printed for each shape, the fastest
 
 
 def command(
@@ -115,32 +119,6 @@ def _cases(name: str) -> Iterable[tuple[str, tuple]]:
     return itertools.product(dtypes, CHECKED)
 
 
-def inputs(
-    batch: int, queries: int, keys: int, heads: int, width: int, dtype: str = "bfloat16"
-) -> list[jax.Array]:
-    """Normal q, k, v that nobody has seen before."""
-    seed = int.from_bytes(np.random.default_rng().bytes(4), "little")
-    sizes = [(batch, length, heads, width) for length in (queries, keys, keys)]
-    each = jax.random.split(jax.random.key(seed), 3)
-    return [jax.random.normal(key, size, dtype) for key, size in zip(each, sizes, strict=True)]
-
-
-def by_hand(q, k, v, scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Softmax attention in float64, on the host: (out, lse)."""
-    q, k, v = (np.asarray(x.astype(jnp.float32), np.float64) for x in (q, k, v))
-    logits = np.einsum("bkac,bnac->bakn", q, k, optimize=True) * scale
-    largest = logits.max(-1, keepdims=True)
-    weights = np.exp(logits - largest)
-    total = weights.sum(-1, keepdims=True)
-    out = np.einsum("bakn,bnac->bkac", weights / total, v, optimize=True)
-    return out, (largest + np.log(total))[..., 0]
-
-
-def poison(*arrays: jax.Array) -> None:
-    """Fills memory of these sizes with NaN and gives it back, for the next results to lie in."""
-    jax.block_until_ready([jnp.full(array.shape, jnp.nan, array.dtype) for array in arrays])
-
-
 def check_all(names: Iterable[attention.Implementation]) -> list[dict[str, Any]]:
     """Every implementation on every small case; rows of the table."""
     problems = {}
@@ -169,7 +147,7 @@ def check(key: tuple, program, arguments: tuple) -> dict[str, Any]:
         poison(q, q, q)
         out, lse = jax.block_until_ready(program(*arguments))
     except Exception as error:  # whatever a compiler or driver says, the others are to run
-        return row | {"verdict": _short(error)}
+        return row | {"verdict": short(error)}
     expected, expected_lse = by_hand(q, k, v, q.shape[-1] ** -0.5)
     used = np.arange(q.shape[1]) < np.asarray(count)[:, None]
     out, lse = (np.asarray(x.astype(jnp.float32), np.float64) for x in (out, lse))
@@ -181,19 +159,6 @@ def check(key: tuple, program, arguments: tuple) -> dict[str, Any]:
     close = row["out"] <= LIMITS[dtype] * max(1.0, float(jnp.abs(v).max()))
     close = close and row["lse"] <= LSE_LIMITS[dtype] * max(1.0, np.abs(expected_lse).max())
     return row | {"verdict": ("right" if close else "wrong") + ("" if empty else ", rows past")}
-
-
-def compile_all(makers: dict[Any, Callable[[], Any]]) -> dict[Any, Any]:
-    """Compiles side by side; an error stands in the place of what it kept from being made."""
-
-    def attempt(make):
-        try:
-            return make()
-        except Exception as error:
-            return error
-
-    with ThreadPoolExecutor() as pool:
-        return dict(zip(makers, pool.map(attempt, makers.values()), strict=True))
 
 
 def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list[dict[str, Any]]:
@@ -230,7 +195,7 @@ def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list
         row = {"shape": name, "queries": used, "implementation": implementation}
         row |= {"share": used / shape.tokens, "floor": 1e3 * shape.floor(used)}
         if key in failed:
-            result.append(row | {"failed": _short(failed[key])})
+            result.append(row | {"failed": short(failed[key])})
             continue
         row["milliseconds"] = 1e3 * seconds[key]
         row["teraflops"] = shape.flops(used) / seconds[key] / 1e12
@@ -239,96 +204,3 @@ def time_shape(name, shape: Shape, shares, implementations, rounds: int) -> list
         row["without_lse"] = None if without is None else 1e3 * without
         result.append(row | sampled_errors(runs[key](), queries[share], k, v))
     return result
-
-
-def sampled_errors(results, q, k, v) -> dict[str, float]:
-    """Errors of some rows of a large result against float64."""
-    out, lse = results
-    picked = np.unique(np.linspace(0, q.shape[1] - 1, 7).astype(int))
-    heads = np.unique([0, q.shape[2] - 1])
-    take = lambda x: x[:1][:, :, heads]  # noqa: E731
-    expected, expected_lse = by_hand(take(q)[:, picked], take(k), take(v), q.shape[-1] ** -0.5)
-    out = np.asarray(take(out)[:, picked].astype(jnp.float32))
-    lse = np.asarray(lse[:1][:, heads][:, :, picked])
-    return {
-        "out": float(np.abs(out - expected).max()),
-        "lse": float(np.abs(lse - expected_lse).max()),
-    }
-
-
-def time_runs(runs: dict[Any, Callable], rounds: int) -> tuple[dict[Any, float], dict]:
-    """Median seconds of a call of each, timed in turn, and the errors of those that failed."""
-    calls, failed = {}, {}
-    for key, run in runs.items():
-        try:
-            jax.block_until_ready(run())
-            began = time.perf_counter()
-            jax.block_until_ready(run())
-            estimate = time.perf_counter() - began
-            calls[key] = max(1, min(100, round(SECONDS_A_RUN / estimate)))
-        except Exception as error:
-            failed[key] = error
-    seconds: dict[Any, list[float]] = {key: [] for key in calls}
-    for _ in range(rounds):
-        for key, number in calls.items():
-            began = time.perf_counter()
-            for _ in range(number):
-                last = runs[key]()
-            jax.block_until_ready(last)
-            seconds[key].append((time.perf_counter() - began) / number)
-    return {key: float(np.median(values)) for key, values in seconds.items()}, failed
-
-
-def tune_shape(shape: Shape, shares, rounds: int, names: Iterable[str]) -> list[dict[str, Any]]:
-    """Times every tiling of the kernels that run here; the fastest go to the user's table."""
-    here = machine.gpu()
-    found = []
-    for name in names:
-        if here is None or dispatch.refusal(name, here, shape.width, jnp.bfloat16) is not None:
-            continue
-        module = dispatch.kernel_module(name)
-        for share in shares:
-            used = rows(shape, share)
-            q, k, v = inputs(shape.batch, used, *shape[1:])
-
-            def maker(tiling, module=module, arguments=(q, k, v)):
-                attend = functools.partial(
-                    module.attend, count=None, scale=shape.width**-0.5, tiling=tiling
-                )
-                return lambda: jax.jit(attend).lower(*arguments).compile()
-
-            tilings_ = module.candidates(shape.width, used, shape.tokens)
-            programs = compile_all({tiling: maker(tiling) for tiling in tilings_})
-            runs = {
-                tiling: functools.partial(program, q, k, v)
-                for tiling, program in programs.items()
-                if not isinstance(program, Exception)
-            }
-            seconds, _ = time_runs(runs, rounds)
-            errors = {tiling: sampled_errors(runs[tiling](), q, k, v) for tiling in seconds}
-            ranked = sorted(seconds, key=seconds.__getitem__)
-            for tiling in ranked[:SHOWN]:
-                rate = shape.flops(used) / seconds[tiling] / 1e12
-                print(
-                    f"{name} {shape} K={used} {tiling}: {1e3 * seconds[tiling]:.3f} ms, "
-                    f"{rate:.0f} TFLOP/s, off by {errors[tiling]}",
-                    flush=True,
-                )
-            right = [tiling for tiling in ranked if errors[tiling]["lse"] <= MOST_WRONG]
-            if right:
-                row = dict(implementation=name, capability=here.version, width=shape.width)
-                row |= dict(queries=_bucket(used), keys=_bucket(shape.tokens))
-                found.append(row | {"tiling": dataclasses.asdict(right[0])})
-    if found:
-        print(f"remembered in {tilings.remember(found)}")
-    return found
-
-
-def _bucket(length: int) -> int:
-    """The next power of two."""
-    return 1 << (length - 1).bit_length()
-
-
-def _short(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:160]}"

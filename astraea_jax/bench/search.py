@@ -1,7 +1,6 @@
 """`astraea bench search`: every way to find a schedule, at equal budgets, on held-out prompts."""
 
 import dataclasses
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -10,8 +9,15 @@ import jax
 
 import astraea_jax
 from astraea_jax import methods, report
-from astraea_jax.bench.search_parts import BUDGETS, PARTS, run
-from astraea_jax.bench.search_study import Options, OutOfTime, Study, read_rows
+from astraea_jax.bench.search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
+from astraea_jax.bench.search_study import (
+    RESULTS,
+    SHIPPED,
+    Options,
+    OutOfTime,
+    Study,
+    read_rows,
+)
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search import study
@@ -38,7 +44,7 @@ def command(
     patience: float = 1.3,
     finalists: int = 16,
     rows: int = 256,
-    parts: tuple[str, ...] = tuple(name for name in PARTS if name != "again"),
+    parts: tuple[str, ...] = tuple(name for name in PARTS if name not in ONLY_ASKED_FOR),
     known: pathlib.Path | None = None,
     reuses: tuple[str, ...] = ("step-level-corrected", "step-level"),
     frames: int | None = None,
@@ -67,7 +73,8 @@ def command(
       patience: A schedule passes the first look if its error is at most so many times that of
         the best so far there.
       finalists: Of each search, chosen from by prompts that it has not seen.
-      parts: Of the study, in order; "again" searches whole steps from all that was found before.
+      parts: Of the study, in order. Only where asked for: "again" searches whole steps from all
+        that was found before, "transfer" judges on this model what was found on the table's.
       known: A results.json whose rows are not measured again, where the folder holds none.
       reuses: Step-level methods that are searched for; the better of them is judged.
       rows: Videos denoised at a time, guidance branches counted.
@@ -87,11 +94,12 @@ def command(
         steps, budgets, solver, search_prompts, pool, seeds, look, heldout_prompts, population,
         generations, swaps, patience, finalists, rows, (frames or 0, height or 0, width or 0),
     )  # fmt: skip
-    rows_before = json.loads(known.read_text())["rows"] if known else ()
+    rows_before = read_rows(known) if known else ()
     pipeline = wan.Pipeline.from_pretrained(model)
     if minutes > 0:
         options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
+        header["model"] = fingerprint(pipeline.transformer)
         header["backend"] = jax.default_backend()
         with study.open_journal(output, header) as journal:
             it = Study(pipeline, options, output, deadline, rows_before)
@@ -100,15 +108,11 @@ def command(
             except OutOfTime:
                 it.say("out of time; run again to go on")
             it.save()
-    found = read_rows(output) or json.loads(SHIPPED.read_text())["rows"]
+    found = read_rows(output / RESULTS) or read_rows(SHIPPED)
     print(report.markdown(table(found), COLUMNS))
     if ship is not None:
         for path in write_recipes(found, pipeline, ship):
             print(f"written: {path}")
-
-
-SHIPPED = pathlib.Path(__file__).with_name("search.json")
-"""Every row of the README's table, with the runs that it comes from."""
 
 
 def table(rows: Sequence[dict]) -> list[dict]:
@@ -134,15 +138,19 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
     Of all searches the one of least error on its validation prompts is taken, and of those without
     any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
     (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
-    the best step-level one. The judgement on the held-out prompts is what a file says of itself.
+    the best step-level one. Schedules of another model are compared by how near they come on the
+    held-out prompts, which no search of theirs has seen either. The judgement on the held-out prompts is what a file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best: dict[tuple, tuple] = {}
     for row in rows:
-        if not {"fitness", "psnr", "ssim"} <= set(row) or row["method"] not in methods.METHODS:
+        if not {"psnr", "ssim"} <= set(row) or row["method"] not in methods.METHODS:
+            continue
+        if "fitness" not in row and not row["what"].startswith("transfer"):
             continue
         whole = set(row["levels"]) <= {0, LEVELS}
-        error = float(row.get("validation", row["fitness"])) / (1 if whole else WORTH_TOKENS)
+        error = float(row.get("validation", row.get("fitness", row["mse"])))
+        error /= 1 if whole else WORTH_TOKENS
         rank = "validation" not in row, error
         key = row["solver"], row["budget"]
         if key not in best or rank < best[key][0]:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from astraea_jax.bench.search_choices import CHOICES
-from astraea_jax.bench.search_study import Study, hand_made, name_of
+from astraea_jax.bench.search_study import METHODS, SHIPPED, Study, hand_made, name_of, read_rows
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
@@ -260,6 +260,32 @@ class Plan:
         self.it.judge(rows)
         self.it.say("token-wise methods: judged")
 
+    def transfer(self) -> None:
+        """The best that was found on another model, against the best made by hand there.
+
+        So many are enough to see whether schedules outlive a change of the weights, and to choose
+        the ones that a model carries until a search of its own.
+        """
+        for solver in self.it.options.solvers:
+            for budget in self.it.options.budgets:
+                rows = [
+                    row
+                    for row in read_rows(SHIPPED)
+                    if (row["solver"], row["budget"]) == (solver, budget) and "psnr" in row
+                ]
+                rows.sort(key=lambda row: -row["psnr"])
+                found = [row for row in rows if "fitness" in row and row["method"] in METHODS][:1]
+                by_hand = [row for row in rows if row["what"].startswith("hand-made")][:3]
+                self.it.judge(
+                    [
+                        plain(f"transfer: {row['what']}", row["method"], solver, budget, Schedule(
+                            tuple(row["levels"])
+                        ))
+                        for row in found + by_hand
+                    ]
+                )  # fmt: skip
+                self.it.say(f"schedules of another model, {solver}, {budget:g}: judged")
+
     def choices(self) -> None:
         """Each choice of the selection on the same schedules."""
         options = self.it.options
@@ -283,9 +309,13 @@ PARTS: dict[str, Callable[[Plan], None]] = {
     "by-hand": Plan.by_hand,
     "without-search": Plan.without_search,
     "token-wise": lambda plan: plan.token_wise(plan.it.options.budgets),
+    "transfer": Plan.transfer,
     "again": lambda plan: plan.step_level(plan.it.options.budgets, again=True),
 }
-"""The study's work by name. "again" searches whole steps from all that was found before."""
+"""The study's work by name. "again" searches whole steps from all that was found before;
+"transfer" judges on this model what was found on the one that the table is of."""
+
+ONLY_ASKED_FOR = {"again", "transfer"}
 
 SEARCHING = {"step-level", "without-search", "token-wise", "again"}
 

@@ -30,6 +30,9 @@ from astraea_ports import tiny
 
 RESULTS = "results.json"
 
+SHIPPED = pathlib.Path(__file__).with_name("search.json")
+"""Every row of the README's table, with the runs that it comes from."""
+
 FIRST_JUDGED = 4
 """The captions judged on start here; all that are not judged on may be searched on."""
 
@@ -110,7 +113,7 @@ class Study:
         self.pipeline, self.options, self.folder, self.deadline = (
             pipeline, options, folder, deadline,
         )  # fmt: skip
-        self.rows = read_rows(folder) or list(rows)
+        self.rows = read_rows(folder / RESULTS) or list(rows)
         self.began = time.perf_counter()
 
     @property
@@ -302,9 +305,8 @@ class Study:
         print(f"[{time.perf_counter() - self.began:6.1f} s] {words}", flush=True)
 
 
-def read_rows(folder: pathlib.Path) -> list[dict]:
+def read_rows(path: pathlib.Path) -> list[dict]:
     """What an earlier run judged; nothing where there was none."""
-    path = folder / RESULTS
     return json.loads(path.read_text())["rows"] if path.is_file() else []
 
 

@@ -5,7 +5,7 @@ import functools
 import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -97,6 +97,49 @@ def command(
     """
     target = Target(budget, speedup, seconds)
     config = SearchConfig(population, parents, generations, replacement=replacement)
+    _check(band, count, heldout, swaps, patience)
+    files.check_output(output, (".json",))
+    if distributed:
+        jax.distributed.initialize()
+    console = rich.console.Console(highlight=False)
+    choice = ModelChoice(model, checkpoint, random, dtype)
+    size = (frames, height, width)
+    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method, spare=heldout)
+    make_parts = functools.partial(
+        _parts, subject, dense_start=dense_start, pixels=fitness == "pixels",
+        split=patience is not None, lanes=lanes,
+    )  # fmt: skip
+    if distributed and jax.process_index():
+        console.print(f"helped with {processes.help_score(_joined(make_parts()))} batches")
+        return
+    space, table = make_space(target, subject, folder, dense_start, band)
+    header = _header(subject, fitness, dense_start)
+    with study.open_journal(folder, header) as journal:
+        parts = make_parts()
+        with processes.SharedScore(_joined(parts)) as shared:
+            evaluator = _evaluator(
+                journal, [shared] if distributed else parts,
+                reduce=reduce, patience=patience, keep=parents, batch=4 * lanes,
+            )  # fmt: skip
+            # Orbax waits for all processes; with helpers the journal alone is the resume.
+            states = None if distributed else folder
+            found = _search(space, config, evaluator, console, seed, sensitivities, swaps, states)
+    _report(console, subject, table, evaluator, found)
+    _draw(folder / "pareto.png", evaluator, found.best, table)
+    quality = measure(subject, found.best, prompts, count, heldout, solver)
+    Recipe(
+        found.best, method, solver, float(subject.pipeline.shift), subject.pipeline.grid,
+        header["model"], quality, _cost(found.best, table), astraea_jax.__version__,
+    ).save(output)  # fmt: skip
+    console.print(
+        f"on {heldout} held-out prompts: {quality['psnr']:.1f} dB to the dense video, "
+        f"SSIM {quality['ssim']:.3f}"
+    )
+    console.print(f"written: {output}, {folder / 'pareto.png'}")
+
+
+def _check(band, count: int, heldout: int, swaps: int, patience: float | None) -> None:
+    """Refuses numbers out of range before anything is loaded."""
     if band is not None:
         check_band(band)
     if heldout < 1 or count < 1 or swaps < 0:
@@ -106,58 +149,48 @@ def command(
         )
     if patience is not None and count < 2:
         raise ValueError("patience compares the first prompt: it needs a count of at least 2")
-    files.check_output(output, (".json",))
-    if distributed:
-        jax.distributed.initialize()
-    console = rich.console.Console(highlight=False)
-    size = (frames, height, width)
-    choice = ModelChoice(model, checkpoint, random, dtype)
-    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method, spare=heldout)
-    make = functools.partial(
-        _parts, subject, dense_start=dense_start, pixels=fitness == "pixels",
-        split=patience is not None, lanes=lanes,
+
+
+class Found(NamedTuple):
+    """What a search ends with.
+
+    Attributes:
+      best: the schedule.
+      generation: the last one.
+      swaps: evaluations of the local refinement.
+    """
+
+    best: Schedule
+    generation: study.Generation
+    swaps: int
+
+
+def _search(
+    space: Space, config: SearchConfig, evaluator: Evaluator, console,
+    seed: int, sensitivities: bool, swaps: int, folder: pathlib.Path | None,
+) -> Found:  # fmt: skip
+    """Evolution, its states kept in the folder, then local swaps."""
+    given = (_search_free(space, evaluator),) if sensitivities else ()
+    drawn = dataclasses.replace(config, generations=0), space, seed, sensitivities
+    name = hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
+    result = study.evolve(
+        space, config, evaluator, jax.random.key(seed), given=given,
+        states=None if folder is None else folder / f"{study.STATES}-{name}",
+        progress=lambda generation: console.print(study.describe(generation)),
     )  # fmt: skip
-    if distributed and jax.process_index():
-        console.print(f"helped with {processes.help_score(_joined(make()))} batches")
-        return
-    space, table = make_space(target, subject, folder, dense_start, band)
-    header = _header(subject, fitness, dense_start)
-    with study.open_journal(folder, header) as journal:
-        parts = make()
-        # What was given up is looked at again by a search that gives nothing up.
-        known = [each for each in journal.evaluations if patience or not each.stopped]
-        with processes.SharedScore(_joined(parts)) as shared:
-            evaluator = Evaluator(
-                [shared] if distributed else parts,
-                reduce=reduce, patience=patience, keep=parents, batch=4 * lanes,
-                record=journal.append, known={each.levels: each for each in known},
-            )  # fmt: skip
-            given = (_search_free(space, evaluator),) if sensitivities else ()
-            drawn = dataclasses.replace(config, generations=0), space, seed, sensitivities
-            name = hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
-            result = study.evolve(
-                space, config, evaluator, jax.random.key(seed), given=given,
-                # Orbax waits for all processes; with helpers the journal alone is the resume.
-                states=None if distributed else folder / f"{study.STATES}-{name}",
-                progress=lambda generation: console.print(study.describe(generation)),
-            )  # fmt: skip
-            best, spent = result.best, 0
-            if swaps:
-                best, spent = sensitivity.refine(
-                    space, evaluator, best, swaps, seed=seed, batch=4 * lanes
-                )
-        _report(console, subject, table, evaluator, best, result, spent)
-        _draw(folder / "pareto.png", evaluator, best, table)
-    quality = measure(subject, best, prompts, count, heldout, solver)
-    Recipe(
-        best, method, solver, float(subject.pipeline.shift), subject.pipeline.grid, header["model"],
-        quality, _cost(best, table), astraea_jax.__version__,
-    ).save(output)  # fmt: skip
-    console.print(
-        f"on {heldout} held-out prompts: {quality['psnr']:.1f} dB to the dense video, "
-        f"SSIM {quality['ssim']:.3f}"
-    )
-    console.print(f"written: {output}, {folder / 'pareto.png'}")
+    if not swaps:
+        return Found(result.best, result, 0)
+    batch = evaluator.batch
+    best, spent = sensitivity.refine(space, evaluator, result.best, swaps, seed=seed, batch=batch)
+    return Found(best, result, spent)
+
+
+def _evaluator(journal: study.Journal, parts, *, patience: float | None, **options) -> Evaluator:
+    """Scores and writes to the journal; what the journal holds is known."""
+    # What was given up is looked at again by a search that gives nothing up.
+    known = [each for each in journal.evaluations if patience or not each.stopped]
+    known = {each.levels: each for each in known}
+    return Evaluator(parts, patience=patience, record=journal.append, known=known, **options)
 
 
 def _draw(path: pathlib.Path, evaluator: Evaluator, best: Schedule, table) -> None:
@@ -223,8 +256,9 @@ def _cost(best: Schedule, table: dict[int, float] | None) -> dict[str, float]:
     return cost
 
 
-def _report(console, subject, table, evaluator, best, result, spent) -> None:
+def _report(console, subject, table, evaluator, found: Found) -> None:
     """What was found and what it cost to find."""
+    best = found.best
     tokens = subject.pipeline.transformer.geometry(subject.noise.shape).num_tokens
     console.print(f"levels: {' '.join(map(str, best.levels))}")
     console.print(f"realised budget: {best.realised_budget(tokens):.4f} of the tokens")
@@ -236,8 +270,8 @@ def _report(console, subject, table, evaluator, best, result, spent) -> None:
         )
     console.print(
         f"{len(evaluator.known)} schedules known, {evaluator.evaluations} computed now, "
-        f"{spent} of them swaps, {evaluator.rejected} discarded as not finite, "
-        f"{result.seconds:.0f} s of evolution"
+        f"{found.swaps} of them swaps, {evaluator.rejected} discarded as not finite, "
+        f"{found.generation.seconds:.0f} s of evolution"
     )
 
 

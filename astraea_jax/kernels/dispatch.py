@@ -57,9 +57,7 @@ def kernel_module(name: str) -> types.ModuleType:
     return importlib.import_module(f"astraea_jax.kernels.{MODULES[name]}")
 
 
-def preferred(
-    here: Gpu | None, num_queries: int, num_keys: int, width: int
-) -> tuple[Implementation, ...]:
+def preferred(here: Gpu | None, num_queries: int, num_keys: int) -> tuple[Implementation, ...]:
     """Implementations to try where none is named, best first; by astraea_jax/bench/attention.json.
 
     On Hopper the order is as measured; on others Triton comes first, without a measurement.
@@ -69,11 +67,8 @@ def preferred(
     if here.capability[0] != 9:
         return ("triton", "cudnn", "xla")
     if num_queries <= 64 or num_keys <= 64:
-        # A tile of Mosaic's is 128 queries and as many keys: most of it would be waste.
+        # A tile of Mosaic's is 128 queries or more and as many keys: most of it would be waste.
         return ("triton", "cudnn", "mosaic", "xla")
-    if width % 16:
-        # Mosaic must copy keys and values to pad them, which for few queries is the longer part.
-        return ("cudnn", "mosaic", "triton", "xla")
     return ("mosaic", "cudnn", "triton", "xla")
 
 
@@ -128,7 +123,7 @@ def choose(
     here, width = gpu(), q.shape[-1]
     limits = (here, width, jnp.dtype(k.dtype), max(q.size, k.size))
     if implementation is None:
-        return _first_that_runs(preferred(here, num_queries, k.shape[1], width), *limits), True
+        return _first_that_runs(preferred(here, num_queries, k.shape[1]), *limits), True
     reason = refusal(implementation, *limits)
     if reason is not None:
         raise ValueError(f"implementation {implementation!r} can't run: it {reason}")

@@ -1,28 +1,35 @@
 """Query-only attention on Hopper (sm_90): Pallas Mosaic GPU, wgmma, TMA, warp-specialised.
 
-A program has two compute warpgroups of 64 queries each, which take turns: while one multiplies on
-the tensor cores, the other does its softmax. A third warpgroup only loads keys and values.
+Two or three warpgroups of a program compute, 64 queries each; one only loads keys and values. Two
+take turns: while one multiplies on the tensor cores, the other does its softmax. Three, for heads
+to 96 channels, leave the order to the hardware.
 
-What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1): 168
-registers a thread at launch (240 for those that compute, 24 for those that load), one program a
-processor, and no spills:
+What counts, for 64 queries and 128 keys of 72 channels: 640 cycles of the tensor cores (64 for
+each 16 of 80 channels in the scores, 40 for each 16 keys in the values), 512 of the unit that makes
+exponentials, 420 instructions of each warp. No one of them is the limit as long as a warpgroup's
+softmax hides behind another's products; but a copy that pads the heads took .11 ms of .63 for
+opensora-spatial-15, hence the pieces of `hopper_memory`.
 
-    C    width  block_kv  stages  persistent   bytes of shared memory: keys whole   in parts
-    64   64     128       3       yes                               116736         149504
-    72   80     128       3       yes                               163840         186368
-    96   96     128       3       yes                               174080         223232
-    128  128    192       2       no                                231424         231424
+What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1, ptxas
+13.5): one program a processor, no spills, registers at launch (2 warpgroups: 168, then 240 for
+those that compute and 24 for the one that loads; 3 warpgroups: 128, then 160 and 32):
 
-Measured on an H100 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; bench/attention.json), K = N,
+    C    width  block_kv  stages  warpgroups  persistent   bytes of shared memory: keys in parts
+    64   64     128       4       3           yes                    157696         206848
+    72   80     128       4       3           yes                    196608         217088
+    96   96     128       3       3           yes                    186368         210944
+    128  128    192       2       2           no                     231424         231424
+
+Measured on H100s 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; bench/attention.json), K = N,
 against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
 
     shape                mosaic   cudnn   triton    xla   floor
-    wan-33                 1.88    2.18     2.96   16.9    1.53    triton and xla: in another run
-    wan-65                 6.58    7.61    10.76   56.6    5.47
-    wan-81                10.74   11.60                    8.35    block_kv 128, persistent
+    wan-33                 1.88    2.16     2.96   16.9    1.53    triton and xla: in another run
+    wan-65                 6.55    7.67    10.76   56.6    5.47
+    wan-81                10.1    11.7                     8.35
     wan-14b-720p          186.1   208.8                     148    block_kv 128, persistent
-    opensora-spatial-15    0.63    0.63     0.89    4.1    0.22    mosaic 0.52 if given padded
-    opensora-temporal-15   0.92    0.56     0.11    0.35   0.05
+    opensora-spatial-15    0.47    0.65     0.89    4.1    0.22
+    opensora-temporal-15   0.92    0.56     0.11    0.35   0.05    before heads came in pieces
 
 Source: FlashAttention-3; the structure is that of jax.experimental.pallas.ops.gpu.attention_mgpu.
 """
@@ -88,26 +95,36 @@ def attend(
         count = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
-    call = functools.partial(
-        _call, tiling=fitted(tiling, splits > 1), splits=splits, processors=processors
+    width = q.shape[3]
+    tiling = fitted(tiling, q.shape[1], k.shape[1], width, splits > 1)
+    # Copies start at multiples of 16 bytes.
+    q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -width % 8))) for x in (q, k, v))
+    outs, lses = _call(
+        q,
+        k,
+        v,
+        count,
+        scale=scale * LOG2_E,
+        tiling=tiling,
+        splits=splits,
+        processors=processors,
+        interpret=interpret,
     )
-    outs, lses = call(*_padded(q, k, v, tiling), count, k.shape[1], scale, interpret)
-    outs, lses = outs[:, : q.shape[1], :, : q.shape[3]], lses[:, :, : q.shape[1]]
+    outs, lses = outs[..., :width], lses[:, :, : q.shape[1]]
     if splits == 1:
         return outs, lses
     out, lse = split.merge(*(x.reshape(splits, -1, *x.shape[1:]) for x in (outs, lses)))
     return out.astype(v.dtype), lse
 
 
-def _call(q, k, v, count, num_keys, scale, interpret, *, tiling, splits, processors):
-    """The kernel: outputs and log-sum-exps of each part of the keys, of whole tiles of queries."""
+def _call(q, k, v, count, *, scale, tiling, splits, processors, interpret):
+    """The kernel: outputs and log-sum-exps of each part of the keys, the latter of whole tiles."""
     batch, num_queries, heads, width = q.shape
     num_items = _num_tiles(q, tiling) * splits
     num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
         program,
-        scale=scale * LOG2_E,
-        num_keys=num_keys,
+        scale=scale,
         splits=splits,
         num_items=num_items,
         num_programs=num_programs,
@@ -116,7 +133,7 @@ def _call(q, k, v, count, num_keys, scale, interpret, *, tiling, splits, process
     )
     # A copy of contiguous numbers knows no end of a row, only of the array.
     num_rows = num_queries + -num_queries % tiling.rows
-    # Only there may a piece be seen in two ways.
+    # Pieces can be seen in two ways in one of the two only.
     lane, warpgroup = plgpu.LoweringSemantics.Lane, plgpu.LoweringSemantics.Warpgroup
     call = plgpu.kernel(
         body,
@@ -145,13 +162,3 @@ def _call(q, k, v, count, num_keys, scale, interpret, *, tiling, splits, process
 def _num_tiles(q, tiling: Tiling) -> int:
     """Tiles of queries of all heads and rows of the batch."""
     return q.shape[0] * q.shape[2] * pl.cdiv(q.shape[1], tiling.rows)
-
-
-def _padded(q, k, v, tiling: Tiling):
-    """Queries, keys and values, with zeros where the copies need them."""
-    widths = 8 if not tiling.whole else tiling.width
-    rows = 8 if tiling.whole else 1
-    return (
-        jnp.pad(x, ((0, 0), (0, -x.shape[1] % rows), (0, 0), (0, -x.shape[3] % widths)))
-        for x in (q, k, v)
-    )

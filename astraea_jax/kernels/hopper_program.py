@@ -11,12 +11,12 @@ from astraea_jax.kernels.hopper_compute import Item, Tiles, Warpgroup, attend_ti
 
 def program(
     q_ref, k_ref, v_ref, count_ref, out_ref, lse_ref, *,
-    scale, num_keys, splits, num_items, num_programs, tiling, interpret, **scratch,
+    scale, splits, num_items, num_programs, tiling, interpret, **scratch,
 ):  # fmt: skip
     """A program: every so many items of work, one after another."""
     scratch = memory.with_views(scratch, q_ref.dtype, tiling, interpret=interpret)
     first_item, warpgroup = lax.axis_index("program"), lax.axis_index("warpgroup")
-    num_batch, heads = k_ref.shape[0], k_ref.shape[2]
+    num_batch, num_keys, heads, _ = k_ref.shape
     tiles_a_head = num_items // (num_batch * heads)
     num_kv_tiles = pl.cdiv(num_keys, tiling.block_kv)
 

@@ -12,6 +12,7 @@ All candidates share the prompts, their text, the noise and the dense start of t
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -127,96 +128,132 @@ def _denoise_many(
     settings, dense_start, plan, lanes, tiles,
 ):  # fmt: skip
     """What one device does with its schedules."""
+    if plan == "lanes":
+        each = Lane(model, prepared, solver, guidance, key, settings)
+        forward = _many_forward(settings.method, tiles)
+        return Batch.of(each, forward, state, levels, dense_start).denoise(lanes)
     if plan == "masked" and isinstance(settings.method, Astraea):
         masked = dataclasses.replace(settings.method, pieces="masked")
         settings = settings._replace(method=masked)
     loop_step = loop.loop_step(model, prepared, guidance, key, settings=settings)
-    if plan != "lanes":
-        rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
-        indices = jnp.arange(dense_start, solver.steps, dtype=jnp.int32)
+    rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
+    indices = jnp.arange(dense_start, solver.steps, dtype=jnp.int32)
 
-        def run(row):
-            return lax.scan(loop_step, state, (rows, row[dense_start:], indices))[0].latents
+    def run(row):
+        return lax.scan(loop_step, state, (rows, row[dense_start:], indices))[0].latents
 
-        return lax.map(run, levels) if plan == "map" else jax.vmap(run)(levels)
+    return lax.map(run, levels) if plan == "map" else jax.vmap(run)(levels)
 
-    each = Lane(model, prepared, solver, guidance, key, settings)
-    number, steps = levels.shape
-    forward = _many_forward(settings.method, tiles)
 
-    # The longest first, so that the last rounds are not left to a few lanes.
-    order = jnp.argsort(-(levels[:, dense_start:] > 0).sum(axis=1))
-    levels = jnp.concatenate([levels[order], jnp.zeros((1, steps), levels.dtype)])
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Schedules that are denoised in lanes; what does not change from round to round.
 
-    def fill(carry: Lanes) -> Lanes:
+    Attributes:
+      each: what a lane does at a step.
+      forward: a computed step of all lanes.
+      shared: the state after the dense start, where every schedule begins.
+      levels: the schedules, and one of zeros for a lane with nothing left to do.
+      order: where each schedule was, before the longest came first.
+      dense_start: steps that `shared` is past.
+    """
+
+    each: Lane
+    forward: Callable[..., base.Forward]
+    shared: LoopState
+    levels: Int[Array, "R T"]
+    order: Int[Array, "S"]
+    dense_start: int
+
+    @classmethod
+    def of(cls, each: Lane, forward, shared: LoopState, levels, dense_start: int) -> "Batch":
+        """The longest first, so that the last rounds are not left to a few lanes."""
+        order = jnp.argsort(-(levels[:, dense_start:] > 0).sum(axis=1))
+        nothing = jnp.zeros((1, levels.shape[1]), levels.dtype)
+        levels = jnp.concatenate([levels[order], nothing])
+        return cls(each, forward, shared, levels, order, dense_start)
+
+    def denoise(self, lanes: int) -> Float[Array, "S P F Y X C"]:
+        """Latents of every schedule, in so many lanes."""
+        first = jnp.arange(lanes, dtype=jnp.int32)
+        latents = self.shared.latents
+        carry = Lanes(
+            candidate=jnp.minimum(first, self.number),
+            index=jnp.full((lanes,), self.dense_start, jnp.int32),
+            state=jax.tree.map(lambda x: jnp.broadcast_to(x, (lanes, *x.shape)), self.shared),
+            started=jnp.minimum(jnp.int32(lanes), self.number),
+            latents=jnp.zeros((self.number, *latents.shape), jnp.float32),
+        )
+        carry = lax.while_loop(
+            lambda carry: (carry.candidate < self.number).any(),
+            lambda carry: self.settle(self.compute(carry)),
+            self.settle(carry),
+        )
+        return jnp.zeros_like(carry.latents).at[self.order].set(carry.latents)
+
+    @property
+    def number(self) -> int:
+        """Schedules."""
+        return self.levels.shape[0] - 1
+
+    @property
+    def steps(self) -> int:
+        """Of each schedule."""
+        return self.levels.shape[1]
+
+    def settle(self, carry: Lanes) -> Lanes:
+        """Until every lane stands before a step that it computes, or has nothing left to do."""
+
+        def unsettled(carry):
+            return ((carry.index >= self.steps) & (carry.candidate < self.number)).any()
+
+        return lax.while_loop(
+            unsettled, lambda carry: self.skip(self.fill(carry)), self.skip(carry)
+        )
+
+    def fill(self, carry: Lanes) -> Lanes:
         """Puts away what is finished, and starts the next schedules in its place."""
-        done = carry.index >= steps
-        place = jnp.where(done & (carry.candidate < number), carry.candidate, number)
+        done = carry.index >= self.steps
+        place = jnp.where(done & (carry.candidate < self.number), carry.candidate, self.number)
         latents = carry.latents.at[place].set(carry.state.latents, mode="drop")
         rank = jnp.cumsum(done) - 1
-        following = jnp.minimum(carry.started + rank, number)
+        following = jnp.minimum(carry.started + rank, self.number)
         candidate = jnp.where(done, following, carry.candidate)
-        fresh = done & (candidate < number)
-        index = jnp.where(fresh, dense_start, carry.index)
+        fresh = done & (candidate < self.number)
+        index = jnp.where(fresh, self.dense_start, carry.index)
 
         def choose(shared, old):
             mask = fresh.reshape(-1, *[1] * (old.ndim - 1))
             return jnp.where(mask, shared, old)
 
-        started = jnp.minimum(carry.started + done.sum(), number)
-        refilled = jax.tree.map(choose, state, carry.state)
+        started = jnp.minimum(carry.started + done.sum(), self.number)
+        refilled = jax.tree.map(choose, self.shared, carry.state)
         return Lanes(candidate, index, refilled, started, latents)
 
-    def skip(carry: Lanes) -> Lanes:
+    def skip(self, carry: Lanes) -> Lanes:
         """Moves every lane past the steps that it skips."""
 
         def waiting(carry):
-            at = jnp.minimum(carry.index, steps - 1)
-            level = levels[carry.candidate, at]
-            return (carry.index < steps) & (carry.candidate < number) & (level == 0)
+            level = self.levels[carry.candidate, jnp.minimum(carry.index, self.steps - 1)]
+            return (carry.index < self.steps) & (carry.candidate < self.number) & (level == 0)
 
         def once(carry):
-            mask = waiting(carry)
-            at = jnp.minimum(carry.index, steps - 1)
-            state = jax.vmap(each.skip)(carry.state, at, mask)
+            mask, at = waiting(carry), jnp.minimum(carry.index, self.steps - 1)
+            state = jax.vmap(self.each.skip)(carry.state, at, mask)
             return carry._replace(index=carry.index + mask, state=state)
 
         return lax.while_loop(lambda carry: waiting(carry).any(), once, carry)
 
-    def settle(carry: Lanes) -> Lanes:
-        """Until every lane stands before a step that it computes, or has nothing left to do."""
-
-        def unsettled(carry):
-            return ((carry.index >= steps) & (carry.candidate < number)).any()
-
-        return lax.while_loop(unsettled, lambda carry: skip(fill(carry)), skip(carry))
-
-    def compute(carry: Lanes) -> Lanes:
+    def compute(self, carry: Lanes) -> Lanes:
         """One computed step of every lane."""
-        active = carry.candidate < number
-        at = jnp.minimum(carry.index, steps - 1)
-        level = jnp.where(active, levels[carry.candidate, at], 0).astype(jnp.int32)
-        inputs = jax.vmap(each.inputs)(carry.state.latents, at, level)
-        result = forward(each, inputs, carry.state.method)
-        state = jax.vmap(each.advance)(carry.state, result, at)
+        active = carry.candidate < self.number
+        at = jnp.minimum(carry.index, self.steps - 1)
+        level = jnp.where(active, self.levels[carry.candidate, at], 0).astype(jnp.int32)
+        inputs = jax.vmap(self.each.inputs)(carry.state.latents, at, level)
+        result = self.forward(self.each, inputs, carry.state.method)
+        state = jax.vmap(self.each.advance)(carry.state, result, at)
         # A lane with nothing left to do repeats its last step, which nobody reads.
         return carry._replace(index=carry.index + active, state=state)
-
-    copies = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (lanes, *leaf.shape)), state)
-    first = jnp.arange(lanes, dtype=jnp.int32)
-    carry = Lanes(
-        candidate=jnp.minimum(first, number),
-        index=jnp.full((lanes,), dense_start, jnp.int32),
-        state=copies,
-        started=jnp.minimum(jnp.int32(lanes), number),
-        latents=jnp.zeros((number, *state.latents.shape), jnp.float32),
-    )
-    carry = lax.while_loop(
-        lambda carry: (carry.candidate < number).any(),
-        lambda carry: settle(compute(carry)),
-        settle(carry),
-    )
-    return jnp.zeros_like(carry.latents).at[order].set(carry.latents)
 
 
 def can_run_in_lanes(method: Method) -> bool:

@@ -1,5 +1,6 @@
 """Schedules scored against the dense videos of some prompts: the fitness of a search."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -125,26 +126,27 @@ class Scorer:
         if self._dense is None:
             # Along with the schedules, so that its lane is not the only one at work.
             levels = np.concatenate([self._full, levels])
-        rows = []
+        rows, dense = [], self._dense
         for latents, places in self._batches(levels):
-            if self._dense is None:
-                self._dense = latents[int(places[0])]
-            rows.append(self._compared(latents, places))
+            if dense is None:
+                self._dense = dense = latents[int(places[0])]
+            rows.append(self._compared(latents, places, dense))
         return np.concatenate(rows)[-number:]
 
-    def _compared(self, latents, places) -> np.ndarray:
+    def _compared(self, latents, places, dense) -> np.ndarray:
         """Errors of some rows of a batch. Whole batches are compared: one shape, one program."""
         if self._decode is None:
-            return np.asarray(_errors(latents, self._dense), np.float64)[places]
+            return np.asarray(_errors(latents, dense), np.float64)[places]
         if self._target is None:
-            self._target = self._decode(self._dense)
+            self._target = self._decode(dense)
         videos = (self._decode(latents[int(place)])[None] for place in places)
         return np.array([np.asarray(_errors(v, self._target)[0], np.float64) for v in videos])
 
     def compiled(self) -> jax.stages.Compiled:
         """The program of one batch, compiled now if need be: what to ask for its memory."""
         levels = jnp.zeros((self._batch, self.steps), jnp.int8)
-        return denoise_many.executable(*self._many.args, levels, **self._many.keywords)
+        with _partitioner(len(self._devices)):
+            return denoise_many.executable(*self._many.args, levels, **self._many.keywords)
 
     def _batches(self, levels) -> Iterator[tuple[Array, np.ndarray]]:
         """Latents of a whole batch, and where in it the next rows of `levels` are."""
@@ -161,7 +163,25 @@ class Scorer:
         filled[:number] = levels
         by_cost = np.argsort(-filled.astype(int).sum(axis=1), kind="stable")
         dealt = by_cost.reshape(-1, devices).T.reshape(-1)
-        return self._many(jnp.asarray(filled[dealt])), np.argsort(dealt)[:number]
+        with _partitioner(devices):
+            return self._many(jnp.asarray(filled[dealt])), np.argsort(dealt)[:number]
+
+
+@contextlib.contextmanager
+def _partitioner(devices: int) -> Iterator[None]:
+    """On JAX 0.11 several devices get the older partitioner.
+
+    The newer one, Shardy, ends there in a segmentation fault where it drops unused arguments.
+    """
+    if devices == 1 or jax.__version_info__ >= (0, 12):
+        yield
+        return
+    newer = jax.config.jax_use_shardy_partitioner
+    jax.config.update("jax_use_shardy_partitioner", False)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_use_shardy_partitioner", newer)
 
 
 @jax.jit

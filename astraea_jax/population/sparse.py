@@ -1,5 +1,6 @@
 """What one lane does at a step, and ASTRAEA's sparse step of all lanes as one list of tiles."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from jaxtyping import Array, Int
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
 from astraea_jax.methods import Astraea, base
-from astraea_jax.methods.token_wise import Filled, Run, compute_rows
+from astraea_jax.methods.token_wise import Filled, Opened, Run, compute_rows
 from astraea_jax.model import VideoDiT
 from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver
@@ -64,77 +65,101 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
     Keys and values, and everything else that all tokens need, are computed lane by lane side by
     side; the selected rows as one list of (lane, tenth) tiles.
     """
-    model, prepared, settings = each.model, each.prepared, each.settings
-    geometry = settings.geometry
-    kinds = len(geometry.groups)
-    modulations = jax.vmap(model.modulation)(inputs.timestep)
-    levels = inputs.level
-
-    assert isinstance(settings.method, Astraea), settings.method
-    config = settings.method.selection
-
-    def run(modulation, inputs) -> Run:
-        branches = settings.num_branches
-        return Run(config, model, prepared, modulation, geometry, inputs, branches)
-
-    def begin(modulation, inputs, state):
-        return run(modulation, inputs).begin(state, inputs.level)
-
-    wholes, carries = jax.vmap(begin)(modulations, inputs, state)
-    ends = jnp.cumsum(levels)
+    model, geometry = each.model, each.settings.geometry
+    step = SparseStep(each, inputs, jax.vmap(model.modulation)(inputs.timestep), tiles)
+    wholes, carries = step.mapped(lambda run, state: run.begin(state, run.inputs.level), state)
 
     def layer_step(carries, xs):
         layer, layer_index = xs
-        for kind in range(kinds):
-            index, groups = layer_index * kinds + kind, geometry.groups[kind]
-
-            def block_of(modulation, kind=kind):
-                return model.bind(layer, prepared, modulation)[kind]
-
-            def open_block(m, inputs, carry, whole, index=index, groups=groups, of=block_of):
-                level = inputs.level
-                return run(m, inputs).open_block(carry, of(m), index, groups, whole, level)
-
-            opened = jax.vmap(open_block)(modulations, inputs, carries, wholes)
-
-            def compute_tile(modulation, rows, indices, keys_values, block_of=block_of):
-                block = block_of(modulation)
-                return compute_rows(config, block, rows, indices, keys_values)
-
-            def compute(turn, filled: Filled, opened=opened, index=index, tile=compute_tile):
-                place = turn * tiles + jnp.arange(tiles)
-                lane = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(levels) - 1)
-                tenth = place - (ends[lane] - levels[lane])
-                pick = lambda tree: jax.tree.map(lambda leaf: leaf[lane], tree)  # noqa: E731
-                indices = _tenths(opened.choice.indices, lane, tenth, place < ends[-1], geometry)
-                at = lane[:, None, None], jnp.arange(indices.shape[1])[None, :, None], indices
-                rows = opened.carry.tokens.at[at].get(mode="clip")
-                fresh = jax.vmap(tile)(pick(modulations), rows, indices, pick(opened.keys_values))
-                lane, branch, indices = at
-                return Filled(
-                    filled.merged.at[at].set(fresh.merged, mode="drop", unique_indices=True),
-                    filled.out.at[lane, index, branch, indices].set(
-                        fresh.out.astype(filled.out.dtype), mode="drop", unique_indices=True
-                    ),
-                    filled.lse.at[at].set(fresh.lse, mode="drop", unique_indices=True),
-                )
-
-            turns = -(-ends[-1] // tiles)
-            filled = lax.fori_loop(0, turns, compute, opened.filled)
-
-            def close_block(modulation, inputs, opened, filled, index=index):
-                return run(modulation, inputs).close_block(opened, filled, index)
-
-            carries = jax.vmap(close_block)(modulations, inputs, opened, filled)
+        for kind in range(len(geometry.groups)):
+            index = layer_index * len(geometry.groups) + kind
+            carries = step.block(layer, kind, index, wholes, carries)
         return carries, None
 
     numbers = jnp.arange(geometry.num_layers, dtype=jnp.int32)
-    carries, _ = lax.scan(layer_step, carries, (model.layers(prepared), numbers))
+    carries, _ = lax.scan(layer_step, carries, (model.layers(each.prepared), numbers))
+    return step.mapped(Run.finish, carries, state)
 
-    def finish(modulation, inputs, carry, state):
-        return run(modulation, inputs).finish(carry, state)
 
-    return jax.vmap(finish)(modulations, inputs, carries, state)
+@dataclasses.dataclass(frozen=True)
+class SparseStep:
+    """One sparse step of all lanes.
+
+    Attributes:
+      each: what the lanes share.
+      inputs: of every lane, as `modulations`.
+      modulations: what the timestep does to the blocks.
+      tiles: tenths computed at a time.
+    """
+
+    each: Lane
+    inputs: base.StepInputs
+    modulations: Any
+    tiles: int
+
+    @property
+    def config(self):
+        """The selection of the method that the lanes run."""
+        assert isinstance(self.each.settings.method, Astraea), self.each.settings.method
+        return self.each.settings.method.selection
+
+    def mapped(self, function, *operands):
+        """`function` of a lane's `Run` and its operands, for all lanes side by side."""
+        each, settings = self.each, self.each.settings
+
+        def one(modulation, inputs, *operands):
+            run = Run(
+                self.config, each.model, each.prepared, modulation, settings.geometry, inputs,
+                settings.num_branches,
+            )  # fmt: skip
+            return function(run, *operands)
+
+        return jax.vmap(one)(self.modulations, self.inputs, *operands)
+
+    def block(self, layer, kind: int, index, wholes, carries):
+        """A block of every lane: opened, its selected rows computed, closed."""
+        each, groups = self.each, self.each.settings.geometry.groups[kind]
+
+        def open_block(run: Run, carry, whole):
+            block = each.model.bind(layer, each.prepared, run.modulation)[kind]
+            return run.open_block(carry, block, index, groups, whole, run.inputs.level)
+
+        def close_block(run: Run, opened, filled):
+            return run.close_block(opened, filled, index)
+
+        opened = self.mapped(open_block, carries, wholes)
+        return self.mapped(close_block, opened, self.rows(layer, kind, index, opened))
+
+    def rows(self, layer, kind: int, index, opened: Opened) -> Filled:
+        """The selected rows of all lanes, one list of tiles, some of them at a time."""
+        each, levels, geometry = self.each, self.inputs.level, self.each.settings.geometry
+        ends = jnp.cumsum(levels)
+
+        def compute_tile(modulation, rows, indices, keys_values) -> Filled:
+            block = each.model.bind(layer, each.prepared, modulation)[kind]
+            return compute_rows(self.config, block, rows, indices, keys_values)
+
+        def compute(turn, filled: Filled) -> Filled:
+            place = turn * self.tiles + jnp.arange(self.tiles)
+            lane = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(levels) - 1)
+            tenth = place - (ends[lane] - levels[lane])
+            pick = lambda tree: jax.tree.map(lambda leaf: leaf[lane], tree)  # noqa: E731
+            indices = _tenths(opened.choice.indices, lane, tenth, place < ends[-1], geometry)
+            at = lane[:, None, None], jnp.arange(indices.shape[1])[None, :, None], indices
+            rows = opened.carry.tokens.at[at].get(mode="clip")
+            fresh = jax.vmap(compute_tile)(
+                pick(self.modulations), rows, indices, pick(opened.keys_values)
+            )
+            lane, branch, indices = at
+            return Filled(
+                filled.merged.at[at].set(fresh.merged, mode="drop", unique_indices=True),
+                filled.out.at[lane, index, branch, indices].set(
+                    fresh.out.astype(filled.out.dtype), mode="drop", unique_indices=True
+                ),
+                filled.lse.at[at].set(fresh.lse, mode="drop", unique_indices=True),
+            )
+
+        return lax.fori_loop(0, -(-ends[-1] // self.tiles), compute, opened.filled)
 
 
 def _tenths(indices: Int[Array, "W B M"], lane, tenth, used, geometry) -> Int[Array, "V B K"]:

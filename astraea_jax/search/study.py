@@ -7,7 +7,6 @@ generations that are done.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import pathlib
@@ -22,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from orbax import checkpoint
 
+from astraea_jax import files
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution
 from astraea_jax.search.evolution import SearchConfig, SearchState
@@ -63,22 +63,8 @@ def open_journal(folder: str | os.PathLike, header: Mapping[str, Any]) -> Iterat
       ValueError: a folder that can't be written, a journal that another process holds, one of
         another search, or one that is no journal.
     """
-    folder = pathlib.Path(folder)
-    path = folder / JOURNAL
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(
-            f"can't write the journal {path} ({error.strerror}): choose another folder"
-        ) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"another process writes {path}: wait for it, or choose another folder"
-            ) from error
+    path = pathlib.Path(folder) / JOURNAL
+    with files.held(path) as file:
         yield Journal(file, _read(file, path, json.loads(json.dumps(header))))
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import pathlib
@@ -13,7 +12,7 @@ from typing import Any
 
 import jax
 
-from astraea_jax import report
+from astraea_jax import files, report
 
 KEPT = 2
 """Checkpoints that are kept."""
@@ -26,20 +25,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       ValueError: another process holds it, or it can't be made or written to.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "run.lock").open("a+")
-    except OSError as error:
-        raise ValueError(
-            f"can't write to folder {folder} ({error.strerror}): choose another --output"
-        ) from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(
-                f"{folder} is in use by another run: wait for it, or choose another --output"
-            ) from error
+    with files.held(folder / "run.lock", choose="another --output"):
         yield
 
 

@@ -145,7 +145,7 @@ def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTran
         return optax.adamw(rate(base), b1=0.9, b2=0.98, weight_decay=1e-4)
 
     by_label: dict[Hashable, optax.GradientTransformation] = {
-        "matrix": _by_shape(muon),
+        "matrix": by_shape(muon),
         "text": adam(recipe.adam_rate * recipe.text_rate),
         "rest": adam(recipe.adam_rate),
     }
@@ -165,8 +165,11 @@ def _labels(networks: Networks) -> Networks:
     return Networks(labels, jax.tree.map(lambda _: "text", networks.text_encoder))
 
 
-def _by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Runs `inner` on all leaves of one shape at once: few large products, not many small ones."""
+def by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Runs `inner` on all leaves of one shape at once: few large products, not many small ones.
+
+    Leaves are stacks along their first axis, and `inner` sees longer ones.
+    """
 
     def gather(tree):
         groups: dict[str, list[Array]] = {}

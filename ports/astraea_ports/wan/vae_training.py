@@ -7,7 +7,7 @@ first four fifths of a run see crops of 17x64x64, the rest whole clips.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
@@ -22,7 +22,7 @@ from astraea_jax import video
 from astraea_ports import export
 from astraea_ports.wan import vae_weights
 from astraea_ports.wan.part_training import PartTraining, fingerprint
-from astraea_ports.wan.training_recipe import descend, moving_average, rate_factor
+from astraea_ports.wan.training_recipe import by_shape, descend, moving_average, rate_factor
 from astraea_ports.wan.vae import VAE, Decoder, Encoder
 from astraea_ports.wan.vae_layers import Past
 
@@ -81,27 +81,45 @@ class VAEState(NamedTuple):
 def optimiser(recipe: VAERecipe) -> optax.GradientTransformation:
     """Clipping, then Muon on the convolutions (but the one to pixels) and Adam on the rest."""
 
-    def axes(vae: Any) -> Any:
+    def label(leaf: Array) -> str:
+        matrix = leaf.ndim >= 2 and leaf.shape[-1] > 3 and leaf.size > 1000
+        return "matrix" if matrix else "rest"
+
+    def axes(stacks: Any) -> Any:
         return jax.tree.map(
-            lambda leaf: (
-                optax.contrib.MuonDimensionNumbers(tuple(range(leaf.ndim - 1)), leaf.ndim - 1)
-                if leaf.ndim >= 2 and leaf.shape[-1] > 3 and leaf.size > 1000
-                else None
+            lambda leaf: optax.contrib.MuonDimensionNumbers(
+                tuple(range(1, leaf.ndim - 1)), leaf.ndim - 1
             ),
-            vae,
+            stacks,
         )
 
     def rate(base: float):
         return lambda count: base * rate_factor((count + 1) / recipe.steps)
 
     muon = optax.contrib.muon(
-        rate(recipe.muon_rate),
-        weight_decay=0.01,
-        adam_learning_rate=rate(recipe.adam_rate),
-        adam_b2=0.98,
-        muon_weight_dimension_numbers=axes,
+        rate(recipe.muon_rate), weight_decay=0.01, muon_weight_dimension_numbers=axes
     )
-    return optax.chain(optax.clip_by_global_norm(recipe.clip), muon)
+    by_label: dict[Hashable, optax.GradientTransformation] = {
+        "matrix": _one_high(by_shape(muon)),
+        "rest": optax.adamw(rate(recipe.adam_rate), b2=0.98, weight_decay=0.0),
+    }
+    return optax.chain(
+        optax.clip_by_global_norm(recipe.clip),
+        optax.partition(by_label, lambda vae: jax.tree.map(label, vae)),
+    )
+
+
+def _one_high(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Hands `inner` every leaf as a stack of one."""
+
+    def stack(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: leaf[None], tree)
+
+    def update(updates, state, params=None):
+        changed, state = inner.update(stack(updates), state, stack(params))
+        return jax.tree.map(lambda leaf: leaf[0], changed), state
+
+    return optax.GradientTransformation(lambda params: inner.init(stack(params)), update)
 
 
 def whole(part: Encoder | Decoder, clip: Array) -> Array:
@@ -182,6 +200,11 @@ def _raw_latents(vae: VAE, pixels: Array) -> Array:
     return encoded[..., : vae.config.latent_channels]
 
 
+@jax.jit
+def _reconstructed(vae: VAE, pixels: Array) -> Array:
+    return vae.decode(vae.encode(pixels))
+
+
 class VAETraining(PartTraining):
     """A `training_run.Trainee`; any Wan 2.1 VAE in the Diffusers layout."""
 
@@ -244,7 +267,7 @@ class VAETraining(PartTraining):
         drawn = self._draw(jax.random.key(self.recipe.seed + 2), 2)
         panels, titles = [], []
         for clip in drawn.video:
-            made = (average.decode(average.encode(2 * clip[None] - 1))[0] + 1) / 2
+            made = (_reconstructed(average, 2 * clip[None] - 1)[0] + 1) / 2
             noise = -10 * float(jnp.log10(jnp.mean(jnp.square(made - clip))))
             panels += [np.asarray(clip), np.asarray(jnp.clip(made, 0, 1))]
             titles += ["drawn", f"through the VAE: {noise:.1f} dB"]
