@@ -5,7 +5,6 @@ each program and shape, so that here the same rungs are measured: relative to th
 """
 
 import pathlib
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,15 @@ from astraea_jax import denoise as loop
 from astraea_jax import files, report, solvers
 from astraea_jax import model as core
 from astraea_jax.attention import gather_rows
-from astraea_jax.bench.models import ModelChoice, Precision
+from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
+
+POLICIES: tuple[tuple[Dtype, Precision], ...] = (
+    ("float32", "reference"),
+    ("bfloat16", "reference"),
+    ("bfloat16", "fast"),
+)
 
 STEPS = (10, 5, 3, 0, 7, 10)
 """Levels of the runs that are compared."""
@@ -52,11 +57,7 @@ def command(
     if output is not None:
         files.check_output(output, (".json",))
     rows = []
-    for dtype, precision in (
-        ("float32", "reference"),
-        ("bfloat16", "reference"),
-        ("bfloat16", "fast"),
-    ):
+    for dtype, precision in POLICIES:
         exact = "highest" if dtype == "float32" else "default"
         with jax.default_matmul_precision(exact):
             rows += _rungs(model, methods, frames, dtype, precision)
@@ -69,7 +70,7 @@ def _rungs(
     model: str,
     methods: tuple[str, ...],
     frames: int | None,
-    dtype: Literal["float32", "bfloat16"],
+    dtype: Dtype,
     precision: Precision,
 ) -> list[dict]:
     """A row for each check in one dtype."""

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from astraea_jax import files, report
@@ -41,7 +42,7 @@ class Part(NamedTuple):
 
     about: str
     limit: float
-    command: list[str]
+    command: Sequence[str]
     writes: bool = True
 
 
