@@ -64,10 +64,12 @@ class TimedJit:
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...]):
         functools.update_wrapper(self, function)
-        names = {"static_argnames": static, "donate_argnames": donate}
-        self.jitted = jax.jit(function, **names)
+        compiled = functools.partial(
+            jax.jit, function, static_argnames=static, donate_argnames=donate
+        )
+        self.jitted = compiled()
         # Only the outermost program may say how it is compiled.
-        self._outermost = jax.jit(function, **names, compiler_options=GPU_OPTIONS)
+        self._outermost = compiled(compiler_options=GPU_OPTIONS)
         self.static = static
         self._executables: dict[Any, Any] = {}
 

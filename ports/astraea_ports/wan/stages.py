@@ -85,7 +85,8 @@ def decode(
     model: vae.VAE, latents: Float[Array, "B f h w 16"], report: Progress = quiet
 ) -> Float[Array, "B F height width 3"]:
     """Latents to videos in [0, 1], one video at a time, in pieces where it is large."""
-    cut = vae_tiles.pieces(model.config, latents.shape[1:4])
+    frames, rows, columns = latents.shape[1:4]
+    cut = vae_tiles.pieces(model.config, (frames, rows, columns))
     report("decode", 0, len(latents))
     videos = []
     for index in range(len(latents)):
