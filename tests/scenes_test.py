@@ -208,6 +208,26 @@ def test_scores_count_what_was_asked_for():
     assert score.add([shares, shares])["colour"] == score.Share(4, 6)
 
 
+def test_the_shipped_reader_reads_the_truth():
+    vae = wan.load_vae(tiny.FOLDER / "vae")
+
+    def shares(count, frames, change=lambda video: video):
+        parts = []
+        for two in (0.0, 1.0):
+            keys = scenes.clip_keys(11, int(two) * count, count)
+            clips = scenes.make_clips(keys, two=two, frames=frames)
+            parts.append(score.compare(score.read(change(clips.video)), clips.scene))
+        return score.add(parts)
+
+    drawn = shares(32, score.NUM_LOOKS)
+    passed = shares(4, scenes.FRAMES, lambda video: PASS(vae, video))
+    assert min(share.percent for share in drawn.values()) >= 95
+    assert min(passed[name].percent for name in score.ATTRIBUTES) >= 90
+
+
+PASS = jax.jit(reader_training.through_vae)
+
+
 def test_without_weights_it_says_how_to_make_them(tmp_path):
     with pytest.raises(ValueError, match=r"a reader's weights.*train-tiny --part reader"):
         score.load_reader(tmp_path / "score.safetensors")
