@@ -130,6 +130,6 @@ def _rows_of_a_block(transformer, latents, context) -> tuple[Array, Array]:
 
 def _difference(got: Array, expected: Array) -> dict:
     """The largest difference over the largest number, and whether there is any."""
-    got, expected = (np.asarray(each, np.float64) for each in (got, expected))
-    error = np.abs(got - expected).max() / np.abs(expected).max()
-    return {"error": float(error), "exact": bool((got == expected).all())}
+    here, there = (np.asarray(each, np.float64) for each in (got, expected))
+    error = np.abs(here - there).max() / np.abs(there).max()
+    return {"error": float(error), "exact": bool((here == there).all())}
