@@ -138,8 +138,8 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
     Of all searches the one of least error on its validation prompts is taken, and of those without
     any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
     (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
-    the best step-level one. Schedules of another model are compared by how near they come on the
-    held-out prompts, which no search of theirs has seen either. The judgement on the held-out prompts is what a file says of itself.
+    the best step-level one. Schedules of another model are compared on the held-out prompts, which
+    no search of theirs has seen. The judgement there is what a file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best: dict[tuple, tuple] = {}
