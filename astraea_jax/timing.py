@@ -64,7 +64,7 @@ class TimedJit:
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...]):
         functools.update_wrapper(self, function)
-        names = {"static_argnames": static, "donate_argnames": donate}
+        names: dict[str, Any] = {"static_argnames": static, "donate_argnames": donate}
         self.jitted = jax.jit(function, **names)
         # Only the outermost program may say how it is compiled.
         self._outermost = jax.jit(function, **names, compiler_options=GPU_OPTIONS)

@@ -147,7 +147,7 @@ def next_children(
     key, use = jax.random.split(jax.random.wrap_key_data(jnp.asarray(state.key_data)))
     genes, usable = _children(
         space.without_band(), config.population, space.band, use,
-        state.genes, state.fitness, config.mutation(state.generation + 1),
+        state.genes, state.fitness, config.mutation(int(state.generation) + 1),
     )  # fmt: skip
     moved = state._replace(key_data=jax.random.key_data(key))
     return np.asarray(genes)[np.asarray(usable)], moved
