@@ -1,4 +1,4 @@
-"""The searches of a study: evolution, dynamic programming and swaps, and the choice at their end."""
+"""The searches of a study: evolution, dynamic programming, swaps, and the choice at their end."""
 
 import dataclasses
 import functools
