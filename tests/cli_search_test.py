@@ -118,6 +118,27 @@ def test_sensitivity_draws_a_line_a_prompt(capsys):
     assert "skipped step" in capsys.readouterr().out and os.path.getsize("fig.svg") > 1000
 
 
+def test_a_study_judges_what_it_finds_goes_on_and_ships(capsys):
+    small = [*SIZE, "--steps", "6", "--budgets", "0.5", "--solver", "euler", "--rows", "4"]
+    small += ["--search-prompts", "1", "--seeds", "2", "--look", "1", "--heldout-prompts", "2"]
+    small += ["--pool", "1", "--population", "4", "--generations", "1", "--swaps", "2"]
+    parts = ["--reuses", "step-level", "--parts", "by-hand", "step-level"]
+    study_of = ["bench", "search", "--output", "out_study", *small, *parts]
+    assert cli.main([*study_of, "--ship", "schedules"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads(pathlib.Path("out_study/results.json").read_text())["rows"]
+    by_hand = [row for row in found if row["what"].startswith("hand-made")]
+    (best,) = [row for row in found if row["what"] == "step-level EA"]
+    assert by_hand and best["validation"] > 0 and len(best["psnr_each"]) == 2
+    assert sum(best["levels"]) == 30 and "best of " in printed
+    (recipe,) = recipes_in("schedules")
+    assert recipe.schedule.levels == tuple(best["levels"]) and recipe.quality["prompts"] == 2
+    journal = pathlib.Path("out_study", study.JOURNAL).read_text()
+    assert cli.main(study_of) == 0
+    assert json.loads(pathlib.Path("out_study/results.json").read_text())["rows"] == found
+    assert pathlib.Path("out_study", study.JOURNAL).read_text() == journal
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

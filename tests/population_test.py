@@ -55,7 +55,11 @@ def one_by_one(method, levels, model, inputs):
 
 @pytest.mark.core
 def test_lanes_give_what_each_schedule_gives_alone():
-    model, inputs, method = small_model(), small_inputs(videos=2), Astraea(correct=True)
+    model, inputs, method = (
+        small_model(),
+        small_inputs(videos=2),
+        Astraea(pieces="loop", correct=True),
+    )
     # Three lanes for five schedules of unlike length; tiles that do not divide the work.
     found = scorer(method, lanes=3, tiles=4, batch=5, dense_start=1).latents(LEVELS)
     expected = one_by_one(method, LEVELS, model, inputs)
@@ -66,7 +70,7 @@ def test_lanes_give_what_each_schedule_gives_alone():
 
 def test_lanes_on_a_model_of_two_kinds_of_block():
     model, inputs = grouped_inputs()
-    method = Astraea(SelectionConfig(scope="block", branches="separate", rank="random"))
+    method = Astraea(SelectionConfig("block", "separate", rank="random"), pieces="loop")
     found = scorer(method, model=model, inputs=inputs, lanes=2, batch=6).latents(LEVELS)
     expected = one_by_one(method, LEVELS, model, inputs)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
@@ -127,7 +131,7 @@ def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
                     latents, history = solvers.step(row(again), history, latents, line)
             start, index, velocity = (latents, history), step, now
         latents, history = solvers.step(row(step), history, latents, velocity)
-    for method in (StepLevel(correct=True), Astraea(correct=True)):
+    for method in (StepLevel(correct=True), Astraea(pieces="loop", correct=True)):
         found = denoise(
             model, *inputs, solver=table, schedule=jnp.asarray(levels, jnp.int8), method=method,
             guidance=3.0,
@@ -136,7 +140,7 @@ def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("method", [StepLevel(correct=True), Astraea(correct=True)])
+@pytest.mark.parametrize("method", [StepLevel(correct=True), Astraea(pieces="loop", correct=True)])
 def test_correction_at_full_budget_is_the_dense_model_bit_for_bit(method):
     inputs, full = small_inputs(), jnp.full(4, 10, jnp.int8)
     runs = [

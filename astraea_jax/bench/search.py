@@ -138,8 +138,8 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
     Of all searches the one of least error on its validation prompts is taken, and of those without
     any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
     (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
-    the best step-level one. Schedules of another model are compared by how near they come on the
-    held-out prompts, which no search of theirs has seen either. The judgement on the held-out prompts is what a file says of itself.
+    the best step-level one. Schedules of another model are compared by the PSNR of the held-out
+    prompts, which no search of theirs has seen. The judgement there is what a file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best: dict[tuple, tuple] = {}
@@ -149,7 +149,7 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
         if "fitness" not in row and not row["what"].startswith("transfer"):
             continue
         whole = set(row["levels"]) <= {0, LEVELS}
-        error = float(row.get("validation", row.get("fitness", row["mse"])))
+        error = float(row.get("validation", row.get("fitness", 10 ** (-row["psnr"] / 10))))
         error /= 1 if whole else WORTH_TOKENS
         rank = "validation" not in row, error
         key = row["solver"], row["budget"]

@@ -146,8 +146,8 @@ def next_children(
     """
     key, use = jax.random.split(jax.random.wrap_key_data(jnp.asarray(state.key_data)))
     genes, usable = _children(
-        space.without_band(), space.band, config, use,
-        state.genes, state.fitness, state.generation + 1,
+        space.without_band(), config.population, space.band, use,
+        state.genes, state.fitness, config.mutation(int(state.generation) + 1),
     )  # fmt: skip
     moved = state._replace(key_data=jax.random.key_data(key))
     return np.asarray(genes)[np.asarray(usable)], moved
@@ -288,16 +288,15 @@ def _digest(genes: Int[Array, "P T"]) -> UInt32[Array, "P 2"]:
     return (genes.astype(jnp.uint32)[..., None] * factors).sum(axis=1, dtype=jnp.uint32)
 
 
-# One program serves all budgets: the band is data. Twelve spaces would be as many compiles.
+# One program serves all budgets and generations: the band and the rate are data.
 
 
-@functools.partial(jax.jit, static_argnums=(0, 2))
-def _children(space: Space, band, config: SearchConfig, key, parents, fitness, generation):
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _children(space: Space, population: int, band, key, parents, fitness, probability):
     """A generation of children, vmapped; see `next_children`."""
-    keys = jax.random.split(key, config.population + 1)
+    keys = jax.random.split(key, population + 1)
     alive = jnp.isfinite(fitness)
     weights = alive / jnp.maximum(alive.sum(), 1)
-    probability = config.mutation(generation)
 
     def child(key):
         pair, kind, cross, change, mend = jax.random.split(key, 5)
