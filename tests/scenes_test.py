@@ -219,8 +219,8 @@ def test_the_shipped_reader_reads_the_truth():
             parts.append(score.compare(score.read(change(clips.video)), clips.scene))
         return score.add(parts)
 
-    drawn = shares(32, score.NUM_LOOKS)
-    passed = shares(4, scenes.FRAMES, lambda video: PASS(vae, video))
+    drawn = shares(16, score.NUM_LOOKS)
+    passed = shares(2, scenes.FRAMES, lambda video: PASS(vae, video))
     assert min(share.percent for share in drawn.values()) >= 95
     assert min(passed[name].percent for name in score.ATTRIBUTES) >= 90
 
