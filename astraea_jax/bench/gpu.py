@@ -135,7 +135,7 @@ def run(part: Part, seconds: float) -> dict:
         result = pathlib.Path(folder) / "result.json"
         words = [sys.executable, *words, *(["--output", str(result)] if part.writes else [])]
         shown = " ".join(part.command if python else ["astraea", *part.command])
-        shown = shown.replace(f"{PEER.parents[3]}/", "")  # where the package lies is nobody's affair
+        shown = shown.replace(f"{PEER.parents[3]}/", "")  # the same on every machine
         if seconds < LEAST:
             return {"command": shown, "outcome": "not run, no time left", "seconds": 0.0}
         began = time.monotonic()
