@@ -4,10 +4,10 @@ import json
 import os
 import pathlib
 import sys
-import warnings
 
 import jax
 import pytest
+from command_line import refused
 
 from astraea_jax import cli, report
 from astraea_jax.bench.latency import latency_table
@@ -20,26 +20,11 @@ from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny, wan
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("in_an_empty_folder")]
 
 SIZE = ["--frames", "5", "--height", "32", "--width", "32"]
 SMALL = [*SIZE, "--steps", "5", "--count", "1", "--heldout", "1", "--lanes", "2"]
 SMALL += ["--population", "4", "--parents", "2", "--generations", "1", "--swaps", "3"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-
-def refused(capsys, *arguments):
-    """The one line that a mistake ends in."""
-    assert cli.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("astraea: ")]
-    return line
 
 
 def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(capsys):

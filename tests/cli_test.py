@@ -4,12 +4,12 @@ import json
 import os
 import pathlib
 import sys
-import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from command_line import refused
 
 from astraea_jax import cli, video
 from astraea_jax.bench import compile as bench_compile
@@ -19,24 +19,11 @@ from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_ports import tiny
 
+pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
+
 PROMPT = "a red circle moving left over a blue background"
 SMALL = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "4"]
 SMALL += ["--no-compilation-cache"]
-
-
-@pytest.fixture(autouse=True)
-def in_an_empty_folder(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-
-
-def refused(capsys, *arguments):
-    """The one line that a mistake ends in."""
-    assert cli.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.err
-    (line,) = [line for line in captured.err.splitlines() if line.startswith("astraea: ")]
-    return line
 
 
 def test_compare_writes_a_video_and_prints_what_was_saved(capsys):

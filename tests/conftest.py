@@ -1,6 +1,7 @@
 """Switches on the run-time check of array types, before anything of ours is imported."""
 
 import os
+import warnings
 
 import jaxtyping
 import pytest
@@ -17,3 +18,10 @@ def as_a_user():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", before)
+
+
+@pytest.fixture
+def in_an_empty_folder(tmp_path, monkeypatch):
+    """Where a test of the command line runs; the way a command shows warnings ends with it."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
