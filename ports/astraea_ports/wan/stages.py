@@ -62,10 +62,17 @@ def resident(
       loadable: the way to get it then.
       report: takes progress.
       seconds: gets those of loading.
+
+    Raises:
+      ValueError: shapes alone, and no way to load them.
     """
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(module)):
         return module
-    assert loadable is not None, "a part of shapes alone comes with its loader"
+    if loadable is None:
+        raise ValueError(
+            f"expected {type(module).__name__} with weights, or with a loader among the "
+            "pipeline's loaders; got shapes alone"
+        )
     report("load", 0, 1)
     with stopwatch() as watch:
         module = jax.block_until_ready(loadable.load())
