@@ -14,7 +14,7 @@ from helpers import grouped_inputs, random_levels, small_inputs, small_model
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.denoise import denoise
-from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel
+from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, token_wise
 from astraea_jax.model import dense_forward
 from astraea_jax.schedule import Schedule
 from astraea_jax.selection import PUBLISHED, SelectionConfig
@@ -156,6 +156,26 @@ def test_pieces_agree():
             schedule=Schedule(levels), method=Astraea(pieces=pieces), guidance=GUIDANCE,
         )  # fmt: skip
         np.testing.assert_allclose(got.latents, static, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("scope", ["step", "block"])
+def test_rows_in_whole_tiles_give_the_same(scope, monkeypatch):
+    """As at full size, where 18 rows of 60 are laid out as 24."""
+    seen, first_rows = [], token_wise.Run._first_rows
+
+    def spied(*arguments):
+        seen.append(first_rows(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(token_wise, "FEW_ROWS", 1)
+    monkeypatch.setattr(token_wise.Run, "_first_rows", spied)
+    # An age that nobody else has, so that no program without whole tiles is taken up again.
+    method, levels = Astraea(SelectionConfig(scope=scope, w_beta=0.07)), (10, 3, 0, 3, 10, 3)
+    static = run(method, levels, driver="static").latents
+    assert {indices.shape for indices in seen} == {(2, 24)}
+    dynamic = run(method, levels).latents
+    scale = np.abs(np.asarray(dynamic)).max()
+    np.testing.assert_allclose(static, dynamic, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", ["default", "published", "block sketch"])
