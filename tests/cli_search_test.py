@@ -122,6 +122,16 @@ def test_a_study_judges_what_it_finds_goes_on_and_ships(capsys):
     assert cli.main(study_of) == 0
     assert json.loads(pathlib.Path("out_study/results.json").read_text())["rows"] == found
     assert pathlib.Path("out_study", study.JOURNAL).read_text() == journal
+    # A study of its own that begins at what this one found is no worse where both search.
+    study_of[3] = "out_other"
+    assert cli.main([*study_of, "--starts", "out_study/results.json"]) == 0
+    rows = json.loads(pathlib.Path("out_other/results.json").read_text())["rows"]
+    (other,) = [row for row in rows if row["what"] == "step-level EA"]
+    assert float(other["fitness"]) <= float(best["fitness"])
+    evaluated = pathlib.Path("out_other", study.JOURNAL).read_text()
+    assert json.dumps(best["levels"], separators=(",", ":")) in evaluated.replace(" ", "")
+    assert cli.main([*study_of, "--starts", "nowhere.json"]) == 2
+    assert "no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

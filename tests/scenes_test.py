@@ -206,6 +206,9 @@ def test_scores_count_what_was_asked_for():
     shares = score.compare(wrong, truth)
     assert shares["colour"] == score.Share(2, 3) and shares["everything"] == score.Share(1, 2)
     assert score.add([shares, shares])["colour"] == score.Share(4, 6)
+    assert score.mistakes(reading, truth) == []
+    one = score.mistakes(wrong, truth)
+    assert [each.attribute for each in one] == ["colour"] and one[0].asked != one[0].read
 
 
 def test_the_shipped_reader_reads_the_truth():

@@ -46,6 +46,7 @@ def command(
     rows: int = 256,
     parts: tuple[str, ...] = tuple(name for name in PARTS if name not in ONLY_ASKED_FOR),
     known: pathlib.Path | None = None,
+    starts: pathlib.Path | None = None,
     reuses: tuple[str, ...] = ("step-level-corrected", "step-level"),
     frames: int | None = None,
     height: int | None = None,
@@ -76,6 +77,7 @@ def command(
       parts: Of the study, in order. Only where asked for: "again" searches whole steps from all
         that was found before, "transfer" judges on this model what was found on the table's.
       known: A results.json whose rows are not measured again, where the folder holds none.
+      starts: A results.json, of any model, whose schedules the searches begin at too.
       reuses: Step-level methods that are searched for; the better of them is judged.
       rows: Videos denoised at a time, guidance branches counted.
       frames: Frames of the videos, 4k + 1; the model's default when left out.
@@ -94,7 +96,11 @@ def command(
         steps, budgets, solver, search_prompts, pool, seeds, look, heldout_prompts, population,
         generations, swaps, patience, finalists, rows, (frames or 0, height or 0, width or 0),
     )  # fmt: skip
+    for path in (known, starts):
+        if path is not None and not path.is_file():
+            raise ValueError(f"expected a results.json of an earlier study at {path}; got no file")
     rows_before = read_rows(known) if known else ()
+    elsewhere = read_rows(starts) if starts else ()
     pipeline = wan.Pipeline.from_pretrained(model)
     if minutes > 0:
         options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
@@ -102,7 +108,7 @@ def command(
         header["model"] = fingerprint(pipeline.transformer)
         header["backend"] = jax.default_backend()
         with study.open_journal(output, header) as journal:
-            it = Study(pipeline, options, output, deadline, rows_before)
+            it = Study(pipeline, options, output, deadline, rows_before, elsewhere)
             try:
                 run(it, journal, parts, reuses)
             except OutOfTime:

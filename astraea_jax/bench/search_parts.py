@@ -46,14 +46,13 @@ class Plan:
 
     def found(self, solver: str, budget: float) -> list[Schedule]:
         """What searches have found for a budget, the solver's own first."""
-        rows = [row for row in self.it.rows if row["budget"] == budget and "fitness" in row]
-        rows.sort(key=lambda row: (row["solver"] != solver, row["fitness"]))
-        return [Schedule(tuple(row["levels"])) for row in rows]
+        return found_in(self.it.rows, solver, budget)
 
     def starts(self, solver: str, budget: float) -> list[Schedule]:
-        """Where a search begins: what was found before, and the patterns made by hand."""
+        """Where a search begins: what was found before, here or elsewhere, and by hand."""
         by_hand = [schedule for _, _, schedule in hand_made(self.it.options.steps, [budget])]
-        return self.found(solver, budget) + by_hand
+        elsewhere = found_in(self.it.elsewhere, solver, budget)
+        return self.found(solver, budget) + elsewhere + by_hand
 
     def step_level(self, budgets: Sequence[float], *, again: bool = False) -> None:
         """Evolution of whole steps with each kind of reuse; the better is judged."""
@@ -100,7 +99,7 @@ class Plan:
             for solver in options.solvers
             for name, budget, schedule in hand_made(options.steps, options.budgets)
         ]
-        self.it.judge(rows, structure=False)
+        self.it.judge(rows)
         self.it.say("hand-made patterns: judged")
 
     def fewer_steps(self) -> None:
@@ -200,6 +199,13 @@ def run(it: Study, journal: study.Journal, parts: Sequence[str], reuses: Sequenc
         plan.compile_early(parts, compilers)
         for part in parts:
             PARTS[part](plan)
+
+
+def found_in(rows: Sequence[dict], solver: str, budget: float) -> list[Schedule]:
+    """What searches among some rows have found for a budget, the solver's own first."""
+    found = [row for row in rows if row["budget"] == budget and "fitness" in row]
+    found.sort(key=lambda row: (row["solver"] != solver, float(row["fitness"])))
+    return [Schedule(tuple(row["levels"])) for row in found]
 
 
 def plain(what: str, method: str, solver: str, budget: float, schedule: Schedule) -> dict:

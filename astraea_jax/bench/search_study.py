@@ -108,12 +108,17 @@ class Study:
         folder: pathlib.Path,
         deadline: float,
         rows: Sequence[dict] = (),
+        elsewhere: Sequence[dict] = (),
     ):
-        """Goes on from the rows that are in the folder, or from others where it holds none."""
+        """Goes on from the rows that are in the folder, or from others where it holds none.
+
+        Searches begin at what was found `elsewhere` too.
+        """
         self.pipeline, self.options, self.folder, self.deadline = (
             pipeline, options, folder, deadline,
         )  # fmt: skip
         self.rows = read_rows(folder / RESULTS) or list(rows)
+        self.elsewhere = elsewhere
         self.began = time.perf_counter()
 
     @property

@@ -40,7 +40,7 @@ def score_tiny(
     gpu = jax.default_backend() != "cpu"
     network = score.reader() if reader is None else score.load_reader(reader)
     pipeline = wan.Pipeline.from_pretrained(model, dtype=jnp.bfloat16 if gpu else jnp.float32)
-    rows = []
+    rows, wrong = [], []
     with report.Progress() as progress:
         for two in (False, True):
             captions, shown = scene_captions.held_out(two)
@@ -56,23 +56,40 @@ def score_tiny(
                     ).video
                     drawn = _drawn(two, chosen)
                     passed = _through_vae(pipeline.vae, drawn)
-                    parts.append(
-                        [
-                            score.compare(score.read(video, network), truth)
-                            for video in (made, drawn, passed)
-                        ]
-                    )
+                    readings = [score.read(video, network) for video in (made, drawn, passed)]
+                    parts.append([score.compare(reading, truth) for reading in readings])
+                    wrong += [
+                        {
+                            "seed": first + each.video,
+                            "caption": captions[first + each.video],
+                            **each._asdict(),
+                        }
+                        for each in score.mistakes(readings[0], truth)
+                    ]
                     for _ in range(first, chosen.stop):
                         bar.advance()
             totals = [score.add(column) for column in zip(*parts, strict=True)]
             rows += [_score_row(name, attribute, totals) for attribute in totals[0]]
     print(report.markdown(rows, SCORE_COLUMNS))
+    for each in wrong[:SHOWN]:
+        print(f"seed {each['seed']}, {each['caption']!r}: {each['read']}, not {each['asked']}")
+    if len(wrong) > SHOWN:
+        print(f"and {len(wrong) - SHOWN} more" + (f" in {output}" if output else ""))
     if output is not None:
         report.write_json(
             output,
-            {"environment": report.environment(), "model": model, "count": count, "rows": rows},
+            {
+                "environment": report.environment(),
+                "model": model,
+                "count": count,
+                "rows": rows,
+                "mistakes": wrong,
+            },
         )
 
+
+SHOWN = 12
+"""Mistakes that are printed; the file holds all."""
 
 SCORE_COLUMNS = {
     "objects": "captions with",

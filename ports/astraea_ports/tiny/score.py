@@ -40,6 +40,13 @@ NUM_LOGITS = sum(map(math.prod, HEADS.values()))
 
 OBJECT_ATTRIBUTES = ("shape", "colour", "motion")
 ATTRIBUTES = (*OBJECT_ATTRIBUTES, "ground", "texture")
+WORDS = {
+    "shape": scenes.SHAPES,
+    "colour": scenes.COLOURS,
+    "motion": scenes.MOTIONS,
+    "ground": scenes.GROUNDS,
+    "texture": scenes.TEXTURES,
+}
 NUM_LOOKS = 9
 """Frames that the reader looks at."""
 _PATCH = 4
@@ -231,6 +238,34 @@ def compare(reading: Reading, truth: Scene) -> dict[str, Share]:
         whole &= (right | ~counted).reshape(len(count), -1).all(-1)
         shares[name] = Share(int((right & counted).sum()), int(counted.sum()))
     return shares | {"everything": Share(int(whole.sum()), len(count))}
+
+
+class Mistake(NamedTuple):
+    """One attribute that is not as asked.
+
+    Attributes:
+      video: its place in the batch.
+      attribute: of ATTRIBUTES.
+      asked: in words.
+      read: in words.
+    """
+
+    video: int
+    attribute: str
+    asked: str
+    read: str
+
+
+def mistakes(reading: Reading, truth: Scene) -> list[Mistake]:
+    """What `compare` counts as wrong, one by one, video by video."""
+    count, found = np.asarray(truth.count), []
+    for name in ATTRIBUTES:
+        asked, read = np.asarray(getattr(truth, name)), np.asarray(getattr(reading, name))
+        for place in np.argwhere(asked != read).tolist():
+            if name not in OBJECT_ATTRIBUTES or place[1] < count[place[0]]:
+                words = (WORDS[name][int(labels[tuple(place)])] for labels in (asked, read))
+                found.append(Mistake(place[0], name, *words))
+    return sorted(found)
 
 
 def add(parts: Sequence[Mapping[str, Share]]) -> dict[str, Share]:
