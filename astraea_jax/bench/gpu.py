@@ -47,7 +47,7 @@ class Part(NamedTuple):
 
 
 STUDY = {
-    "exactness": Part("the rungs of exactness on the small model", 150, ["bench", "exactness"]),
+    "exactness": Part("the rungs of exactness on the small model", 400, ["bench", "exactness"]),
     "fixtures": Part(
         "tensors recorded from upstream's code, float32 and bfloat16",
         240,
