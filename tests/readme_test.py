@@ -6,6 +6,10 @@ import re
 import sys
 
 import pytest
+from command_line import refused
+
+from astraea_jax import cli
+from astraea_jax.bench import tables
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,6 +58,25 @@ def test_the_rooms_are_there():
 def test_pictures_are_there():
     for path in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("name", tables.TABLES)
+def test_the_tables_are_those_of_the_results(name):
+    (found,) = re.findall(tables.MARKED.format(name), README, re.S)
+    assert found[1].strip() == tables.made(name)
+    assert len(found[1].splitlines()) > 6
+
+
+def test_tables_go_where_they_are_marked(tmp_path, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(README.replace("| Euler | 30 % |", "| Euler | 31 % |"))
+    assert cli.main(["bench", "tables", "--readme", str(readme)]) == 0
+    assert readme.read_text() == README
+    assert cli.main(["bench", "tables"]) == 0
+    assert tables.made("search") in capsys.readouterr().out
+    readme.write_text("nothing is marked here")
+    line = refused(capsys, "bench", "tables", "--readme", str(readme))
+    assert "table: search" in line and readme.read_text() == "nothing is marked here"
 
 
 def test_nothing_is_left_to_fill_in():

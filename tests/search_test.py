@@ -241,6 +241,10 @@ def test_hopeless_schedules_stop_after_the_first_prompt():
     assert np.isinf(fitness[0]) and np.isfinite(fitness[1]) and second == [3, 1]
     stopped = evaluator.known[tuple(bad[0].tolist())]
     assert stopped.stopped and len(stopped.errors) == 1
+    # What another search has found ends nothing here.
+    others = {tuple(row): evaluator.known[tuple(row)] for row in good.tolist()}
+    alone = Evaluator(parts, patience=1.2, keep=2, known=others)
+    assert np.isfinite(alone(bad)).all() and second == [3, 1, 2]
 
 
 def test_a_dearer_schedule_is_no_rival():

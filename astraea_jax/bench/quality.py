@@ -126,16 +126,17 @@ class Study:
     def videos(self, variant: Variant, solver: str) -> tuple[list[np.ndarray], Any]:
         """The variant's videos, and its trace."""
         table = solvers.make(solver, variant.schedule.steps, shift=self.pipeline.shift)
-        denoised = denoise(
-            self.pipeline.transformer,
-            self.noise,
-            self.context,
-            solver=table,
-            schedule=variant.schedule,
-            method=variant.method,
-            guidance=self.guidance,
-            trace=True,
-        )
+        with jax.default_matmul_precision("highest"):  # or a GPU rounds products to TF32
+            denoised = denoise(
+                self.pipeline.transformer,
+                self.noise,
+                self.context,
+                solver=table,
+                schedule=variant.schedule,
+                method=variant.method,
+                guidance=self.guidance,
+                trace=True,
+            )
         return self.decode(denoised.latents), denoised.trace
 
     def measure(

@@ -19,7 +19,7 @@ from astraea_jax.bench.search_study import (
     read_rows,
 )
 from astraea_jax.model import fingerprint
-from astraea_jax.schedule import LEVELS, Schedule
+from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe
 from astraea_jax.search.space import WHOLE_STEPS, Space
@@ -75,7 +75,7 @@ def command(
         the best so far there.
       finalists: Of each search, chosen from by prompts that it has not seen.
       parts: Of the study, in order. Only where asked for: "again" searches whole steps from all
-        that was found before, "transfer" judges on this model what was found on the table's.
+        that was found before, "transfer" judges on this model what --starts found on another.
       known: A results.json whose rows are not measured again, where the folder holds none.
       starts: A results.json, of any model, whose schedules the searches begin at too.
       reuses: Step-level methods that are searched for; the better of them is judged.
@@ -141,22 +141,21 @@ def table(rows: Sequence[dict]) -> list[dict]:
 def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
     """Writes a schedule file for each solver and budget, and returns their paths.
 
-    Of all searches the one of least error on its validation prompts is taken, and of those without
-    any the one of least error where it searched. Levels between 0 and 10 cost more than tokens
-    (keys and values of all of them), so they are taken only for an error below `WORTH_TOKENS` of
-    the best step-level one. Schedules of another model are compared by the PSNR of the held-out
+    Of all searches of whole steps the one of least error on its validation prompts is taken, and of
+    those without any the one of least error where it searched: levels between 0 and 10 cost more
+    than their tokens (keys and values of all of them, a cache of them), and have not been better
+    at equal tokens either. Schedules of another model are compared by the PSNR of the held-out
     prompts, which no search of theirs has seen. The judgement there is what a file says of itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
     best: dict[tuple, tuple] = {}
     for row in rows:
-        if not {"psnr", "ssim"} <= set(row) or row["method"] not in methods.METHODS:
+        method = methods.METHODS.get(row["method"])
+        if not {"psnr", "ssim"} <= set(row) or not isinstance(method, methods.StepLevel):
             continue
         if "fitness" not in row and not row["what"].startswith("transfer"):
             continue
-        whole = set(row["levels"]) <= {0, LEVELS}
         error = float(row.get("validation", row.get("fitness", 10 ** (-row["psnr"] / 10))))
-        error /= 1 if whole else WORTH_TOKENS
         rank = "validation" not in row, error
         key = row["solver"], row["budget"]
         if key not in best or rank < best[key][0]:
@@ -180,8 +179,6 @@ def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[
         recipe.save(paths[-1])
     return paths
 
-
-WORTH_TOKENS = 0.9
 
 COLUMNS = {
     "run": "run",

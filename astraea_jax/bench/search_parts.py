@@ -7,7 +7,7 @@ from concurrent.futures import Future
 
 from astraea_jax.bench.search_choices import CHOICES
 from astraea_jax.bench.search_runs import Searches
-from astraea_jax.bench.search_study import METHODS, SHIPPED, Study, hand_made, read_rows
+from astraea_jax.bench.search_study import METHODS, Study, hand_made
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS
@@ -135,16 +135,18 @@ class Plan:
         self.it.say("token-wise methods: judged")
 
     def transfer(self) -> None:
-        """The best that was found on another model, against the best made by hand there.
+        """The best that was found elsewhere, against the best made by hand there.
 
         So many are enough to see whether schedules outlive a change of the weights, and to choose
         the ones that a model carries until a search of its own.
         """
+        if not self.it.elsewhere:
+            raise ValueError("the part transfer judges what another study found: say --starts")
         for solver in self.it.options.solvers:
             for budget in self.it.options.budgets:
                 rows = [
                     row
-                    for row in read_rows(SHIPPED)
+                    for row in self.it.elsewhere
                     if (row["solver"], row["budget"]) == (solver, budget) and "psnr" in row
                 ]
                 rows.sort(key=lambda row: -row["psnr"])
@@ -187,7 +189,7 @@ PARTS: dict[str, Callable[[Plan], None]] = {
     "again": lambda plan: plan.step_level(plan.it.options.budgets, again=True),
 }
 """The study's work by name. "again" searches whole steps from all that was found before;
-"transfer" judges on this model what was found on the one that the table is of."""
+"transfer" judges on this model what another study found."""
 
 ONLY_ASKED_FOR = {"again", "transfer"}
 

@@ -78,8 +78,11 @@ class Searches:
         """Dynamic programming over a sensitivity curve, then with swaps."""
         options = self.it.options
         for budget in budgets:
+            # What another search gave up because of its own finds, this one has to see itself.
+            whole = {each: seen for each, seen in self.evaluator.known.items() if not seen.stopped}
+            both = dataclasses.replace(self.evaluator, known=whole)
             # Damages add up as squared errors do, not as their logarithms, and none is hopeless.
-            curve = dataclasses.replace(self.fresh(), reduce="mean", patience=None)
+            curve = dataclasses.replace(both, reduce="mean", patience=None)
             damage = sensitivity.level_sensitivity(curve, options.steps, levels)
             row = {"what": "sensitivity", "method": self.method, "solver": self.solver}
             row |= {"budget": None, "levels": list(levels), "damage": damage.tolist()}
@@ -87,13 +90,14 @@ class Searches:
                 self.it.rows.append(row)
             space = self.space(budget, choices)
             first = sensitivity.allocate(space, sensitivity.interpolated(damage, levels, choices))
-            alone = dataclasses.replace(self.fresh(), patience=None)
+            alone = dataclasses.replace(both, patience=None)
             alone.asked |= curve.asked
             alone(first.array()[None])
+            self.evaluator.known.update(whole)
             yield self.row("sensitivity + DP", budget, alone, space)
-            both = self.fresh()
             both.asked |= alone.asked
             self.refined(space, both, first, 2 * options.swaps)
+            self.evaluator.known.update(whole)
             yield self.row("DP + swaps", budget, both, space)
 
     def refined(self, space: Space, evaluator: Evaluator, first: Schedule, number: int) -> None:

@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
 from astraea_jax.bench import attention as bench_attention
-from astraea_jax.bench import batches, exactness, gpu, quality, scoring, sheet
+from astraea_jax.bench import batches, exactness, gpu, quality, scoring, sheet, tables
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
@@ -219,6 +219,7 @@ BENCHES = {
     "scoring": scoring.command,
     "search": bench_search.command,
     "sheet": sheet.command,
+    "tables": tables.command,
     "training": bench_training.command,
 }
 

@@ -131,12 +131,14 @@ class Evaluator:
     def _hopeless(self, levels: tuple[int, ...], errors: Sequence[float]) -> bool:
         """Whether the prompts so far say that a schedule will not be among the best.
 
-        It is held against schedules that compute no more tokens: a dearer one is no rival.
+        It is held against schedules that compute no more tokens: a dearer one is no rival. Nor is
+        one that this evaluator was never asked for: what another search has found must not end
+        this one.
         """
         rivals = [
             each.errors[: len(errors)]
             for each in self.known.values()
-            if not each.stopped and sum(each.levels) <= sum(levels)
+            if not each.stopped and each.levels in self.asked and sum(each.levels) <= sum(levels)
         ]
         if self.patience is None or len(rivals) < self.keep:
             return False

@@ -1,0 +1,211 @@
+"""`astraea bench tables`: the README's tables, from the results that lie beside this file.
+
+Each stands in the README between `<!-- table: NAME -->` and `<!-- end -->`, and is written there
+by this command alone.
+"""
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from astraea_jax import files, report
+
+RESULTS = pathlib.Path(__file__).parent
+
+MARKED = r"(<!-- table: {} -->\n)(.*?)(<!-- end -->)"
+
+Row = dict[str, Any]
+
+
+def quality(results: Row) -> str:
+    """Every method at 30, 50 and 70 %, the best at 50 % with UniPC first in each group."""
+    named = ("method", "reuse", "scope", "branches", "velocity", "rank")
+    groups: dict[str, dict[tuple, Row]] = {}
+    for row in results["rows"]:
+        name = tuple(row.get(each) for each in named)
+        share = f"{row['solver']} {round(10 * row['cost'])}0"
+        groups.setdefault(row["pattern"], {}).setdefault(name, {})[share] = row
+    lines = []
+    for pattern in ("first fifth dense", "uniform", "fewer steps"):
+        lines.append({"method": f"**{pattern}**"})
+        members = sorted(groups[pattern].items(), key=lambda each: -each[1]["unipc 50"]["psnr"])
+        for name, cells in members:
+            line = dict(zip(named, name, strict=True))
+            line["method"] = line["method"].split(",")[0]  # its reuse has a column
+            line |= {share: _quality_cell(cells[share]) for share in cells}
+            lines.append(line)
+    columns = {"method": "method", "reuse": "reuse", "scope": "selection per"}
+    columns |= {"branches": "branches", "velocity": "stale velocity", "rank": "tokens by"}
+    columns |= {"unipc 30": "30 %", "unipc 50": "50 %", "unipc 70": "70 %"}
+    columns |= {"euler 30": "Euler 30", "euler 50": "50", "euler 70": "70"}
+    return _markdown(lines, columns) + "\n\n" + _leads(groups["first fifth dense"])
+
+
+def _quality_cell(row: Row) -> str:
+    if row["solver"] == "euler":
+        return f"{row['psnr']:.1f}"
+    return f"{row['psnr']:.1f} ± {row['psnr_half_width']:.1f} / {row['ssim']:.3f}"
+
+
+def _leads(rows: dict[tuple, Row]) -> str:
+    """How far whole steps are ahead of the best token-wise row, prompt by prompt."""
+    said = []
+    for solver in ("unipc", "euler"):
+        leads = []
+        for share in (30, 50, 70):
+            cells = [(name[0], row[f"{solver} {share}"]) for name, row in rows.items()]
+            whole, tokens = (
+                max(
+                    (row for name, row in cells if name.startswith(method)),
+                    key=lambda row: row["psnr"],
+                )
+                for method in ("step-level", "astraea")
+            )
+            lead = np.subtract(whole["psnr_each"], tokens["psnr_each"])
+            leads.append(f"{lead.mean():.1f} ± {1.96 * lead.std(ddof=1) / len(lead) ** 0.5:.1f}")
+        said.append(f"{', '.join(leads)} dB with {'UniPC' if solver == 'unipc' else 'Euler'}")
+    return (
+        "The best row of whole steps against the best token-wise one, first fifth dense, prompt by "
+        f"prompt, at 30, 50 and 70 %: {'; '.join(said)}."
+    )
+
+
+SEARCHED = {
+    "fewer": ("fewer dense steps", "dense", False),
+    "uniform": ("uniform", "per block", False),
+    "random": ("first fifth dense", "random tokens", False),
+    "fixed": ("first fifth dense", "fixed-token", False),
+    "block": ("first fifth dense", "per block", False),
+    "step": ("first fifth dense", "astraea", False),
+    "hand": ("hand-made", "step-level", True),
+    "hand corrected": ("hand-made", "step-level-corrected", True),
+    "dp": ("sensitivity + DP", None, True),
+    "swaps": ("DP + swaps", None, True),
+    "whole": ("step-level EA", None, True),
+    "all": ("EA", None, True),
+}
+"""Columns of the search's table: what, method (None is any), and whether the worst prompt stands
+beside the mean."""
+
+
+def search(results: Row) -> str:
+    """Every way to find a schedule: the best row of each kind for a solver and a budget."""
+    judged = [row for row in results["rows"] if "psnr" in row]
+    lines = []
+    for solver in ("euler", "unipc"):
+        for budget in sorted({row["budget"] for row in judged}):
+            line = {"solver": "UniPC" if solver == "unipc" else "Euler"}
+            line["budget"] = f"{round(100 * budget)} %"
+            for column, (what, method, worst) in SEARCHED.items():
+                found = [
+                    row
+                    for row in judged
+                    if (row["solver"], row["budget"]) == (solver, budget)
+                    and row["what"].split(":")[0] == what
+                    and method in (None, row["method"])
+                ]
+                if found:
+                    best = max(found, key=lambda row: row["psnr"])
+                    line[column] = f"{best['psnr']:.1f}"
+                    line[column] += f" ({best['psnr_worst']:.0f})" if worst else ""
+            lines.append(line)
+    columns = {"solver": "solver", "budget": "budget", "fewer": "fewer steps"}
+    columns |= {"uniform": "uniform, per block", "random": "random tokens", "fixed": "FIXED-TOKEN"}
+    columns |= {"block": "per block", "step": "one selection a step", "hand": "best by hand"}
+    columns |= {"hand corrected": "by hand, corrected", "dp": "skip one + DP"}
+    columns |= {"swaps": "DP + swaps", "whole": "whole steps, EA", "all": "levels 0..10, EA"}
+    return _markdown(lines, columns)
+
+
+def attention(results: Row) -> str:
+    """Attention of all queries, implementation beside implementation, from the newest run."""
+    names = {
+        "wan-33": "Wan, 33 frames 480x832",
+        "wan-65": "Wan, 65 frames",
+        "wan-81": "Wan, 81 frames",
+        "wan-14b-720p": "Wan 14B, 81 frames 720x1280",
+        "opensora-spatial-15": "OpenSora, spatial (head width 72)",
+    }
+    lines = []
+    for shape, name in names.items():
+        line: Row = {"shape": name}
+        for run in results["timings"]:  # the newest first
+            rows = [row for row in run["rows"] if row["shape"] == shape and row["ratio"] == 1]
+            cells = {row["implementation"]: row for row in rows}
+            if "mosaic" in cells and "mosaic" not in line:
+                line |= {name: f"{row['milliseconds']:.3g} ms" for name, row in cells.items()}
+                line["mosaic"] += f", {cells['mosaic']['teraflops']:.0f} TFLOP/s"
+                line["tokens"] = cells["mosaic"]["queries"]
+        lines.append(line)
+    columns = {"shape": "shape", "tokens": "tokens", "mosaic": "Pallas Mosaic", "cudnn": "cuDNN"}
+    return _markdown(lines, columns)
+
+
+def wan(results: Row) -> str:
+    """Steps of Wan 1.3B, 81 frames, with the peer's first."""
+    parts = results["parts"]
+    peer = parts["peer"]["result"]
+    best = min(peer["rows"], key=lambda row: row["milliseconds"])
+    name = f"Diffusers {peer['environment']['diffusers']}, `torch.compile`, {best['attention']}"
+    lines: list[Row] = [{"what": name, "step": f"{best['milliseconds']:.0f}"}]
+    for row in parts["static-81"]["result"]["rows"]:
+        dense = row["method"] == "dense"
+        if dense or row["level"] < 10:
+            lines.append(
+                {
+                    "what": "dense" if dense else f"{10 * row['level']} %",
+                    "step": f"{row['milliseconds']:.0f}",
+                    "video": f"{row['projected']:.1f}",
+                    "speedup": f"{row['speedup']:.2f}",
+                    "share": f"{row['share']:.2f}",
+                }
+            )
+    columns = {"what": "", "step": "ms a step", "video": "s for 50 steps", "speedup": "speed-up"}
+    return _markdown(lines, columns | {"share": "of what the operations allow"})
+
+
+TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
+    "search": ("search.json", search),
+    "quality": ("quality.json", quality),
+    "attention": ("attention.json", attention),
+    "wan": ("gpu.json", wan),
+}
+
+
+def _markdown(lines: Sequence[Row], columns: dict[str, str]) -> str:
+    """As `report.markdown`, with nothing where a line has nothing."""
+    filled = [
+        {key: "" if line.get(key) is None else line[key] for key in columns} for line in lines
+    ]
+    return report.markdown(filled, columns)
+
+
+def made(name: str) -> str:
+    """A table of the README as its results have it."""
+    file, make = TABLES[name]
+    return make(json.loads((RESULTS / file).read_text()))
+
+
+def command(*, readme: pathlib.Path | None = None) -> None:
+    """Prints the README's tables from the results that the package holds.
+
+    Args:
+      readme: A README to write them into instead.
+    """
+    if readme is None:
+        print("\n\n".join(f"{name}\n\n{made(name)}" for name in TABLES))
+        return
+    if not readme.is_file():
+        raise ValueError(f"expected a README to write tables into; got no file at {readme}")
+    text = readme.read_text()
+    for name in TABLES:
+        pattern = re.compile(MARKED.format(name), re.S)
+        if not pattern.search(text):
+            raise ValueError(f"expected `<!-- table: {name} -->` and `<!-- end -->` in {readme}")
+        text = pattern.sub(lambda found, name=name: f"{found[1]}\n{made(name)}\n\n{found[3]}", text)
+    with files.replacing(readme) as partial:
+        partial.write_text(text)
