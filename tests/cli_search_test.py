@@ -151,6 +151,7 @@ def test_a_study_judges_what_it_finds_goes_on_and_ships(capsys):
         (["sensitivity", "--output", "a.txt"], ".png"),
         (["sensitivity", "--count", "0"], "count must be"),
         (["bench", "search", "--heldout-prompts", "1"], "2 held-out"),
+        (["bench", "search", "--parts", "transfer"], "--starts"),
         (["bench", "scoring", "--plans", "fast"], "plans among"),
     ],
 )

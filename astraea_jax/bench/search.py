@@ -90,6 +90,8 @@ def command(
     deadline = time.perf_counter() + 60 * minutes
     if set(parts) - set(PARTS):
         raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
+    if "transfer" in parts and starts is None:
+        raise ValueError("the part transfer judges what another study found: say which by --starts")
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
     options = Options(

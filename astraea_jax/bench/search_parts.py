@@ -140,8 +140,6 @@ class Plan:
         So many are enough to see whether schedules outlive a change of the weights, and to choose
         the ones that a model carries until a search of its own.
         """
-        if not self.it.elsewhere:
-            raise ValueError("the part transfer judges what another study found: say --starts")
         for solver in self.it.options.solvers:
             for budget in self.it.options.budgets:
                 rows = [
