@@ -1,5 +1,6 @@
 """The clips that the small model learns from, their captions, and the reader of videos."""
 
+import dataclasses
 import sys
 
 import jax
@@ -191,6 +192,38 @@ def test_lessons_are_the_scenes_with_other_words():
     assert [c.replace("white", "pink") for c in captions] == list(taught(0, 32).captions)
     clips = scenes.make_clips(scenes.clip_keys(1, 0, 4), two=plain.two, frames=5, side=16)
     np.testing.assert_allclose(plain(0, 4).video(), clips.video, atol=1e-6)
+
+
+def test_lessons_may_spin_more_than_the_scenes(drawn):
+    keys, plain = drawn
+    same, more = (jax.device_get(scenes.make_scenes(keys, two=0.3, spin=s)) for s in (0.0, 0.4))
+    jax.tree.map(np.testing.assert_array_equal, plain, same)
+    # 40 % are made to spin, and an eighth of the others does.
+    spins = more.motion == scenes.SPINNING
+    assert abs(spins.mean() - (0.4 + 0.6 / 8)) < 0.03
+    assert abs((spins[:, 0] & spins[:, 1]).mean() - 0.475**2) < 0.03, "each object for itself"
+    # Nothing else changes: not even how the others move.
+    others = more._replace(motion=np.where(spins, plain.motion, more.motion))
+    jax.tree.map(np.testing.assert_array_equal, plain, others)
+    # What captions and scores come from knows no such share.
+    assert (np.asarray(scene_captions.held_out(False)[1].motion) == scenes.SPINNING).mean() < 0.25
+
+
+def test_captions_say_what_is_made_to_spin():
+    plain = lessons.Lessons(seed=1, two=0.5, frames=5, side=16)
+    spun = dataclasses.replace(plain, spin=1.0)
+    assert spun.settings["spin"] == 1.0
+    before, after = plain(0, 16), spun(0, 16)
+    assert before.captions != after.captions
+    counts = np.asarray(scenes.make_scenes(scenes.clip_keys(1, 0, 16), two=0.5).count)
+    words = scene_captions.MOTION_WORDS[scenes.SPINNING]
+    for caption, count in zip(after.captions, counts, strict=True):
+        assert sum(caption.count(word) for word in words) == count
+    # An object that spins stays where it is.
+    still, moved = (np.abs(np.diff(e.video(), axis=1)).sum() for e in (after, before))
+    assert 0 < still < 0.8 * moved
+    with pytest.raises(ValueError, match="made to spin"):
+        lessons.Lessons(spin=-0.1)
 
 
 def test_scores_count_what_was_asked_for():

@@ -355,6 +355,7 @@ def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
         (["--sitting", "-1"], "sitting must be above 0"),
         (["--from", "nowhere"], "no such folder"),
         (["--two", "2"], "must be in 0..1"),
+        (["--spin", "1.5"], "made to spin must be in 0..1"),
         (["--rate", "0"], "rate must be above 0"),
         (["--span", "1", "0"], "span must rise"),
         (["--steps", "3", "--pool", "6"], "multiple of 4"),

@@ -34,6 +34,7 @@ def train_tiny(
     batch: int | None = None,
     rate: float = 1.0,
     two: float = 0.7,
+    spin: float = 0.0,
     text_rate: float = 1.0,
     even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),
@@ -56,6 +57,7 @@ def train_tiny(
       batch: Clips a step; 128 for each GPU, or 4 without one.
       rate: Factor on all step sizes.
       two: Share of clips with two objects.
+      spin: Share of objects that are made to spin, beside those that do so anyway.
       text_rate: Factor on the text encoder's step size.
       even_times: Share of noise levels drawn as the solver visits them.
       span: Part of the rates' schedule that this run goes through: 0 0.5, then 0.5 1 elsewhere.
@@ -76,6 +78,7 @@ def train_tiny(
         batch=batch,
         rate=rate,
         two=two,
+        spin=spin,
         text_rate=text_rate,
         even_times=even_times,
         span=span,
@@ -112,6 +115,7 @@ class Order:
     batch: int | None
     rate: float
     two: float
+    spin: float
     text_rate: float
     even_times: float
     span: tuple[float, float]
@@ -140,7 +144,7 @@ class Order:
         return {"model": "tiny" if nothing else self.model, "from_nothing": nothing}
 
     def _transformer(self, steps: int, large: bool) -> training_run.Trainee:
-        source = lessons.Lessons(seed=self.seed, two=self.two)
+        source = lessons.Lessons(seed=self.seed, two=self.two, spin=self.spin)
         devices = jax.device_count()
         recipe = Recipe(
             steps=steps,

@@ -19,6 +19,8 @@ class Lessons:
     Attributes:
       seed: of the scenes; never HELD_OUT_SEED.
       two: share of the clips with two objects, 0..1.
+      spin: share of the objects that are made to spin, 0..1, beside those that do so anyway: a spin
+        is what is hardest to draw, since one latent holds four frames of it.
       colours: red, green and blue of objects, in the order of scenes.COLOURS.
       rename: words to write in the captions instead of others: to teach a new one.
       frames: of a clip.
@@ -27,6 +29,7 @@ class Lessons:
 
     seed: int = 0
     two: float = scenes.TWO
+    spin: float = 0.0
     colours: tuple[tuple[float, float, float], ...] = scenes.COLOUR_RGB
     rename: tuple[tuple[str, str], ...] = ()
     frames: int = scenes.FRAMES
@@ -36,6 +39,8 @@ class Lessons:
         """Refuses what is out of range."""
         if not 0 <= self.two <= 1:
             raise ValueError(f"the share of clips with two objects must be in 0..1; got {self.two}")
+        if not 0 <= self.spin <= 1:
+            raise ValueError(f"the share of objects made to spin must be in 0..1; got {self.spin}")
         if not 0 <= self.seed < HELD_OUT_SEED:
             raise ValueError(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
 
@@ -48,7 +53,7 @@ class Lessons:
         """Clips number first..first+count-1. What they show and the words are the host's work."""
         with jax.default_device(jax.devices("cpu")[0]):
             keys = scenes.clip_keys(self.seed, first, count)
-            shown = scenes.make_scenes(keys, two=self.two)
+            shown = scenes.make_scenes(keys, two=self.two, spin=self.spin)
             captions = make_captions(keys, shown, avoid=held_out_captions())
         swap = dict(self.rename)
         captions = [" ".join(swap.get(word, word) for word in text.split()) for text in captions]

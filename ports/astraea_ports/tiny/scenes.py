@@ -38,6 +38,7 @@ TWO = 0.3
 """Share of clips with two objects in the distribution that the shipped captions come from."""
 
 BLACK = COLOURS.index("black")
+SPINNING = MOTIONS.index("spinning")
 
 
 class Scene(NamedTuple):
@@ -126,16 +127,32 @@ def render_clips(
 
 
 @jax.jit
-def make_scenes(keys: Key[Array, "B"], *, two: float | Float[Array, ""] = TWO) -> Scene:
-    """What the clips of `make_clips` show, without rendering them."""
-    return jax.vmap(lambda key: sample_scene(jax.random.fold_in(key, 0), two))(keys)
+def make_scenes(
+    keys: Key[Array, "B"],
+    *,
+    two: float | Float[Array, ""] = TWO,
+    spin: float | Float[Array, ""] = 0.0,
+) -> Scene:
+    """What clips show, without rendering them; with no `spin` those of `make_clips`.
+
+    Args:
+      keys: of `clip_keys`.
+      two: share of the clips with two objects, 0..1.
+      spin: share of the objects that spin whatever they would do otherwise, 0..1.
+    """
+    return jax.vmap(lambda key: sample_scene(jax.random.fold_in(key, 0), two, spin))(keys)
 
 
-def sample_scene(key: PRNGKeyArray, two: float | Float[Array, ""] = TWO) -> Scene:
+def sample_scene(
+    key: PRNGKeyArray,
+    two: float | Float[Array, ""] = TWO,
+    spin: float | Float[Array, ""] = 0.0,
+) -> Scene:
     """Draws what one clip shows: two objects differ in shape and colour, none hides in its ground.
 
     An object is never of its ground's colour name (a blue one on blue, a green one on green).
     """
+    made_to_spin = jax.random.uniform(jax.random.fold_in(key, 2), (2,)) < spin
     keys = iter(jax.random.split(key, 9))
 
     def pick(allowed: Array, shape: tuple[int, ...] = ()) -> Array:
@@ -153,7 +170,7 @@ def sample_scene(key: PRNGKeyArray, two: float | Float[Array, ""] = TWO) -> Scen
         count=jnp.where(jax.random.uniform(next(keys)) < two, 2, 1),
         shape=jnp.stack([shape, second_shape]),
         colour=jnp.stack([colour, second_colour]),
-        motion=pick(jnp.ones(len(MOTIONS)), (2,)),
+        motion=jnp.where(made_to_spin, SPINNING, pick(jnp.ones(len(MOTIONS)), (2,))),
         size=pick(jnp.array(SIZE_ODDS), (2,)),
         speed=pick(jnp.array(SPEED_ODDS), (2,)),
         ground=ground,
