@@ -130,6 +130,37 @@ def test_the_training_forward_is_the_plain_model(model, layout):
     np.testing.assert_allclose(ours, plain, atol=2e-5)
 
 
+@pytest.mark.core
+@pytest.mark.parametrize("layout", [Layout(), Layout(recompute=False, unroll=True)])
+def test_the_training_gradients_are_the_plain_models(model, layout):
+    transformer = wan.load_transformer(model / "transformer")
+    keys = jax.random.split(jax.random.key(0), 4)
+    # No weight at its start's zero or one, or half of the backward pass would go unseen.
+    leaves, tree = jax.tree.flatten(transformer)
+    draws = jax.random.split(keys[3], len(leaves))
+    leaves = [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, draws, strict=True)]
+    transformer = jax.tree.unflatten(tree, leaves)
+    latents, target = jax.random.normal(keys[0], (2, 2, 3, 4, 4, 16))
+    context = jax.random.normal(keys[1], (2, 8, 32))
+    time = jnp.array([937.0, 14.0])
+
+    def gradients(forward):
+        def loss(transformer, latents, context):
+            return jnp.square(forward(transformer, latents, time, context) - target).mean()
+
+        return jax.jit(jax.grad(loss, (0, 1, 2)))(transformer, latents, context)
+
+    plain = gradients(type(transformer).__call__)
+    ours = gradients(lambda *arguments: velocity(*arguments, layout))
+
+    def check(path, expected, found):
+        size = float(jnp.abs(expected).max())
+        assert size > 0, path
+        np.testing.assert_allclose(found, expected, atol=2e-5 * size, err_msg=str(path))
+
+    jax.tree_util.tree_map_with_path(check, plain, ours)
+
+
 def test_times_are_the_two_distributions_shifted():
     recipe = dataclasses.replace(RECIPE, batch=20000, time_even=0.0)
     logits = jax.scipy.special.logit(training.draw_times(jax.random.key(0), recipe))

@@ -11,12 +11,10 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.experimental.layout import Layout as DeviceLayout
-from jax.experimental.layout import with_layout_constraint
 from jaxtyping import Array, Float
 
-from astraea_jax import model as core
-from astraea_ports.wan.block import Block, layer_norm, rope_tables, rotate
+from astraea_ports.wan import training_passes as passes
+from astraea_ports.wan.block import Attention, Block, RMSNorm, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.transformer import Transformer
 
@@ -101,58 +99,60 @@ def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel
     """One block, as transformer.BoundBlock has it: attention, attention to the text, MLP."""
     table = block.scale_shift_table[...].astype(jnp.float32) + modulation
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table[:, i, None] for i in range(6))
-    dtype = tokens.dtype
 
     attention = block.attn1
-    x = (layer_norm(tokens, block.eps) * (1 + scale) + shift).astype(dtype)
+    x = passes.normed(tokens, scale, shift, block.eps)
     queries, keys, values = _project(x, attention.to_q, attention.to_k, attention.to_v)
-    queries = rotate(attention.split(attention.norm_q(queries)), rope)
-    keys = rotate(attention.split(attention.norm_k(keys)), rope)
-    values = attention.split(values)
-    attended = _attend(queries, keys, values, kernel)
-    tokens = core.add_gated(tokens, gate, _dense(attention.to_out, attended))
+    queries = _turned(attention.norm_q, queries, attention.to_q, rope)
+    keys = _turned(attention.norm_k, keys, attention.to_k, rope)
+    values = values + _bias(attention.to_v)
+    attended = _attend(attention, queries, keys, values, kernel)
+    tokens = _add_projected(tokens, gate, attention.to_out, attended)
 
-    attention = block.attn2
-    x = block.norm2(tokens.astype(jnp.float32)).astype(dtype)
-    queries = attention.split(attention.norm_q(_dense(attention.to_q, x)))
+    attention, norm = block.attn2, block.norm2
+    x = passes.normed(tokens, *_of_clips(gate, norm.scale[...] - 1, norm.bias[...]), norm.epsilon)
+    queries = passes.product(x, attention.to_q.kernel[...])
+    queries = _turned(attention.norm_q, queries, attention.to_q, None)
     keys, values = _project(text, attention.to_k, attention.to_v)
-    keys, values = attention.split(attention.norm_k(keys)), attention.split(values)
-    attended = _attend(queries, keys, values, kernel)
-    tokens = core.add_gated(tokens, 1.0, _dense(attention.to_out, attended))
+    keys = attention.norm_k(keys + _bias(attention.to_k))
+    values = values + _bias(attention.to_v)
+    attended = _attend(attention, queries, keys, values, kernel)
+    tokens = _add_projected(tokens, jnp.ones_like(gate), attention.to_out, attended)
 
-    x = layer_norm(tokens, block.eps) * (1 + mlp_scale) + mlp_shift
-    hidden = jax.nn.gelu(_dense(block.ffn_in, x.astype(dtype)), approximate=True)
-    return core.add_gated(tokens, mlp_gate, _dense(block.ffn_out, hidden))
+    x = passes.normed(tokens, mlp_scale, mlp_shift, block.eps)
+    hidden = passes.product(x, block.ffn_in.kernel[...])
+    hidden = passes.gelu(hidden, _bias(block.ffn_in))
+    return _add_projected(tokens, mlp_gate, block.ffn_out, hidden)
 
 
 def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> list[Array]:
-    """What each layer makes of `x`, as one product that reads `x` once."""
+    """What each layer makes of `x` but for its bias, as one product that reads `x` once."""
     kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    bias = jnp.concatenate([layer.bias[...] for layer in layers if layer.bias is not None])
-    return jnp.split(_product(x, kernel, bias), len(layers), axis=-1)
+    return jnp.split(passes.product(x, kernel), len(layers), axis=-1)
 
 
-def _dense(layer: nnx.Linear, x: Float[Array, "B N I"]) -> Float[Array, "B N O"]:
-    """What the layer makes of `x`."""
+def _add_projected(tokens: Array, gate: Array, layer: nnx.Linear, x: Array) -> Array:
+    """Tokens and, gated, what the layer makes of `x`."""
+    return passes.add_gated(tokens, gate, passes.product(x, layer.kernel[...]), _bias(layer))
+
+
+def _turned(norm: RMSNorm, x: Array, layer: nnx.Linear, rope: Rope | None) -> Array:
+    return passes.turned(x, _bias(layer), norm.weight[...], rope, norm.eps)
+
+
+def _bias(layer: nnx.Linear) -> Array:
     assert layer.bias is not None
-    return _product(x, layer.kernel[...], layer.bias[...])
+    return layer.bias[...]
 
 
-def _product(x: Array, kernel: Array, bias: Array) -> Array:
-    """`x @ kernel + bias` over rows alone.
-
-    With the batch as an axis of its own, XLA lays the tokens out channel by channel, for the sake
-    of the kernel's gradient, and every norm becomes a sum over the slowest axis.
-    """
-    rows = _by_row(x.reshape(-1, x.shape[-1])) @ kernel + bias
-    return _by_row(rows).reshape(*x.shape[:-1], -1)
+def _of_clips(like: Float[Array, "B 1 H"], *rows: Float[Array, " H"]) -> list[Array]:
+    """Rows that all clips share, as those that each has of its own."""
+    return [jnp.broadcast_to(row.astype(like.dtype), like.shape) for row in rows]
 
 
-def _by_row(x: Array) -> Array:
-    """The same values, laid out row by row, and so their gradient."""
-    return with_layout_constraint(x, DeviceLayout(tuple(range(x.ndim))))
-
-
-def _attend(queries, keys, values, kernel: AttentionKernel) -> Float[Array, "B K H"]:
-    out = jax.nn.dot_product_attention(queries, keys, values, implementation=kernel)
-    return out.reshape(*out.shape[:2], -1)
+def _attend(
+    attention: Attention, queries: Array, keys: Array, values: Array, kernel: AttentionKernel
+) -> Float[Array, "B K H"]:
+    heads = (attention.split(x) for x in (queries, keys, values))
+    out = jax.nn.dot_product_attention(*heads, implementation=kernel)
+    return out.reshape(queries.shape)
