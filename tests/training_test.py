@@ -231,6 +231,25 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(tensor, load_file(tmp_path / "run" / name)[key])
 
 
+def test_the_step_is_compiled_before_the_pool_is_full(model):
+    recipe = dataclasses.replace(RECIPE, seed=9)  # a step of its own, that no test has compiled
+    trainee, compiled = make_training(model, recipe), []
+
+    def listen(event, _, **__):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        state = trainee.start()
+        trainee.prepare(0, quiet)
+        before = len(compiled)
+        trainee.advance(state)
+        assert before and len(compiled) == before, "another step than the one compiled ahead"
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 def first_losses(model, count):
     """The losses of a run's first steps."""
     trainee = make_training(model)

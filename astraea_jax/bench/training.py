@@ -65,7 +65,7 @@ def command(
     trainee = TransformerTraining(
         model, lessons.Lessons(), Recipe(steps=10**6, batch=batch, dtype=dtype), plan=plan
     )
-    trainee.prepare(0, lambda _: None)
+    trainee.pool.bring_to(0)  # `prepare` would compile a step too
     encoded = encode_rate(trainee)
     print(
         f"large products: {peak / 1e12:.1f} TFLOP/s; clips encoded: {encoded:.0f} a second",
@@ -110,12 +110,12 @@ def product_rate(dtype: str, size: int) -> float:
 def encode_rate(trainee: TransformerTraining) -> float:
     """Clips a second that are drawn and encoded into the pool."""
     trainee.pool.refresh_every = 1
-    trainee.prepare(1, lambda _: None)
+    trainee.pool.bring_to(1)
     jax.block_until_ready(trainee.pool.arrays)
     began = time.perf_counter()
     count = 4
     for step in range(2, 2 + count):
-        trainee.prepare(step, lambda _: None)
+        trainee.pool.bring_to(step)
     jax.block_until_ready(trainee.pool.arrays)
     trainee.pool.refresh_every = 0
     return count * trainee.pool.block / (time.perf_counter() - began)

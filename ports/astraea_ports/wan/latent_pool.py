@@ -117,11 +117,24 @@ class LatentPool:
         assert self._arrays is not None, "bring_to comes first"
         return self._arrays
 
+    def allocate(self) -> None:
+        """Makes the arrays, still empty, so that what reads them can be compiled."""
+        first = self._worker.submit(self._make, 0)
+        self._next = (0, first)
+        examples, tokens = first.result()
+        latents = jax.eval_shape(lambda vae: _encode(vae, examples.video()), self._vae)
+        block = Latents(latents, *map(jnp.asarray, (tokens.ids, tokens.mask)))
+        self._arrays = jax.tree.map(
+            lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), block
+        )
+
     def bring_to(self, step: int, report: Callable[[int, int], None] = lambda *_: None) -> None:
         """Makes the pool what `step` is to find; `report(clips done, clips in all)` as it fills."""
         refreshed = step // self.refresh_every if self.refresh_every else 0
         blocks = self.size // self.block
-        if self._arrays is None or not 0 <= refreshed - self._refreshed <= 1:
+        if self._arrays is None:
+            self.allocate()
+        if self._refreshed < 0 or not 0 <= refreshed - self._refreshed <= 1:
             for index in range(blocks):
                 self._fill(index, source_block(index, refreshed, blocks))
                 report((index + 1) * self.block, self.size)
@@ -133,12 +146,7 @@ class LatentPool:
         examples, tokens = self._take(number)
         latents = self._encode(self._vae, jax.device_put(examples.video(), self._split))
         words = jax.device_put((tokens.ids, tokens.mask), self._copied)
-        fresh = Latents(latents, *words)
-        if self._arrays is None:
-            self._arrays = jax.tree.map(
-                lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), fresh
-            )
-        self._arrays = self._put(self._arrays, fresh, block * self.block)
+        self._arrays = self._put(self.arrays, Latents(latents, *words), block * self.block)
 
     def _take(self, number: int) -> tuple[Examples, TokenIds]:
         """A block of the stream, its words made ahead while the device was at work."""

@@ -116,7 +116,12 @@ def _add_gated_backward(saved, gradient):
     wide = gradient.astype(jnp.float32)
     total = wide.sum(1, keepdims=True)
     along = (wide * out.astype(jnp.float32)).sum(1, keepdims=True) + bias * total
-    return gradient, along, (gate * wide).astype(out.dtype), (gate * total).sum((0, 1), bias.dtype)
+    return (
+        gradient,
+        along,
+        (gate * wide).astype(out.dtype),
+        (gate * total).sum((0, 1)).astype(bias.dtype),
+    )
 
 
 add_gated.defvjp(_add_gated_forward, _add_gated_backward)
@@ -140,7 +145,7 @@ def _gelu_backward(saved, gradient):
     x, bias = _written(saved)
     _, pull = jax.vjp(_gelu, x.astype(jnp.float32) + bias)
     (wide,) = pull(gradient.astype(jnp.float32))
-    return wide.astype(x.dtype), wide.sum((0, 1), bias.dtype)
+    return wide.astype(x.dtype), wide.sum((0, 1)).astype(bias.dtype)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -173,8 +178,9 @@ def _turned_backward(eps, saved, gradient):
     inner = gradient * weight
     along = _written((inner * normed).mean(-1, keepdims=True))
     out = factor * (inner - normed * along)
-    sums = (out.sum((0, 1), bias.dtype), (gradient * normed).sum((0, 1), weight.dtype))
-    return out.astype(x.dtype), *sums, jax.tree.map(jnp.zeros_like, rope)
+    bias_sum = out.sum((0, 1)).astype(bias.dtype)
+    weight_sum = (gradient * normed).sum((0, 1)).astype(weight.dtype)
+    return out.astype(x.dtype), bias_sum, weight_sum, jax.tree.map(jnp.zeros_like, rope)
 
 
 turned.defvjp(_turned_forward, _turned_backward)

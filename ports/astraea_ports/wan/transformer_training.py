@@ -1,5 +1,6 @@
 """A transformer and its text encoder as something that `training_run` trains."""
 
+import concurrent.futures
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
@@ -81,6 +82,8 @@ class TransformerTraining(PartTraining):
         """
         super().__init__(model, recipe, recipe.batch)
         self.layout = layout
+        self._worker = concurrent.futures.ThreadPoolExecutor(1)
+        self._compiled: concurrent.futures.Future | None = None
         self._from_nothing, self._sheet = from_nothing, sheet
         self.pipeline = Pipeline.from_pretrained(self.folder)
         empty = self.pipeline.tokenizer([""])
@@ -117,31 +120,46 @@ class TransformerTraining(PartTraining):
         return jax.device_put(training.start(self._networks(), self.recipe), self.copied)
 
     def prepare(self, step: int, say: Callable[[str], None]) -> None:
-        """Fills the pool, or replaces a block of it."""
+        """Fills the pool, or replaces a block of it; before the first, the step is compiled."""
+        if self._compiled is None:
+            self.pool.allocate()
+            self._compiled = self._worker.submit(self._compile)
+        compiled = self._compiled
 
         def report(done: int, total: int) -> None:
+            # The first block compiles too: both at once. But the step's kernels are chosen by
+            # their times, so nothing else may run by then.
+            compiled.result()
             if done == total or done * 8 // total > (done - self.pool.block) * 8 // total:
                 say(f"clips encoded: {done} of {total}")
 
         self.pool.bring_to(step, report)
 
+    def _compile(self) -> None:
+        """Compiles the step that `advance` takes; JAX keeps it."""
+        state = jax.eval_shape(lambda: training.start(self._networks(), self.recipe))
+        state = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.copied), state
+        )
+        arrays, static = self._arguments()
+        training.train_step.lower(state, *arrays, **static).compile()
+
     def advance(self, state: training.State) -> tuple[training.State, jax.Array]:
         """One step."""
+        arrays, static = self._arguments()
+        return training.train_step(state, *arrays, **static)
+
+    def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What a step takes beside the state: arrays, and what is compiled in."""
         if self.layout is None:
             config = self.pipeline.transformer.config
             tokens = training.num_tokens(config, self.pool.arrays.latents.shape[1:])
             kept = kept_bytes(config, tokens * self.batch // self.mesh.size)
             self.layout = Layout.for_device(self.recipe.dtype, kept)
-        return training.train_step(
-            state,
-            self.pool.arrays,
-            self._empty,
-            jnp.int32(self.recipe.steps),
-            # Its length is no part of the program.
-            recipe=dataclasses.replace(self.recipe, steps=1),
-            layout=self.layout,
-            mesh=self.mesh,
-        )
+        # Its length is no part of the program.
+        recipe = dataclasses.replace(self.recipe, steps=1)
+        arrays = (self.pool.arrays, self._empty, jnp.int32(self.recipe.steps))
+        return arrays, {"recipe": recipe, "layout": self.layout, "mesh": self.mesh}
 
     def flops(self) -> float:
         """Operations of a step's products."""
