@@ -144,8 +144,9 @@ def _gelu_backward(saved, gradient):
     # Behind a barrier, or the forward pass would hand the slope over, as large as `x` itself.
     x, bias = _written(saved)
     _, pull = jax.vjp(_gelu, x.astype(jnp.float32) + bias)
-    (wide,) = pull(gradient.astype(jnp.float32))
-    return wide.astype(x.dtype), wide.sum((0, 1)).astype(bias.dtype)
+    (out,) = pull(gradient.astype(jnp.float32))
+    out = out.astype(x.dtype)
+    return out, _total(out)
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
@@ -177,13 +178,17 @@ def _turned_backward(eps, saved, gradient):
     normed = (x.astype(jnp.float32) + bias) * factor
     inner = gradient * weight
     along = _written((inner * normed).mean(-1, keepdims=True))
-    out = factor * (inner - normed * along)
-    bias_sum = out.sum((0, 1)).astype(bias.dtype)
+    out = (factor * (inner - normed * along)).astype(x.dtype)
     weight_sum = (gradient * normed).sum((0, 1)).astype(weight.dtype)
-    return out.astype(x.dtype), bias_sum, weight_sum, jax.tree.map(jnp.zeros_like, rope)
+    return out, _total(out), weight_sum, jax.tree.map(jnp.zeros_like, rope)
 
 
 turned.defvjp(_turned_forward, _turned_backward)
+
+
+def _total(x: Float[Array, "B N H"]) -> Float[Array, " H"]:
+    """The sum of all rows, of what is written: of what it is rounded from, XLA would write that."""
+    return x.sum((0, 1), jnp.float32).astype(x.dtype)
 
 
 def _turn(x: Float[Array, "B N H"], rope: Rope | None) -> Float[Array, "B N H"]:
