@@ -59,7 +59,7 @@ def kept_bytes(config: TransformerConfig, tokens: int) -> float:
       config: of the model.
       tokens: of all clips of a batch.
     """
-    return float(tokens) * config.num_layers * (30 * config.width + 10 * config.ffn_dim)
+    return float(tokens) * config.num_layers * 2 * (18 * config.width + 2 * config.ffn_dim)
 
 
 def velocity(

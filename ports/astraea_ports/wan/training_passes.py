@@ -23,32 +23,26 @@ from astraea_ports.wan.block import Rope, rotate
 _written = jax.lax.optimization_barrier
 
 
-@jax.custom_vjp
 def product(x: Float[Array, "B N I"], kernel: Float[Array, "I O"]) -> Float[Array, "B N O"]:
     """`x @ kernel` over rows alone.
 
     With the batch as an axis of its own, XLA lays the tokens out channel by channel, for the sake
     of the kernel's gradient, and every norm becomes a sum over the slowest axis.
     """
-    return _by_row(_rows(x) @ kernel).reshape(*x.shape[:-1], -1)
+    rows = _by_row(_by_row(x.reshape(-1, x.shape[-1])) @ kernel)
+    return _gradient_once(rows).reshape(*x.shape[:-1], -1)
 
 
-def _product_forward(x, kernel):
-    return product(x, kernel), (x, kernel)
+@jax.custom_vjp
+def _gradient_once(x: Array) -> Array:
+    """The same values; their gradient is put together once, and not by each product that reads it.
+
+    The product itself stays one that JAX knows, so that a policy can keep its result.
+    """
+    return x
 
 
-def _product_backward(saved, gradient):
-    x, kernel = saved
-    # Both products read it: written once, and not put together again by each.
-    rows = _written(_rows(gradient))
-    return _by_row(rows @ kernel.T).reshape(x.shape), _rows(x).T @ rows
-
-
-product.defvjp(_product_forward, _product_backward)
-
-
-def _rows(x: Array) -> Array:
-    return _by_row(x.reshape(-1, x.shape[-1]))
+_gradient_once.defvjp(lambda x: (x, None), lambda _, gradient: (_written(gradient),))
 
 
 def _by_row(x: Array) -> Array:
