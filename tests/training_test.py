@@ -1,6 +1,7 @@
 """Training: the step against the plain model, runs that stop and go on, and what they leave."""
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -151,7 +152,7 @@ def test_the_training_gradients_are_the_plain_models(model, layout):
         return jax.jit(jax.grad(loss, (0, 1, 2)))(transformer, latents, context)
 
     plain = gradients(type(transformer).__call__)
-    ours = gradients(lambda *arguments: velocity(*arguments, layout))
+    ours = gradients(functools.partial(velocity, layout=layout))
 
     def check(path, expected, found):
         size = float(jnp.abs(expected).max())

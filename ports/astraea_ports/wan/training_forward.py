@@ -110,6 +110,7 @@ def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel
     tokens = _add_projected(tokens, gate, attention.to_out, attended)
 
     attention, norm = block.attn2, block.norm2
+    assert norm.scale is not None and norm.bias is not None
     x = passes.normed(tokens, *_of_clips(gate, norm.scale[...] - 1, norm.bias[...]), norm.epsilon)
     queries = passes.product(x, attention.to_q.kernel[...])
     queries = _turned(attention.norm_q, queries, attention.to_q, None)
