@@ -236,7 +236,7 @@ def test_the_step_is_compiled_before_the_pool_is_full(model):
     recipe = dataclasses.replace(RECIPE, seed=9)  # a step of its own, that no test has compiled
     trainee, compiled = make_training(model, recipe), []
 
-    def listen(event, _, **__):
+    def listen(event, duration_secs, **_):
         if event == "/jax/core/compile/backend_compile_duration":
             compiled.append(event)
 

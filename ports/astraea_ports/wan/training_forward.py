@@ -111,7 +111,9 @@ def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel
 
     attention, norm = block.attn2, block.norm2
     assert norm.scale is not None and norm.bias is not None
-    x = passes.normed(tokens, *_of_clips(gate, norm.scale[...] - 1, norm.bias[...]), norm.epsilon)
+    scale, shift = (row[...].astype(jnp.float32) for row in (norm.scale, norm.bias))
+    scale, shift = (jnp.broadcast_to(row, gate.shape) for row in (scale - 1, shift))
+    x = passes.normed(tokens, scale, shift, norm.epsilon)
     queries = passes.product(x, attention.to_q.kernel[...])
     queries = _turned(attention.norm_q, queries, attention.to_q, None)
     keys, values = _project(text, attention.to_k, attention.to_v)
@@ -144,11 +146,6 @@ def _turned(norm: RMSNorm, x: Array, layer: nnx.Linear, rope: Rope | None) -> Ar
 def _bias(layer: nnx.Linear) -> Array:
     assert layer.bias is not None
     return layer.bias[...]
-
-
-def _of_clips(like: Float[Array, "B 1 H"], *rows: Float[Array, " H"]) -> list[Array]:
-    """Rows that all clips share, as those that each has of its own."""
-    return [jnp.broadcast_to(row.astype(like.dtype), like.shape) for row in rows]
 
 
 def _attend(
