@@ -9,7 +9,7 @@ MOST_SPLITS = 16
 LAUNCH = 10
 """What a launch and the merge of its parts cost, in tiles of keys: some 25 microseconds."""
 PART = 1.1
-"""How much longer a part takes with a tile of keys: its tiles are smaller, its output is float32."""
+"""How much longer a part takes with a tile of keys: smaller tiles, an output in float32."""
 LEAST_GAIN = 0.01
 """Share of the time that a second launch must save."""
 
