@@ -4,7 +4,6 @@ Bits are promised on a CPU in float32, where tests hold them. A GPU chooses its 
 each program and shape, so that here the same rungs are measured: relative to the dense video.
 """
 
-import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -21,7 +20,7 @@ from astraea_jax import files, report, solvers
 from astraea_jax import model as core
 from astraea_jax.attention import gather_rows
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.methods import METHODS, Astraea
+from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 
 POLICIES: tuple[tuple[Dtype, Precision], ...] = (
@@ -150,10 +149,6 @@ class Study:
 
     def _run(self, name: str, levels, driver: loop.Driver, noise, context) -> Array:
         """Latents of a run; the context of a thread is its own."""
-        method = METHODS[name]
-        if isinstance(method, Astraea):
-            # Levels as data promise the same in any form; this one compiles the fastest.
-            method = dataclasses.replace(method, pieces="loop")
         with jax.default_matmul_precision(self.products):
             return loop.denoise(
                 self.pipeline.transformer,
@@ -161,7 +156,7 @@ class Study:
                 context,
                 solver=solvers.unipc(len(levels), shift=self.pipeline.shift),
                 schedule=Schedule(levels),
-                method=method,
+                method=METHODS[name],
                 guidance=5.0,
                 driver=driver,
             ).latents
