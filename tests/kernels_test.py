@@ -63,6 +63,18 @@ HOPPER = [  # B, K, N, A, C, count, tiling, splits, dtype
 ]
 
 
+def test_hopper_with_the_last_queries_in_a_launch_of_their_own(with_gpu):
+    seed, count = new_seed(), (130, 100)
+    q, k, v = random_inputs(seed, (2, 136, 152, 1, 128), jnp.bfloat16)
+    attend = functools.partial(
+        hopper.attend, scale=128**-0.5, tiling=hopper.Tiling(128, 64, 2, False, whole=True),
+        tail=splits.Tail(1, 2), interpret=True,
+    )  # fmt: skip
+    with with_gpu():
+        got = jax.jit(attend)(q, k, v, jnp.array(count, jnp.int32))
+    assert_right(got, q, k, v, count, seed)
+
+
 @pytest.mark.parametrize(("shape", "count", "tiling", "parts", "dtype"), HOPPER, ids=str)
 def test_hopper(with_gpu, shape, count, tiling, parts, dtype):
     seed = new_seed()
@@ -216,6 +228,24 @@ def test_merge_of_parts_is_exact():
 )
 def test_parts_fill_the_chip(programs, tiles, parts):
     assert splits.num_splits(programs, tiles, 132) == parts
+
+
+@pytest.mark.parametrize(
+    ("tiles", "heads", "keys", "left", "least"),
+    [
+        (128, 24, 171, 2, 0.018),  # half of 81 frames of Wan: 23 waves and 36 programs
+        (256, 24, 171, 0, 0),  # all of them: 46 waves and 72 programs, less than a percent to gain
+        (55, 24, 74, 0, 0),  # half of 33 frames: ten full waves
+        (13, 240, 9, 0, 0),  # OpenSora: few keys, so that a launch costs more
+        (2, 24, 171, 0, 0),  # no full wave
+    ],
+)
+def test_a_last_wave_that_fills_little_is_cut_along_the_keys(tiles, heads, keys, left, least):
+    tail = splits.tail(tiles, heads, keys, 132)
+    assert tail.tiles == left and (tail.splits > 1) == (left > 0)
+    waves = -(-tiles * heads // 132)
+    cut = -(-(tiles - left) * heads // 132) + -(-left * heads * tail.splits // 132) / tail.splits
+    assert 1 - cut / waves >= least
 
 
 @pytest.mark.parametrize("name", SHAPES)

@@ -4,7 +4,11 @@ Bits are promised on a CPU in float32, where tests hold them. A GPU chooses its 
 each program and shape, so that here the same rungs are measured: relative to the dense video.
 """
 
+import os
 import pathlib
+from collections.abc import Iterator
+from concurrent import futures
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +31,9 @@ POLICIES: tuple[tuple[Dtype, Precision], ...] = (
 
 STEPS = (10, 5, 3, 0, 7, 10)
 """Levels of the runs that are compared."""
+
+FULL = (10,) * len(STEPS)
+"""Budget 1, in as many steps: one dynamic program serves both."""
 
 COLUMNS = {
     "check": "check",
@@ -57,59 +64,102 @@ def command(
     if output is not None:
         files.check_output(output, (".json",))
     rows = []
-    for dtype, precision in POLICIES:
-        exact = "highest" if dtype == "float32" else "default"
-        with jax.default_matmul_precision(exact):
-            rows += _rungs(model, methods, frames, dtype, precision)
+    pool = futures.ThreadPoolExecutor(os.cpu_count())
+    try:
+        studies = [Study(pool, model, methods, frames, *policy) for policy in POLICIES]
+        for study in studies:
+            for name, pair in study.pairs():
+                rows.append(study.labels | {"check": name} | _difference(*pair))
+                print(_line(rows[-1]), flush=True)
+                if output is not None:  # after each row, so that a run cut short leaves the others
+                    content = {"environment": report.environment(), "rows": rows}
+                    report.write_json(output, content)
+    finally:
+        pool.shutdown(cancel_futures=True)
     print(report.markdown(rows, COLUMNS))
-    if output is not None:
-        report.write_json(output, {"environment": report.environment(), "rows": rows})
 
 
-def _rungs(
-    model: str,
-    methods: tuple[str, ...],
-    frames: int | None,
-    dtype: Dtype,
-    precision: Precision,
-) -> list[dict]:
-    """A row for each check in one dtype."""
-    pipeline = ModelChoice(model, dtype=dtype, precision=precision).open()
-    transformer = pipeline.transformer
-    shape = pipeline.latents_shape(*pipeline.size(frames, None, None))
-    noise = jax.random.normal(jax.random.key(0), (2, *shape))
-    context = pipeline.encode_text(["a red circle moving left", "a blue square"])
-    one = context[jnp.array([0, 2])]
+def _line(row: dict) -> str:
+    """A row, as soon as it is known."""
+    same = "bit for bit" if row["exact"] else f"off by {row['error']:.2g}"
+    return f"{row['dtype']}, {row['precision']}: {row['check']}: {same}"
 
-    def run(method: str, levels, driver: loop.Driver, latents=noise[:1], text=one):
-        return loop.denoise(
-            transformer,
-            latents,
-            text,
-            solver=solvers.unipc(len(levels), shift=pipeline.shift),
-            schedule=Schedule(levels),
-            method=METHODS[method],
-            guidance=5.0,
-            driver=driver,
-        ).latents
 
-    full = (10,) * 4
-    plain = run("dense", full, "static")
-    pairs = {"rows of a block, half of them": _rows_of_a_block(transformer, noise[:1], one[:1])}
-    pairs["dense: dynamic driver = static"] = (run("dense", full, "dynamic"), plain)
-    for method in methods:
-        for driver in ("static", "dynamic"):
-            name = f"{method} at budget 1 = dense, {driver} driver"
-            pairs[name] = (run(method, full, driver), run("dense", full, driver))
-    for method in methods[:2]:
-        static = run(method, STEPS, "static")
-        pairs[f"{method}: dynamic driver = static"] = (run(method, STEPS, "dynamic"), static)
-        both = run(method, STEPS, "static", noise, context)
-        pairs[f"{method}: a batch = its video alone"] = (both[:1], static)
-    return [
-        {"check": name, "dtype": dtype, "precision": precision} | _difference(*pair)
-        for name, pair in pairs.items()
-    ]
+class Study:
+    """The runs of one dtype, all under way from the start, side by side: XLA compiles in parallel.
+
+    What shares a program is one task, or it would be compiled twice.
+    """
+
+    def __init__(
+        self,
+        pool: futures.Executor,
+        model: str,
+        methods: tuple[str, ...],
+        frames: int | None,
+        dtype: Dtype,
+        precision: Precision,
+    ):
+        self.labels = {"dtype": dtype, "precision": precision}
+        self.products = "highest" if dtype == "float32" else "default"
+        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision).open()
+        shape = self.pipeline.latents_shape(*self.pipeline.size(frames, None, None))
+        self.noise = jax.random.normal(jax.random.key(0), (2, *shape))
+        self.context = self.pipeline.encode_text(["a red circle moving left", "a blue square"])
+        self.methods = methods
+        self.rows = pool.submit(self._rows)
+        self.runs = {
+            (method, driver): pool.submit(self._runs, method, driver)
+            for method in dict.fromkeys(("dense", *methods))
+            for driver in get_args(loop.Driver)
+        }
+        self.batches = {method: pool.submit(self._batch, method) for method in methods[:2]}
+
+    def pairs(self) -> Iterator[tuple[str, tuple[Array, Array]]]:
+        """Each check and the two arrays that it compares."""
+
+        def latents(method: str, driver: loop.Driver, which: int = 0) -> Array:
+            return self.runs[method, driver].result()[which]
+
+        yield "rows of a block, half of them", self.rows.result()
+        pair = latents("dense", "dynamic"), latents("dense", "static")
+        yield "dense: dynamic driver = static", pair
+        for method in self.methods:
+            for driver in get_args(loop.Driver):
+                name = f"{method} at budget 1 = dense, {driver} driver"
+                yield name, (latents(method, driver), latents("dense", driver))
+        for method in self.methods[:2]:
+            static = latents(method, "static", 1)
+            yield f"{method}: dynamic driver = static", (latents(method, "dynamic", 1), static)
+            batch = self.batches[method].result()
+            yield f"{method}: a batch = its video alone", (batch[:1], static)
+
+    def _rows(self) -> tuple[Array, Array]:
+        with jax.default_matmul_precision(self.products):
+            return _rows_of_a_block(self.pipeline.transformer, self.noise[:1], self.context[:1])
+
+    def _runs(self, method: str, driver: loop.Driver) -> list[Array]:
+        """Latents at budget 1 and, of the methods that are held to it, at `STEPS`."""
+        schedules = (FULL, STEPS) if method in self.methods[:2] else (FULL,)
+        one = self.context[jnp.array([0, 2])]
+        return [self._run(method, levels, driver, self.noise[:1], one) for levels in schedules]
+
+    def _batch(self, method: str) -> Array:
+        return self._run(method, STEPS, "static", self.noise, self.context)
+
+    def _run(self, name: str, levels, driver: loop.Driver, noise, context) -> Array:
+        """Latents of a run; the context of a thread is its own."""
+        with jax.default_matmul_precision(self.products):
+            return loop.denoise(
+                self.pipeline.transformer,
+                noise,
+                context,
+                solver=solvers.unipc(len(levels), shift=self.pipeline.shift),
+                schedule=Schedule(levels),
+                method=METHODS[name],
+                guidance=5.0,
+                driver=driver,
+            ).latents
 
 
 def _rows_of_a_block(transformer, latents, context) -> tuple[Array, Array]:

@@ -40,6 +40,7 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float, Int
 
 from astraea_jax.kernels import machine, tilings
@@ -68,6 +69,7 @@ def attend(
     scale: float,
     tiling: Tiling | None = None,
     splits: int | None = None,
+    tail: split.Tail | None = None,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B K A C"], Float[Array, "B A K"]]:
     """See `astraea_jax.attention.query_sparse_attention`.
@@ -80,6 +82,7 @@ def attend(
       scale: factor on the logits.
       tiling: None means by the table.
       splits: parts of the keys that go to programs of their own; None means as many as fill a chip.
+      tail: the last queries, with the keys in parts of their own; None means where that saves time.
       interpret: run on a CPU, under the interpreter, with race detection.
     """
     here = gpu()
@@ -88,15 +91,35 @@ def attend(
         sizes = q.shape[3], q.shape[1], k.shape[1]
         tiling = Tiling(**tilings.find("mosaic", version, *sizes))
     processors = here.processors if here else 1
+    tiles, heads = pl.cdiv(q.shape[1], tiling.rows), q.shape[0] * q.shape[2]
+    num_kv_tiles = pl.cdiv(k.shape[1], tiling.block_kv)
     if splits is None:
-        num_kv_tiles = pl.cdiv(k.shape[1], tiling.block_kv)
-        splits = split.num_splits(_num_tiles(q, tiling), num_kv_tiles, processors)
+        splits = split.num_splits(tiles * heads, num_kv_tiles, processors)
+    if tail is None:
+        one = splits > 1 or processors == 1  # a chip that nothing is known of
+        tail = split.Tail(0, 1) if one else split.tail(tiles, heads, num_kv_tiles, processors)
     if count is None:
         count = jnp.full((q.shape[0],), q.shape[1], jnp.int32)
     if scale < 0:  # the running maximum is that of the unscaled scores
         q, scale = -q, -scale
-    width = q.shape[3]
-    tiling = fitted(tiling, q.shape[1], k.shape[1], width, splits > 1)
+    run = functools.partial(
+        _rows, scale=scale * LOG2_E, tiling=tiling, processors=processors, interpret=interpret
+    )
+    if not tail.tiles:
+        return run(q, k, v, count, tiles=tiles, splits=splits)
+    out, lse = run(q, k, v, count, tiles=tiles - tail.tiles, splits=splits)
+    first = (tiles - tail.tiles) * tiling.rows
+    # One after the other, as on a GPU anyway: the interpreter hangs with two kernels at once.
+    out, lse, last = lax.optimization_barrier((out, lse, q[:, first:]))
+    last_out, last_lse = run(last, k, v, count - first, tiles=tail.tiles, splits=tail.splits)
+    # Both are written in place: the first launch has left these rows alone.
+    return out.at[:, first:].set(last_out), lse.at[:, :, first:].set(last_lse)
+
+
+def _rows(q, k, v, count, *, scale, tiling, tiles, splits, processors, interpret):
+    """Attention of the first tiles of queries; what lies past them is not written."""
+    num_queries, width = q.shape[1], q.shape[3]
+    tiling = fitted(tiling, num_queries, k.shape[1], width, splits > 1)
     # Copies start at multiples of 16 bytes.
     q, k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, -width % 8))) for x in (q, k, v))
     outs, lses = _call(
@@ -104,23 +127,24 @@ def attend(
         k,
         v,
         count,
-        scale=scale * LOG2_E,
+        scale=scale,
         tiling=tiling,
+        tiles=tiles,
         splits=splits,
         processors=processors,
         interpret=interpret,
     )
-    outs, lses = outs[..., :width], lses[:, :, : q.shape[1]]
+    outs, lses = outs[..., :width], lses[:, :, :num_queries]
     if splits == 1:
         return outs, lses
     out, lse = split.merge(*(x.reshape(splits, -1, *x.shape[1:]) for x in (outs, lses)))
     return out.astype(v.dtype), lse
 
 
-def _call(q, k, v, count, *, scale, tiling, splits, processors, interpret):
+def _call(q, k, v, count, *, scale, tiling, tiles, splits, processors, interpret):
     """The kernel: outputs and log-sum-exps of each part of the keys, the latter of whole tiles."""
     batch, num_queries, heads, width = q.shape
-    num_items = _num_tiles(q, tiling) * splits
+    num_items = batch * heads * tiles * splits
     num_programs = min(num_items, processors) if tiling.persistent else num_items
     body = functools.partial(
         program,
@@ -157,8 +181,3 @@ def _call(q, k, v, count, *, scale, tiling, splits, processors, interpret):
         interpret=plgpu.InterpretGPUParams(detect_races=True) if interpret else None,
     )
     return call(q, k, v, count.astype(jnp.int32))
-
-
-def _num_tiles(q, tiling: Tiling) -> int:
-    """Tiles of queries of all heads and rows of the batch."""
-    return q.shape[0] * q.shape[2] * pl.cdiv(q.shape[1], tiling.rows)

@@ -1,9 +1,17 @@
 """Splitting the keys among more programs than there are tiles of queries, and the exact merge."""
 
+from typing import NamedTuple
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 MOST_SPLITS = 16
+LAUNCH = 10
+"""What a launch and the merge of its parts cost, in tiles of keys: some 25 microseconds."""
+PART = 1.1
+"""How much longer a part takes with a tile of keys: smaller tiles, an output in float32."""
+LEAST_GAIN = 0.01
+"""Share of the time that a second launch must save."""
 
 
 def num_splits(num_programs: int, num_tiles: int, processors: int) -> int:
@@ -20,6 +28,47 @@ def num_splits(num_programs: int, num_tiles: int, processors: int) -> int:
     if 2 * num_programs > processors:
         return 1
     return max(1, min(processors // num_programs, num_tiles, MOST_SPLITS))
+
+
+class Tail(NamedTuple):
+    """The end of the queries, computed by a launch of its own with the keys in parts.
+
+    Attributes:
+      tiles: of queries, the last ones of each head; 0 means no such launch.
+      splits: parts of the keys.
+    """
+
+    tiles: int
+    splits: int
+
+
+def tail(tiles: int, heads: int, key_tiles: int, processors: int) -> Tail:
+    """What to leave of the last wave of programs, where it would fill little of the chip.
+
+    Programs take equally long, so that a chip runs them in waves, and a last wave of a few takes as
+    long as a full one. Its tiles are cut along the keys instead, until the parts fill the chip.
+
+    Args:
+      tiles: of queries of a head.
+      heads: of all rows of the batch.
+      key_tiles: tiles of keys.
+      processors: programs that run at once.
+    """
+    first = tiles * heads // processors * processors // heads  # tiles that full waves hold
+    left, found = tiles - first, Tail(0, 1)
+    if not first or not left:
+        return found
+
+    def waves(programs: int) -> int:
+        return -(-programs // processors)
+
+    least = waves(tiles * heads) * key_tiles * (1 - LEAST_GAIN)
+    for splits in range(2, min(MOST_SPLITS, key_tiles) + 1):
+        part = PART * (-(-key_tiles // splits) + 1)
+        cost = waves(first * heads) * key_tiles + waves(left * heads * splits) * part + LAUNCH
+        if cost < least:
+            least, found = cost, Tail(left, splits)
+    return found
 
 
 def merge(

@@ -25,9 +25,18 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:
         """Normed rows in the dtype of `x`."""
+        return self.scaled(x, self.factor(x))
+
+    def factor(self, x: Float[Array, "*rows H"]) -> Float[Array, "*rows 1"]:
+        """One over the root mean square of each row, float32."""
         y = x.astype(jnp.float32)
-        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * self.weight[...]).astype(x.dtype)
+        return jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+
+    def scaled(
+        self, x: Float[Array, "*rows H"], factor: Float[Array, "*rows 1"]
+    ) -> Float[Array, "*rows H"]:
+        """Rows times their factor and the weight, in the dtype of `x`."""
+        return (x.astype(jnp.float32) * factor * self.weight[...]).astype(x.dtype)
 
 
 def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"]:
@@ -35,23 +44,6 @@ def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"
     y = x.astype(jnp.float32)
     y = y - jnp.mean(y, axis=-1, keepdims=True)
     return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-
-
-class Attention(nnx.Module):
-    """Projections of one attention; q and k are normed over all channels before the head split."""
-
-    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
-        width = config.width
-        self.to_q, self.to_k, self.to_v, self.to_out = (
-            nnx.Linear(width, width, rngs=rngs) for _ in range(4)
-        )
-        self.norm_q = RMSNorm(width, config.eps)
-        self.norm_k = RMSNorm(width, config.eps)
-        self.heads = config.num_attention_heads
-
-    def split(self, x: Float[Array, "B K H"]) -> Float[Array, "B K A C"]:
-        """Channels to (head, channel of the head)."""
-        return x.reshape(*x.shape[:-1], self.heads, -1)
 
 
 class Rope(NamedTuple):
@@ -87,6 +79,33 @@ def rotate(x: Float[Array, "B K A C"], rope: Rope) -> Float[Array, "B K A C"]:
     # A reversal and no stack: on a GPU two halves would be written by turns, at half the speed.
     turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], np.float32))
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+class Attention(nnx.Module):
+    """Projections of one attention; q and k are normed over all channels before the head split."""
+
+    def __init__(self, config: TransformerConfig, rngs: nnx.Rngs):
+        width = config.width
+        self.to_q, self.to_k, self.to_v, self.to_out = (
+            nnx.Linear(width, width, rngs=rngs) for _ in range(4)
+        )
+        self.norm_q = RMSNorm(width, config.eps)
+        self.norm_k = RMSNorm(width, config.eps)
+        self.heads = config.num_attention_heads
+
+    def split(self, x: Float[Array, "B K H"]) -> Float[Array, "B K A C"]:
+        """Channels to (head, channel of the head)."""
+        return x.reshape(*x.shape[:-1], self.heads, -1)
+
+    def turned(
+        self, norm: RMSNorm, x: Float[Array, "B K H"], rope: Rope
+    ) -> Float[Array, "B K A C"]:
+        """Normed, split and rotated.
+
+        With the statistics held as values of their own, the norm and the rotation are one pass.
+        """
+        factor = jax.lax.optimization_barrier(norm.factor(x))
+        return rotate(self.split(norm.scaled(x, factor)), rope)
 
 
 class Block(nnx.Module):
@@ -132,8 +151,8 @@ class BoundBlock:
         """Normed, rotated keys and plain values of every token."""
         attention = self.block.attn1
         x = self._modulated(tokens)
-        keys = attention.split(attention.norm_k(attention.to_k(x)))
-        return KeysValues(rotate(keys, self.rope), attention.split(attention.to_v(x)))
+        keys = attention.turned(attention.norm_k, attention.to_k(x), self.rope)
+        return KeysValues(keys, attention.split(attention.to_v(x)))
 
     def self_attention(
         self,
@@ -146,8 +165,9 @@ class BoundBlock:
         rope = self.rope
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
-        queries = attention.split(attention.norm_q(attention.to_q(self._modulated(rows))))
-        out, lse = query_sparse_attention(rotate(queries, rope), *keys_values)
+        queries = attention.to_q(self._modulated(rows))
+        queries = attention.turned(attention.norm_q, queries, rope)
+        out, lse = query_sparse_attention(queries, *keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
