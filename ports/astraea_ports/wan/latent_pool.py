@@ -122,7 +122,8 @@ class LatentPool:
         first = self._worker.submit(self._make, 0)
         self._next = (0, first)
         examples, tokens = first.result()
-        latents = jax.eval_shape(lambda vae: _encode(vae, examples.video()), self._vae)
+        # Drawn and not traced: a source may well do that with NumPy.
+        latents = jax.eval_shape(_encode, self._vae, examples.video())
         block = Latents(latents, *map(jnp.asarray, (tokens.ids, tokens.mask)))
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), block
