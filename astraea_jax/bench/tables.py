@@ -121,6 +121,21 @@ def search(results: Row) -> str:
     return _markdown(lines, columns)
 
 
+def denoise(results: Row) -> str:
+    """Steps of the small model on a CPU, driver by driver."""
+    shown = {"milliseconds": ".1f", "speedup": ".2f", "bound": ".2f", "share": ".2f"}
+    lines = []
+    for row in results["rows"]:
+        if "share" in row:  # a step, and neither the text nor the decoder
+            line = row | {key: format(row[key], form) for key, form in shown.items()}
+            line["compile"] = f"{row['compile']:.1f}" if row["compile"] > 0.1 else ""
+            lines.append(line)
+    columns = {"driver": "driver", "method": "method", "level": "level"}
+    columns |= {"milliseconds": "ms a step", "speedup": "speed-up", "bound": "bound"}
+    columns |= {"share": "of the bound", "peak": "peak memory", "compile": "compile s"}
+    return _markdown(lines, columns)
+
+
 def attention(results: Row) -> str:
     """Attention of all queries, implementation beside implementation, from the newest run."""
     names = {
@@ -128,7 +143,7 @@ def attention(results: Row) -> str:
         "wan-65": "Wan, 65 frames",
         "wan-81": "Wan, 81 frames",
         "wan-14b-720p": "Wan 14B, 81 frames 720x1280",
-        "opensora-spatial-15": "OpenSora, spatial (head width 72)",
+        "opensora-spatial-15": "OpenSora, spatial, a frame of 15 (head width 72)",
     }
     lines = []
     for shape, name in names.items():
@@ -171,6 +186,7 @@ def wan(results: Row) -> str:
 TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "search": ("search.json", search),
     "quality": ("quality.json", quality),
+    "denoise": ("denoise.json", denoise),
     "attention": ("attention.json", attention),
     "wan": ("gpu.json", wan),
 }

@@ -58,14 +58,9 @@ def score_tiny(
                     passed = _through_vae(pipeline.vae, drawn)
                     readings = [score.read(video, network) for video in (made, drawn, passed)]
                     parts.append([score.compare(reading, truth) for reading in readings])
-                    wrong += [
-                        {
-                            "seed": first + each.video,
-                            "caption": captions[first + each.video],
-                            **each._asdict(),
-                        }
-                        for each in score.mistakes(readings[0], truth)
-                    ]
+                    for each in score.mistakes(readings[0], truth):
+                        seed = first + each.video
+                        wrong.append({"seed": seed, "caption": captions[seed], **each._asdict()})
                     for _ in range(first, chosen.stop):
                         bar.advance()
             totals = [score.add(column) for column in zip(*parts, strict=True)]
