@@ -1,7 +1,6 @@
 """`astraea search`, `astraea sensitivity`, and what `astraea generate` does with schedule files."""
 
 import json
-import math
 import os
 import pathlib
 import sys
@@ -124,15 +123,11 @@ def test_a_study_judges_what_it_finds_goes_on_and_ships(capsys):
     assert json.loads(pathlib.Path("out_study/results.json").read_text())["rows"] == found
     assert pathlib.Path("out_study", study.JOURNAL).read_text() == journal
     # A study of its own that begins at what this one found is no worse where both search.
-    study_of = [*study_of, "without-search"]
     study_of[3] = "out_other"
     assert cli.main([*study_of, "--starts", "out_study/results.json"]) == 0
     rows = json.loads(pathlib.Path("out_other/results.json").read_text())["rows"]
     (other,) = [row for row in rows if row["what"] == "step-level EA"]
     assert float(other["fitness"]) <= float(best["fitness"])
-    # What the evolution found before it has not ended the search that begins without it.
-    swapped = [row for row in rows if row["what"] == "DP + swaps"]
-    assert [row for row in swapped if math.isfinite(float(row["fitness"]))]
     evaluated = pathlib.Path("out_other", study.JOURNAL).read_text()
     assert json.dumps(best["levels"], separators=(",", ":")) in evaluated.replace(" ", "")
     assert cli.main([*study_of, "--starts", "nowhere.json"]) == 2

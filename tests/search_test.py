@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from astraea_jax.bench.search_runs import Searches
+from astraea_jax.bench.search_study import Options, Study
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
-from astraea_jax.search.scoring import Evaluator
+from astraea_jax.search.scoring import Evaluation, Evaluator
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
 
 pytestmark = pytest.mark.slow
@@ -245,6 +247,45 @@ def test_hopeless_schedules_stop_after_the_first_prompt():
     others = {tuple(row): evaluator.known[tuple(row)] for row in good.tolist()}
     alone = Evaluator(parts, patience=1.2, keep=2, known=others)
     assert np.isfinite(alone(bad)).all() and second == [3, 1, 2]
+
+
+class FewSteps(Study):
+    """A study of six steps whose errors are those of `two_prompts`, without a model."""
+
+    searched = [
+        lambda levels: two_prompts(levels)[:, :1],
+        lambda levels: two_prompts(levels)[:, 1:],
+    ]
+    chosen = [0, 1]
+
+    def __init__(self):
+        self.rows = []
+        self.options = Options(
+            6, (0.5,), ("euler",), search_prompts=2, pool=48, seeds=1, look=1, heldout_prompts=2,
+            population=8, generations=1, swaps=6, patience=1.2, finalists=4, rows=8, size=(5, 32, 32),
+        )  # fmt: skip
+
+    def check_time(self):
+        pass
+
+    def say(self, words):
+        pass
+
+    def scorers(self, method, solver, *, validation=False):
+        return self.searched
+
+
+def test_swaps_are_not_ended_by_what_another_search_has_found(tmp_path):
+    with study.open_journal(tmp_path / "study", {"of": "a test"}) as journal:
+        searches = Searches(FewSteps(), journal, "step-level", "euler")
+        # Cheaper ones, of no error: next to them every schedule is hopeless.
+        for place in range(1, 6):
+            levels = tuple(10 * (step in (0, place)) for step in range(6))
+            searches.evaluator.known[levels] = Evaluation(levels, (1e-9, 1e-9), 0.1)
+        found = {row["what"]: row for row in searches.without_search([0.5], (0, 10), (0,))}
+    tried = [each for each in searches.evaluator.known.values() if sum(each.levels) == 30]
+    assert len(tried) > 3 and sum(not each.stopped for each in tried) >= 2
+    assert np.isfinite(found["DP + swaps"]["fitness"])
 
 
 def test_a_dearer_schedule_is_no_rival():
