@@ -252,17 +252,13 @@ def test_hopeless_schedules_stop_after_the_first_prompt():
 class FewSteps(Study):
     """A study of six steps whose errors are those of `two_prompts`, without a model."""
 
-    searched = [
-        lambda levels: two_prompts(levels)[:, :1],
-        lambda levels: two_prompts(levels)[:, 1:],
-    ]
-    chosen = [0, 1]
-
     def __init__(self):
-        self.rows = []
+        self.rows, self.chosen = [], [0, 1]
+        self.searched = [lambda x: two_prompts(x)[:, :1], lambda x: two_prompts(x)[:, 1:]]
         self.options = Options(
             6, (0.5,), ("euler",), search_prompts=2, pool=48, seeds=1, look=1, heldout_prompts=2,
-            population=8, generations=1, swaps=6, patience=1.2, finalists=4, rows=8, size=(5, 32, 32),
+            population=8, generations=1, swaps=6, patience=1.2, finalists=4, rows=8,
+            size=(5, 32, 32),
         )  # fmt: skip
 
     def check_time(self):
