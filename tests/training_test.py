@@ -304,6 +304,7 @@ class Counting:
 
     batch = 2
     period = 1
+    renewing = 0.0
 
     def __init__(self, steps=5, fail_at=None, **settings):
         self.recipe, self.fail_at = CountingRecipe(steps), fail_at
@@ -318,6 +319,9 @@ class Counting:
 
     def prepare(self, step, say):
         pass
+
+    def upkeep(self):
+        return self.renewing
 
     def advance(self, state):
         step = state["step"] + 1
@@ -344,6 +348,9 @@ def test_minutes_become_steps(tmp_path):
     trainee, said = Counting(steps=1), []
     training_run.set_minutes(trainee, 0.01, said.append)
     assert trainee.steps > 10 and f"{trainee.steps} steps in 0.01 min" in said[0]
+    trainee.renewing = 0.2  # seconds a step beside it: a minute holds fewer than 300
+    training_run.set_minutes(trainee, 1, said.append)
+    assert 100 < trainee.steps <= 300
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
@@ -481,6 +488,13 @@ def test_the_pool_is_a_function_of_the_step(model):
     examples = LESSONS(4, 2)
     latents = jax.jit(type(pipeline.vae).encode)(pipeline.vae, 2 * examples.video() - 1)
     np.testing.assert_allclose(at_once.arrays.latents[:2], latents, atol=5e-3)
+    # Timing a refresh leaves the pool, and what follows, as they were.
+    assert at_once.refresh_seconds() > 0
+    for pools in (through, at_once):
+        for step in (5, 6):
+            pools.bring_to(step)
+    for one, other in zip(through.arrays, at_once.arrays, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_own_clips_are_an_endless_stream():

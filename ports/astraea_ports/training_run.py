@@ -61,6 +61,10 @@ class Trainee(Protocol):
         """Brings the data to what a step is to find."""
         ...
 
+    def upkeep(self) -> float:
+        """Seconds that renewing the data takes, for each step; once `prepare` has brought them."""
+        ...
+
     def advance(self, state: Any) -> tuple[Any, jax.Array]:
         """One step: the next state (the old one's memory may be taken), and the loss."""
         ...
@@ -116,7 +120,8 @@ def set_minutes(
             began = time.perf_counter()
         state, value = trainee.advance(state)
     jax.block_until_ready(value)
-    rate = timed / (time.perf_counter() - began)
+    # The data are renewed between the steps, and none of these few need meet that.
+    rate = 1 / ((time.perf_counter() - began) / timed + trainee.upkeep())
     steps = max(1, round(60 * minutes * rate))
     say(f"{rate:.2f} steps/s: {steps} steps in {minutes:g} min")
     trainee.recipe = dataclasses.replace(trainee.recipe, steps=steps)

@@ -161,6 +161,10 @@ class ReaderTraining:
         """All that decides the result."""
         return {"part": "reader", "recipe": dataclasses.asdict(self.recipe)}
 
+    def upkeep(self) -> float:
+        """Seconds a step that renewing the data takes: none, each step draws its own."""
+        return 0.0
+
     def start(self) -> ReaderState:
         """The first state."""
         reader = Reader(nnx.Rngs(self.recipe.seed))

@@ -6,6 +6,7 @@ sees the clips that it would have seen.
 
 import concurrent.futures
 import functools
+import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -100,6 +101,7 @@ class LatentPool:
                 f"devices that share them; got {block}"
             )
         self.size, self.block, self.refresh_every = size, block, refresh_every
+        self._devices = list(mesh.devices.flat)
         self._copied = NamedSharding(mesh, PartitionSpec())
         self._split = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
         self._vae = jax.device_put(vae, self._copied)
@@ -121,9 +123,8 @@ class LatentPool:
         """Makes the arrays, still empty, so that what reads them can be compiled."""
         first = self._worker.submit(self._make, 0)
         self._next = (0, first)
-        examples, tokens = first.result()
-        # Drawn and not traced: a source may well do that with NumPy.
-        latents = jax.eval_shape(_encode, self._vae, examples.video())
+        shares, tokens = first.result()
+        latents = jax.eval_shape(_encode, self._vae, self._drawn(shares))
         block = Latents(latents, *map(jnp.asarray, (tokens.ids, tokens.mask)))
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), block
@@ -143,13 +144,33 @@ class LatentPool:
             self._fill((refreshed - 1) % blocks, blocks + refreshed - 1)
         self._refreshed = refreshed
 
+    def refresh_seconds(self) -> float:
+        """How long replacing a block takes, measured on blocks that come out as they were."""
+        for block in (0, min(1, self.size // self.block - 1)):
+            if self._next is not None:
+                self._next[1].result()  # words are made while the device is at work
+            jax.block_until_ready(self.arrays)
+            began = time.perf_counter()
+            self._fill(block, source_block(block, self._refreshed, self.size // self.block))
+        jax.block_until_ready(self.arrays)
+        return time.perf_counter() - began
+
     def _fill(self, block: int, number: int) -> None:
-        examples, tokens = self._take(number)
-        latents = self._encode(self._vae, jax.device_put(examples.video(), self._split))
+        shares, tokens = self._take(number)
+        latents = self._encode(self._vae, self._drawn(shares))
         words = jax.device_put((tokens.ids, tokens.mask), self._copied)
         self._arrays = self._put(self.arrays, Latents(latents, *words), block * self.block)
 
-    def _take(self, number: int) -> tuple[Examples, TokenIds]:
+    def _drawn(self, shares: Sequence[Examples]) -> Float[Array, "B F height width 3"]:
+        """A block's clips, each drawn by the device that will encode it; all draw at once."""
+        parts = []
+        for device, examples in zip(self._devices, shares, strict=True):
+            with jax.default_device(device):  # drawn and not traced: a source may use NumPy
+                parts.append(jax.device_put(examples.video(), device))
+        shape = (self.block, *parts[0].shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, self._split, parts)
+
+    def _take(self, number: int) -> tuple[list[Examples], TokenIds]:
         """A block of the stream, its words made ahead while the device was at work."""
         if self._next is not None and self._next[0] == number:
             made = self._next[1].result()
@@ -161,9 +182,12 @@ class LatentPool:
         self._next = (following, self._worker.submit(functools.partial(self._make, following)))
         return made
 
-    def _make(self, number: int) -> tuple[Examples, TokenIds]:
-        examples = self._source(number * self.block, self.block)
-        return examples, self._tokenizer(list(examples.captions))
+    def _make(self, number: int) -> tuple[list[Examples], TokenIds]:
+        """A block's clips in a share for each device, and the words of all of them."""
+        share = self.block // len(self._devices)
+        starts = range(number * self.block, (number + 1) * self.block, share)
+        shares = [self._source(start, share) for start in starts]
+        return shares, self._tokenizer([text for part in shares for text in part.captions])
 
 
 def _encode(vae: VAE, video: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w C"]:

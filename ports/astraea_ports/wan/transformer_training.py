@@ -135,6 +135,11 @@ class TransformerTraining(PartTraining):
 
         self.pool.bring_to(step, report)
 
+    def upkeep(self) -> float:
+        """Seconds a step that replacing the pool's blocks takes."""
+        every = self.pool.refresh_every
+        return self.pool.refresh_seconds() / every if every else 0.0
+
     def _compile(self) -> None:
         """Compiles the step that `advance` takes; JAX keeps it."""
         state = jax.eval_shape(lambda: training.start(self._networks(), self.recipe))
