@@ -74,14 +74,49 @@ class Gates(NamedTuple):
     mlp: Array | float
 
 
+class EntryNorm(NamedTuple):
+    """What a block makes of the tokens that its self-attention reads, as data.
+
+    A layer norm without parameters, a scale and a shift, in float32.
+
+    Attributes:
+      scale: added to one.
+      shift: added last.
+      eps: of the norm.
+      dtype: of the result.
+    """
+
+    scale: Float[Array, "B 1 H"]
+    shift: Float[Array, "B 1 H"]
+    eps: float
+    dtype: jnp.dtype
+
+    def __call__(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+        """Normed, scaled and shifted rows."""
+        normed = layer_norm(rows, self.eps) * (1 + self.scale) + self.shift
+        return normed.astype(self.dtype)
+
+
 @runtime_checkable
 class Block(Protocol):
-    """One block with its parameters, its text and this step's modulation bound to it."""
+    """One block with its parameters, its text and this step's modulation bound to it.
+
+    Attributes:
+      gates: on the sub-layers.
+      entry: what `keys_values` begins with, if it is of this kind; None if not.
+    """
 
     gates: Gates
+    entry: EntryNorm | None
 
-    def keys_values(self, tokens: Float[Array, "B N H"]) -> Any:
-        """Keys and values of every token, normed and rotated."""
+    def keys_values(
+        self, tokens: Float[Array, "B N H"], normed: Float[Array, "B N H"] | None = None
+    ) -> Any:
+        """Keys and values of every token, normed and rotated.
+
+        `normed` is what `entry` makes of the tokens, where that is known; never given to a block
+        that has no `entry`.
+        """
         ...
 
     def self_attention(
@@ -141,6 +176,13 @@ class VideoDiT(Protocol):
     ) -> Float[Array, "B F Y X C"]:
         """Latents' layout of what the head gave."""
         ...
+
+
+def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"]:
+    """Layer norm without parameters, in float32 (and returned so)."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
 
 
 def add_gated(

@@ -8,8 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from astraea_jax import cache as token_cache
+from astraea_jax import entry, selection
 from astraea_jax import model as core
-from astraea_jax import selection
 from astraea_jax.attention import gather_rows, scatter_rows
 from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base
@@ -183,17 +183,39 @@ class Run:
     def _sparse_rows(
         self, state: AstraeaState, whole: Choice, carry: Carry, level: int
     ) -> base.Forward:
-        """A step whose one selection has a known size: its rows go from block to block as rows."""
+        """A step whose one selection has a known size: its rows go from block to block as rows.
+
+        They are put among the tokens where these enter the next block, which norms them: what is
+        carried as tokens is what entered the block before.
+        """
         indices = self._first_rows(whole, level)
+        slots = entry.slots_of(indices, self.geometry.num_tokens)
+        residual = self.config.reuse == "residual"
 
         def step(carried, block, index, groups):
+            del groups
             carry, rows = carried
-            opened = self.open_block(carry, block, index, groups, whole, level)
-            fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
-            filled = write_rows(opened.filled, index, indices, fresh)
+            out, tokens, normed = entry.enter_block(
+                carry.tokens, rows, indices, slots, carry.cache.out, index, block.entry,
+                residual=residual,
+            )  # fmt: skip
+            known = () if normed is None else (normed,)
+            keys_values = block.keys_values(tokens, *known)
+            fresh = compute_rows(self.config, block, rows, indices, keys_values)
+            filled = Filled(
+                tokens,
+                token_cache.write_rows(out, index, indices, fresh.out),
+                scatter_rows(carry.cache.lse[0], indices, fresh.lse),
+            )
+            opened = Opened(carry, whole, keys_values, carry.before, filled)
             return self.close_block(opened, filled, index), fresh.merged
 
-        carry, _ = self._scan(step, (carry, gather_rows(carry.tokens, indices)))
+        carry, rows = self._scan(step, (carry, gather_rows(carry.tokens, indices)))
+        last = self.geometry.num_blocks
+        out, tokens = entry.merged(
+            carry.tokens, rows, indices, carry.cache.out, last, residual=residual
+        )
+        carry = carry._replace(tokens=tokens, cache=carry.cache._replace(out=out))
         return self.finish(carry, state)
 
     def begin(
