@@ -120,9 +120,16 @@ class Block(Protocol):
         ...
 
     def self_attention(
-        self, rows: Float[Array, "B K H"], indices: Int[Array, "B K"] | None, keys_values: Any
+        self,
+        rows: Float[Array, "B K H"],
+        indices: Int[Array, "B K"] | None,
+        keys_values: Any,
+        normed: Float[Array, "B K H"] | None = None,
     ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
-        """Un-gated self-attention of rows (at `indices`; None means all tokens), and its LSE."""
+        """Un-gated self-attention of rows (at `indices`; None means all tokens), and its LSE.
+
+        `normed` is what `entry` makes of the rows, as it is for `keys_values`.
+        """
         ...
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -198,6 +205,7 @@ def apply_block(
     rows: Float[Array, "B K H"],
     indices: Int[Array, "B K"] | None,
     keys_values: Any,
+    normed: Float[Array, "B K H"] | None = None,
 ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
     """The whole block on some rows: exact for them, given the keys and values of all tokens.
 
@@ -206,11 +214,13 @@ def apply_block(
       rows: the tokens to compute.
       indices: their positions in the sequence; None means that `rows` is all of it.
       keys_values: of `block.keys_values` on the whole sequence.
+      normed: what `block.entry` makes of the rows, where that is known.
 
     Returns:
       The rows that leave the block, and their log-sum-exp.
     """
-    attended, lse = block.self_attention(rows, indices, keys_values)
+    known = () if normed is None else (normed,)
+    attended, lse = block.self_attention(rows, indices, keys_values, *known)
     rows = add_gated(rows, block.gates.self_attention, attended)
     rows = add_gated(rows, block.gates.cross_attention, block.cross_attention(rows))
     rows = add_gated(rows, block.gates.mlp, block.mlp(rows))

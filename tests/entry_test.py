@@ -22,76 +22,93 @@ BLOCKS, BATCH, TOKENS, WIDTH = 3, 2, 37, 48
 
 
 def case(seed, dtype, count, padding=3):
-    """Tokens, rows, their indices (each batch row's own, some past the tokens), cache and norm."""
+    """What left a block, its rows' positions (each batch row's own, some past the end), a norm."""
     rng = np.random.default_rng(seed)
     normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)  # noqa: E731
     order = np.stack([rng.permutation(TOKENS)[:count] for _ in range(BATCH)])
     past = np.full((BATCH, padding), TOKENS)
     indices = jnp.asarray(np.concatenate([order, past], axis=1), jnp.int32)
     scale, shift = (jnp.asarray(rng.normal(size=(BATCH, 1, WIDTH)), jnp.float32) for _ in "ab")
+    tokens, stack = normal(BATCH, TOKENS, WIDTH), normal(BLOCKS, BATCH, TOKENS, WIDTH)
+    rows, kept = (normal(BATCH, count + padding, WIDTH) for _ in "ab")
     return (
-        normal(BATCH, TOKENS, WIDTH), normal(BATCH, count + padding, WIDTH), indices,
-        normal(BLOCKS, BATCH, TOKENS, WIDTH), EntryNorm(scale, shift, 1e-6, jnp.dtype(dtype)),
+        entry.Left(tokens, stack, rows, kept), indices,
+        EntryNorm(scale, shift, 1e-6, jnp.dtype(dtype)),
     )  # fmt: skip
 
 
-def by_hand(tokens, rows, indices, stack, index, residual=True):
-    """The tokens that enter a block, one by one."""
-    merged = np.array(tokens)
+def by_hand(left, indices, index, residual=True):
+    """The cache and the tokens that enter a block, one by one."""
+    merged, stack = np.array(left.tokens), np.array(left.stack)
     if index:
-        cached = np.asarray(stack)[index - 1]
-        merged = merged + cached if residual else np.array(cached)
+        merged = merged + stack[index - 1] if residual else np.array(stack[index - 1])
     for batch, places in enumerate(np.asarray(indices)):
-        for place, row in zip(places, np.asarray(rows)[batch], strict=True):
+        for number, place in enumerate(places):
             if place < TOKENS:
-                merged[batch, place] = row
-    return merged
+                merged[batch, place] = left.rows[batch, number]
+                if index:
+                    stack[index - 1, batch, place] = left.kept[batch, number]
+    return stack, merged
+
+
+def assert_near(got, expected):
+    """To the last bit but one of bfloat16, or 1e-5."""
+    within = 2**-7 if got.dtype == jnp.bfloat16 else 1e-5
+    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+    np.testing.assert_allclose(got, expected, rtol=within, atol=within)
 
 
 @pytest.mark.parametrize("index", [0, 1, BLOCKS])
 @pytest.mark.parametrize("residual", [True, False])
 def test_merged(index, residual):
-    tokens, rows, indices, stack, _ = case(new_seed(), jnp.float32, 11)
+    left, indices, _ = case(new_seed(), jnp.float32, 11)
     merged = jax.jit(functools.partial(entry.merged, residual=residual))
-    after, got = merged(tokens, rows, indices, stack, jnp.int32(index))
-    assert np.array_equal(after, stack)
-    assert np.array_equal(got, by_hand(tokens, rows, indices, stack, index, residual))
+    got = merged(left, indices, jnp.int32(index))
+    stack, tokens = by_hand(left, indices, index, residual)
+    assert np.array_equal(got.stack, stack) and np.array_equal(got.tokens, tokens)
+    assert got.normed is got.normed_rows is None
 
 
 def test_slots():
     slots = entry.slots_of(jnp.array([[2, 0, 4, 4], [3, 1, 0, 4]]), 4)
-    assert np.array_equal(slots, [[1, -1, 0, -1], [2, 1, -1, 0]])
+    assert np.array_equal(slots[:, :4], [[1, -1, 0, -1], [2, 1, -1, 0]])
+    assert np.array_equal(slots[:, 4:], [[0, 1, 2, 3]] * 2)
+    assert entry.slots_of(jnp.zeros((1, 20), jnp.int32), 40)[0, 40:].tolist() == [*range(12, 20)]
 
 
 @pytest.mark.parametrize("count", [0, 11, TOKENS])
 @pytest.mark.parametrize("index", [0, 2])
-@pytest.mark.parametrize(("dtype", "within"), [(jnp.float32, 1e-5), (jnp.bfloat16, 2**-7)], ids=str)
-def test_kernel(dtype, within, index, count):
-    tokens, rows, indices, stack, norm = case(new_seed(), dtype, count)
-    slots = entry.slots_of(indices, TOKENS)
-    enter = functools.partial(entering.enter, eps=norm.eps, interpret=True)
-    got, normed = jax.jit(enter)(
-        tokens, rows, slots, stack, jnp.int32(index), norm.scale, norm.shift
-    )
-    assert got.dtype == normed.dtype == dtype
-    assert np.array_equal(got, by_hand(tokens, rows, indices, stack, index))
-    expected = np.asarray(norm(got), np.float32)
-    np.testing.assert_allclose(np.asarray(normed, np.float32), expected, rtol=within, atol=within)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_kernel(dtype, index, count):
+    left, indices, norm = case(new_seed(), dtype, count)
+    got = jax.jit(interpreted)(left, indices, jnp.int32(index), norm.scale, norm.shift)
+    assert {each.dtype for each in got} == {jnp.dtype(dtype)}
+    stack, tokens = by_hand(left, indices, index)
+    assert np.array_equal(got.stack, stack)
+    fresh = np.asarray(entry.slots_of(indices, TOKENS))[:, :TOKENS, None] >= 0
+    assert np.array_equal(got.tokens, np.where(fresh, left.tokens, tokens))
+    assert_near(got.normed, norm(jnp.asarray(tokens)))
+    assert_near(got.normed_rows, norm(left.rows))
+
+
+def interpreted(left, indices, index, scale, shift):
+    """The kernel on a CPU."""
+    arrays = left.tokens, left.rows, left.kept, entry.slots_of(indices, TOKENS), left.stack
+    got = entering.enter(*arrays, index, scale, shift, eps=1e-6, interpret=True)
+    return entry.Entered(*got)
 
 
 def test_kernel_under_vmap():
     pairs = [case(new_seed(), jnp.float32, 11) for _ in range(2)]
-
-    def enter(tokens, rows, indices, stack, norm):
-        slots = entry.slots_of(indices, TOKENS)
-        return entering.enter(
-            tokens, rows, slots, stack, jnp.int32(2), *norm, eps=1e-6, interpret=True
-        )
-
-    operands = [(*operands, norm[:2]) for *operands, norm in pairs]
-    got, _ = jax.vmap(enter)(*jax.tree.map(lambda *leaves: jnp.stack(leaves), *operands))
-    for lane, (tokens, rows, indices, stack, _) in zip(got, pairs, strict=True):
-        assert np.array_equal(lane, by_hand(tokens, rows, indices, stack, 2))
+    operands = [(left, indices, norm.scale, norm.shift) for left, indices, norm in pairs]
+    got = jax.vmap(lambda left, indices, *norm: interpreted(left, indices, jnp.int32(2), *norm))(
+        *jax.tree.map(lambda *leaves: jnp.stack(leaves), *operands)
+    )
+    for lane, (left, indices, norm) in enumerate(pairs):
+        stack, tokens = by_hand(left, indices, 2)
+        assert np.array_equal(got.stack[lane], stack)
+        assert got.normed is not None
+        assert_near(got.normed[lane], norm(jnp.asarray(tokens)))
 
 
 @pytest.mark.parametrize(
@@ -108,33 +125,32 @@ def with_gpu(name="NVIDIA H100 80GB HBM3"):
 
 
 def test_the_platform_is_chosen_at_lowering():
-    tokens, rows, indices, stack, norm = case(new_seed(), jnp.bfloat16, 11)
-    slots, index = entry.slots_of(indices, TOKENS), jnp.int32(2)
-
-    enter = functools.partial(entry.enter_block, index=index, norm=norm, residual=True)
-
-    operands = tokens, rows, indices, slots, stack
-    _, plain, normed = jax.jit(enter)(*operands)
-    assert normed is None  # norming is then the block's own
+    left, indices, norm = case(new_seed(), jnp.bfloat16, 11)
+    enter = functools.partial(entry.enter_block, index=jnp.int32(2), norm=norm, residual=True)
+    operands = left, indices, entry.slots_of(indices, TOKENS)
+    plain = jax.jit(enter)(*operands)
+    assert plain.normed is plain.normed_rows is None  # norming is then the block's own
     with with_gpu():
         traced = jax.jit(lambda *arrays: enter(*arrays)).trace(*operands)
         assert "triton" in traced.lower(lowering_platforms=("cuda",)).as_text()
         here = traced.lower(lowering_platforms=("cpu",))
         assert "triton" not in here.as_text()
-        _, got, normed = here.compile()(*operands)
-    assert np.array_equal(got, plain) and np.array_equal(normed, norm(plain))
+        got = here.compile()(*operands)
+    assert np.array_equal(got.stack, plain.stack) and np.array_equal(got.tokens, plain.tokens)
+    assert_near(got.normed, norm(plain.tokens))
+    assert_near(got.normed_rows, norm(left.rows))
 
 
 def test_where_the_kernel_does_not_fit():
-    tokens, rows, _, stack, norm = case(0, jnp.bfloat16, 11)
-    assert not entry._one_pass(norm, tokens, rows, stack)
+    left, _, norm = case(0, jnp.bfloat16, 11)
+    assert not entry._one_pass(norm, left)
     with with_gpu("Tesla T4"):
-        assert not entry._one_pass(norm, tokens, rows, stack)
+        assert not entry._one_pass(norm, left)
     with with_gpu():
-        assert entry._one_pass(norm, tokens, rows, stack)
-        assert not entry._one_pass(norm, tokens.astype(jnp.float32), rows, stack)
+        assert entry._one_pass(norm, left)
+        assert not entry._one_pass(norm, left._replace(stack=left.stack.astype(jnp.float32)))
         wide = jax.ShapeDtypeStruct((BATCH, TOKENS, 136), jnp.bfloat16)
-        assert not entry._one_pass(norm, wide, rows, stack)
+        assert not entry._one_pass(norm, left._replace(tokens=wide))
 
 
 def sparse_step(level):
@@ -162,12 +178,12 @@ def sparse_step(level):
 @pytest.mark.parametrize("level", [3, 8])
 def test_a_step_with_the_kernel_is_a_step_without(monkeypatch, level):
     plain = sparse_step(level)
-    interpreted = functools.partial(entering.enter, interpret=True)
+    on_a_cpu = functools.partial(entering.enter, interpret=True)
     calls = []
 
     def enter(*arrays, **rest):
         calls.append(rest)
-        return interpreted(*arrays, **rest)
+        return on_a_cpu(*arrays, **rest)
 
     monkeypatch.setattr(entering, "enter", enter)
     monkeypatch.setattr(entry, "_one_pass", lambda *_: True)

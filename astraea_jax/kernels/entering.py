@@ -1,10 +1,11 @@
 """Tokens enter a block in one pass over memory: merged, normed and modulated. Pallas Triton.
 
-A program takes a token. It reads one row where the token is fresh and two where it is stale, and
-writes two. Apart, adding what is cached, putting the fresh rows and norming read three rows of each
-token and write two, and one more of each where the token is fresh.
+A program takes a token. Where it is fresh it reads the row that left the block before, and writes
+it normed to two places, among all tokens and among the rows; what the cache is to keep of it goes
+there. Where it is stale it reads what entered that block and what is cached of it, and writes their
+sum, plain and normed.
 
-ptxas 13.0 for sm_90 (jax 0.11.2): 48 registers for width 1536, 47 for 5120; no spills.
+ptxas 13.0 for sm_90 (jax 0.11.2): 56 registers for width 1536, 64 for 5120; no spills.
 """
 
 import functools
@@ -35,7 +36,8 @@ def part_width(width: int) -> int | None:
 def enter(
     tokens: Float[Array, "B N H"],
     rows: Float[Array, "B K H"],
-    slots: Int[Array, "B N"],
+    kept: Float[Array, "B K H"],
+    slots: Int[Array, "B M"],
     stack: Float[Array, "L B N H"],
     index: Int[Array, ""],
     scale: Float[Array, "B 1 H"],
@@ -43,16 +45,21 @@ def enter(
     *,
     eps: float,
     interpret: bool = False,
-) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
+) -> tuple[
+    Float[Array, "L B N H"], Float[Array, "B N H"], Float[Array, "B N H"], Float[Array, "B K H"]
+]:
     """The tokens that enter a block, and what its self-attention reads of them.
 
-    The whole cache is an operand, and no slice of it: that would be copied.
+    The whole cache is an operand, and no slice of it: that would be copied. It and the tokens are
+    written in place.
 
     Args:
-      tokens: that entered the block before, or that enter this one where it is the first; the
-        merged ones are written over them.
+      tokens: that entered the block before, or that enter this one where it is the first; of fresh
+        tokens they are not looked at.
       rows: fresh rows that left the block before, in the dtype of `tokens`.
-      slots: which of the rows is a token's; negative for a stale one.
+      kept: what it added to them.
+      slots: which of the rows is a token's, negative for a stale one; behind those of the tokens,
+        rows that are no token's and yet to be normed.
       stack: what each block added to each token when it was last computed.
       index: of the block that is entered.
       scale: float32, added to one.
@@ -61,52 +68,62 @@ def enter(
       interpret: run on a CPU.
 
     Returns:
-      merged: rows where tokens are fresh, else tokens plus what the block before had added.
-      normed: merged, normed to mean 0 and variance 1, scaled and shifted; in the same dtype.
+      stack: with `kept` in the places of the block before, if there is one.
+      merged: tokens plus what the block before had added, where they are stale, else as given.
+      normed: of all tokens, normed to mean 0 and variance 1, scaled and shifted; in the same dtype.
+      normed_rows: the same of `rows`; those that `slots` does not name hold anything.
     """
-    batch, num_tokens, width = tokens.shape
+    width = tokens.shape[-1]
     part = part_width(width)
     assert part is not None, width
     warps = pl.next_power_of_2(pl.cdiv(width, WARP))
-    shape = jax.ShapeDtypeStruct(tokens.shape, tokens.dtype)
+    cache, whole, some = (
+        jax.ShapeDtypeStruct(each.shape, each.dtype) for each in (stack, tokens, rows)
+    )
     return pl.pallas_call(
         functools.partial(_program, part=part, eps=eps),
-        out_shape=(shape, shape),
-        grid=(num_tokens, batch),
-        # In place: else the loop over blocks copies what leaves back to where it entered.
-        input_output_aliases={0: 0},
+        out_shape=(cache, whole, whole, some),
+        grid=slots.shape[::-1],
+        # Else the loop over blocks copies what leaves back to where it entered.
+        input_output_aliases={4: 0, 0: 1},
         compiler_params=pltriton.CompilerParams(num_warps=warps, num_stages=1),
         interpret=interpret,
         name="enter_block",
-    )(tokens, rows, slots.astype(jnp.int32), stack, index.astype(jnp.int32)[None], scale, shift)
+    )(tokens, rows, kept, slots, stack, index[None], scale, shift)
 
 
 def _program(
-    tokens_ref, rows_ref, slots_ref, stack_ref, index_ref, scale_ref, shift_ref,
-    merged_ref, normed_ref, *, part, eps,
+    tokens_ref, rows_ref, kept_ref, slots_ref, stack_ref, index_ref, scale_ref, shift_ref,
+    cache_ref, merged_ref, normed_ref, normed_rows_ref, *, part, eps,
 ):  # fmt: skip
-    """One token."""
+    """One token, or a row that is none's."""
     token, batch = pl.program_id(0), pl.program_id(1)
-    width = tokens_ref.shape[-1]
+    _, num_tokens, width = tokens_ref.shape
     columns = [first + jnp.arange(part) for first in range(0, width, part)]
     slot, index = slots_ref[batch, token], index_ref[0]
+    before = jnp.maximum(index - 1, 0), batch
+    everywhere = functools.partial(jnp.broadcast_to, shape=(part,))
+    is_token, is_fresh = everywhere(token < num_tokens), everywhere(slot >= 0)
+    is_cached = is_token & everywhere(index > 0)  # nothing comes before the first block
 
     def fresh():
         return tuple(pltriton.load(rows_ref.at[batch, slot, some]) for some in columns)
 
     def stale():
-        held = jnp.broadcast_to(index > 0, (part,))  # nothing comes before the first block
-        before = jnp.maximum(index - 1, 0)
-
         def total(some):
-            added = pltriton.load(stack_ref.at[before, batch, token, some], mask=held, other=0.0)
+            added = pltriton.load(stack_ref.at[*before, token, some], mask=is_cached, other=0.0)
             return (pltriton.load(tokens_ref.at[batch, token, some]) + added).astype(added.dtype)
 
         return tuple(total(some) for some in columns)
 
+    is_kept = is_fresh & is_cached
+    places = [kept_ref.at[batch, jnp.maximum(slot, 0), some] for some in columns]
+    kept = [pltriton.load(place, mask=is_kept, other=0.0) for place in places]
     merged = lax.cond(slot >= 0, fresh, stale)
     for some, values in zip(columns, merged, strict=True):
-        pltriton.store(merged_ref.at[batch, token, some], values)
+        pltriton.store(merged_ref.at[batch, token, some], values, mask=~is_fresh)
+    for some, values in zip(columns, kept, strict=True):
+        pltriton.store(cache_ref.at[*before, token, some], values, mask=is_kept)
     # The statistics are of the rounded tokens, as they are where they are read back.
     wide = [values.astype(jnp.float32) for values in merged]
     mean = functools.reduce(jnp.add, wide).sum() / width
@@ -116,5 +133,7 @@ def _program(
     for some, values in zip(columns, wide, strict=True):
         scale = pltriton.load(scale_ref.at[batch, 0, some])
         shift = pltriton.load(shift_ref.at[batch, 0, some])
-        normed = values * factor * (1 + scale) + shift
-        pltriton.store(normed_ref.at[batch, token, some], normed.astype(normed_ref.dtype))
+        normed = (values * factor * (1 + scale) + shift).astype(normed_ref.dtype)
+        pltriton.store(normed_ref.at[batch, token, some], normed, mask=is_token)
+        row = normed_rows_ref.at[batch, jnp.maximum(slot, 0), some]
+        pltriton.store(row, normed, mask=is_fresh)

@@ -154,13 +154,14 @@ class BoundBlock:
         rows: Float[Array, "B K H"],
         indices: Int[Array, "B K"] | None,
         keys_values: KeysValues,
+        normed: Float[Array, "B K H"] | None = None,
     ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
         """Rows attend to every token; queries turn by their own position in the video."""
         attention = self.block.attn1
         rope = self.rope
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
-        queries = attention.to_q(self.entry(rows))
+        queries = attention.to_q(self.entry(rows) if normed is None else normed)
         queries = attention.turned(attention.norm_q, queries, rope)
         out, lse = query_sparse_attention(queries, *keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
