@@ -1,4 +1,7 @@
-"""The token cache: a pytree that goes through the denoising loop, written in one place."""
+"""The token cache: a pytree that goes through the denoising loop, written here.
+
+One kernel writes to it too, `kernels.entering`: what `write_rows` would, in a pass of its own.
+"""
 
 from typing import NamedTuple
 

@@ -74,20 +74,62 @@ class Gates(NamedTuple):
     mlp: Array | float
 
 
+class EntryNorm(NamedTuple):
+    """What a block makes of the tokens that its self-attention reads, as data.
+
+    A layer norm without parameters, a scale and a shift, in float32.
+
+    Attributes:
+      scale: added to one.
+      shift: added last.
+      eps: of the norm.
+      dtype: of the result.
+    """
+
+    scale: Float[Array, "B 1 H"]
+    shift: Float[Array, "B 1 H"]
+    eps: float
+    dtype: jnp.dtype
+
+    def __call__(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+        """Normed, scaled and shifted rows."""
+        normed = layer_norm(rows, self.eps) * (1 + self.scale) + self.shift
+        return normed.astype(self.dtype)
+
+
 @runtime_checkable
 class Block(Protocol):
-    """One block with its parameters, its text and this step's modulation bound to it."""
+    """One block with its parameters, its text and this step's modulation bound to it.
+
+    Attributes:
+      gates: on the sub-layers.
+      entry: what `keys_values` begins with, if it is of this kind; None if not.
+    """
 
     gates: Gates
+    entry: EntryNorm | None
 
-    def keys_values(self, tokens: Float[Array, "B N H"]) -> Any:
-        """Keys and values of every token, normed and rotated."""
+    def keys_values(
+        self, tokens: Float[Array, "B N H"], normed: Float[Array, "B N H"] | None = None
+    ) -> Any:
+        """Keys and values of every token, normed and rotated.
+
+        `normed` is what `entry` makes of the tokens, where that is known; never given to a block
+        that has no `entry`.
+        """
         ...
 
     def self_attention(
-        self, rows: Float[Array, "B K H"], indices: Int[Array, "B K"] | None, keys_values: Any
+        self,
+        rows: Float[Array, "B K H"],
+        indices: Int[Array, "B K"] | None,
+        keys_values: Any,
+        normed: Float[Array, "B K H"] | None = None,
     ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
-        """Un-gated self-attention of rows (at `indices`; None means all tokens), and its LSE."""
+        """Un-gated self-attention of rows (at `indices`; None means all tokens), and its LSE.
+
+        `normed` is what `entry` makes of the rows, as it is for `keys_values`.
+        """
         ...
 
     def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
@@ -143,6 +185,13 @@ class VideoDiT(Protocol):
         ...
 
 
+def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"]:
+    """Layer norm without parameters, in float32 (and returned so)."""
+    y = x.astype(jnp.float32)
+    y = y - jnp.mean(y, axis=-1, keepdims=True)
+    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+
+
 def add_gated(
     rows: Float[Array, "B K H"], gate: Array | float, out: Float[Array, "B K H"]
 ) -> Float[Array, "B K H"]:
@@ -156,6 +205,7 @@ def apply_block(
     rows: Float[Array, "B K H"],
     indices: Int[Array, "B K"] | None,
     keys_values: Any,
+    normed: Float[Array, "B K H"] | None = None,
 ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
     """The whole block on some rows: exact for them, given the keys and values of all tokens.
 
@@ -164,11 +214,13 @@ def apply_block(
       rows: the tokens to compute.
       indices: their positions in the sequence; None means that `rows` is all of it.
       keys_values: of `block.keys_values` on the whole sequence.
+      normed: what `block.entry` makes of the rows, where that is known.
 
     Returns:
       The rows that leave the block, and their log-sum-exp.
     """
-    attended, lse = block.self_attention(rows, indices, keys_values)
+    known = () if normed is None else (normed,)
+    attended, lse = block.self_attention(rows, indices, keys_values, *known)
     rows = add_gated(rows, block.gates.self_attention, attended)
     rows = add_gated(rows, block.gates.cross_attention, block.cross_attention(rows))
     rows = add_gated(rows, block.gates.mlp, block.mlp(rows))

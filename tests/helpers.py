@@ -113,6 +113,8 @@ class GroupedModel(nnx.Module):
 class GroupedBlock:
     """A bound block of `GroupedModel`."""
 
+    entry = None
+
     def __init__(self, linear, text, modulation, frames, spatial):
         self.linear, self.text, self.frames, self.spatial = linear, text, frames, spatial
         self.gates = core.Gates(1 + 0.1 * modulation, 1.0, 1.0)

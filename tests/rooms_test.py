@@ -22,10 +22,11 @@ MAY_IMPORT = {
     "attention": {"kernels"},
     "parallel": {"attention"},
     "model": {"attention"},
+    "entry": {"attention", "cache", "kernels", "model"},
     "solvers": {"schedule"},
     "video": {"metrics"},
     "report": set(),
-    "methods": {"attention", "cache", "model", "schedule", "selection"},
+    "methods": {"attention", "cache", "entry", "model", "schedule", "selection"},
     "denoise": {
         *("attention", "cache", "flops", "methods", "model", "schedule", "selection", "solvers"),
     },

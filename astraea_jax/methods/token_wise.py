@@ -8,8 +8,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from astraea_jax import cache as token_cache
+from astraea_jax import entry, selection
 from astraea_jax import model as core
-from astraea_jax import selection
 from astraea_jax.attention import gather_rows, scatter_rows
 from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base
@@ -96,9 +96,9 @@ def older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     return jnp.minimum(age, 126) + jnp.int8(1)
 
 
-def compute_rows(config: SelectionConfig, block, rows, indices, keys_values) -> Filled:
+def compute_rows(config: SelectionConfig, block, rows, indices, keys_values, normed=None) -> Filled:
     """A block on some of its rows: what each of the three arrays gets there."""
-    fresh, lse = core.apply_block(block, rows, indices, keys_values)
+    fresh, lse = core.apply_block(block, rows, indices, keys_values, normed)
     kept = fresh
     if config.reuse == "residual":
         # Both are made in one pass, where the rows were: else XLA keeps those aside in each block.
@@ -183,17 +183,41 @@ class Run:
     def _sparse_rows(
         self, state: AstraeaState, whole: Choice, carry: Carry, level: int
     ) -> base.Forward:
-        """A step whose one selection has a known size: its rows go from block to block as rows."""
+        """A step whose one selection has a known size: its rows go from block to block as rows.
+
+        They are put among the tokens, and into the cache, where these enter the next block.
+        """
+        config, cache = self.config, carry.cache
         indices = self._first_rows(whole, level)
+        slots = entry.slots_of(indices, self.geometry.num_tokens)
+        residual = config.reuse == "residual"
 
         def step(carried, block, index, groups):
-            carry, rows = carried
-            opened = self.open_block(carry, block, index, groups, whole, level)
-            fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
-            filled = write_rows(opened.filled, index, indices, fresh)
-            return self.close_block(opened, filled, index), fresh.merged
+            del groups
+            left, lse = carried
+            entered = entry.enter_block(left, indices, slots, index, block.entry, residual=residual)
+            known = () if entered.normed is None else (entered.normed,)
+            keys_values = block.keys_values(entered.tokens, *known)
+            fresh = compute_rows(
+                config, block, left.rows, indices, keys_values, entered.normed_rows
+            )
+            left = entry.Left(entered.tokens, entered.stack, fresh.merged, fresh.out)
+            # One selection serves all blocks, weighed by the first block's attention.
+            return left, jnp.where(index == 0, fresh.lse, lse)
 
-        carry, _ = self._scan(step, (carry, gather_rows(carry.tokens, indices)))
+        rows = gather_rows(carry.tokens, indices)
+        left = entry.Left(carry.tokens, cache.out, rows, jnp.zeros_like(rows))
+        left, lse = self._scan(step, (left, jnp.zeros(indices.shape)))
+        blocks = self.geometry.num_blocks
+        entered = entry.merged(left, indices, blocks, residual=residual)
+        lse = scatter_rows(cache.lse[0], indices, lse)
+        carry = carry._replace(
+            tokens=entered.tokens,
+            cache=cache._replace(out=entered.stack, lse=lse[None]),
+            previous=whole.fresh,
+            computed=blocks * whole.fresh.astype(jnp.float32),
+            overlap=jnp.full(carry.overlap.shape, blocks - 1.0),
+        )
         return self.finish(carry, state)
 
     def begin(
@@ -316,7 +340,7 @@ class Run:
         batch, count = indices.shape
         if count < FEW_ROWS or any(groups.number > 1 for groups in self.geometry.groups):
             return indices
-        added = jnp.full((batch, -count % 8), self.geometry.num_tokens, indices.dtype)
+        added = jnp.full((batch, -count % entry.PADDING), self.geometry.num_tokens, indices.dtype)
         return jnp.concatenate([indices, added], axis=1)
 
     def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:

@@ -39,13 +39,6 @@ class RMSNorm(nnx.Module):
         return (x.astype(jnp.float32) * factor * self.weight[...]).astype(x.dtype)
 
 
-def layer_norm(x: Float[Array, "*rows H"], eps: float) -> Float[Array, "*rows H"]:
-    """Layer norm without parameters, in float32 (and returned so)."""
-    y = x.astype(jnp.float32)
-    y = y - jnp.mean(y, axis=-1, keepdims=True)
-    return y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
-
-
 class Rope(NamedTuple):
     """Rotary tables, float32 [N, C / 2] (or [B, K, C / 2] once gathered)."""
 
@@ -143,14 +136,16 @@ class BoundBlock:
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             total[:, index, None] for index in range(6)
         )
-        self.attention_shift, self.attention_scale = shift, scale
+        self.entry = core.EntryNorm(scale, shift, block.eps, self.dtype)
         self.mlp_shift, self.mlp_scale = mlp_shift, mlp_scale
         self.gates = core.Gates(gate, 1.0, mlp_gate)
 
-    def keys_values(self, tokens: Float[Array, "B N H"]) -> KeysValues:
+    def keys_values(
+        self, tokens: Float[Array, "B N H"], normed: Float[Array, "B N H"] | None = None
+    ) -> KeysValues:
         """Normed, rotated keys and plain values of every token."""
         attention = self.block.attn1
-        x = self._modulated(tokens)
+        x = self.entry(tokens) if normed is None else normed
         keys = attention.turned(attention.norm_k, attention.to_k(x), self.rope)
         return KeysValues(keys, attention.split(attention.to_v(x)))
 
@@ -159,13 +154,14 @@ class BoundBlock:
         rows: Float[Array, "B K H"],
         indices: Int[Array, "B K"] | None,
         keys_values: KeysValues,
+        normed: Float[Array, "B K H"] | None = None,
     ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
         """Rows attend to every token; queries turn by their own position in the video."""
         attention = self.block.attn1
         rope = self.rope
         if indices is not None:
             rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
-        queries = attention.to_q(self._modulated(rows))
+        queries = attention.to_q(self.entry(rows) if normed is None else normed)
         queries = attention.turned(attention.norm_q, queries, rope)
         out, lse = query_sparse_attention(queries, *keys_values)
         return attention.to_out(out.reshape(rows.shape)), lse
@@ -180,11 +176,6 @@ class BoundBlock:
 
     def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
         """Feed-forward with the tanh GELU."""
-        x = layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
+        x = core.layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
         hidden = self.block.ffn_in(x.astype(self.dtype))
         return self.block.ffn_out(jax.nn.gelu(hidden, approximate=True))
-
-    def _modulated(self, x: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """What the self-attention reads: normed, scaled and shifted by the step."""
-        y = layer_norm(x, self.block.eps) * (1 + self.attention_scale) + self.attention_shift
-        return y.astype(self.dtype)

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, layer_norm, rope_tables
+from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
 Precision = Literal["reference", "fast"]
@@ -166,7 +166,7 @@ class Transformer(nnx.Module):
         """Velocity of each patch, float32, flattened as (frame, row, column, channel)."""
         table = self.scale_shift_table[...].astype(jnp.float32) + modulation.embedding[:, None]
         shift, scale = table[:, 0, None], table[:, 1, None]
-        x = layer_norm(tokens, self.config.eps) * (1 + scale) + shift
+        x = core.layer_norm(tokens, self.config.eps) * (1 + scale) + shift
         return self.proj_out(x)
 
     def unpatchify(
