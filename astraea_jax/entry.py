@@ -5,8 +5,10 @@ keys and values are made of all. On a GPU that, the norm and what the cache is t
 are one pass over memory.
 """
 
+import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
@@ -109,22 +111,46 @@ def enter_block(
     if norm is None or not residual or not _one_pass(norm, left):
         return merged(left, indices, index, residual=residual)
 
-    def kernel(left, indices, slots, index, scale, shift):
-        del indices
+    places = indices, slots, index
+    return _one_pass_entry(norm.eps, left, places, norm.scale, norm.shift)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_pass_entry(eps: float, left: Left, places, scale, shift) -> Entered:
+    """The kernel on CUDA, elsewhere the plain form; with a gradient."""
+
+    def kernel(left, places, scale, shift):
         from astraea_jax.kernels import entering
 
         tokens, stack, rows, kept = left
+        _, slots, index = places
         arrays = tokens, rows, kept, slots, stack, index, scale, shift
-        return Entered(*entering.enter(*arrays, eps=norm.eps))
+        return Entered(*entering.enter(*arrays, eps=eps))
 
-    def reference(left, indices, slots, index, scale, shift):
-        del slots
-        entered = merged(left, indices, index, residual=True)
-        same = norm._replace(scale=scale, shift=shift)
-        return entered._replace(normed=same(entered.tokens), normed_rows=same(left.rows))
+    plain = functools.partial(_plain_entry, eps)
+    return lax.platform_dependent(left, places, scale, shift, cuda=kernel, default=plain)
 
-    operands = left, indices, slots, index, norm.scale, norm.shift
-    return lax.platform_dependent(*operands, cuda=kernel, default=reference)
+
+def _plain_entry(eps: float, left: Left, places, scale, shift) -> Entered:
+    indices, _, index = places
+    entered = merged(left, indices, index, residual=True)
+    norm = EntryNorm(scale, shift, eps, left.tokens.dtype)
+    return entered._replace(normed=norm(entered.tokens), normed_rows=norm(left.rows))
+
+
+def _entry_forward(eps: float, left: Left, places, scale, shift):
+    return _one_pass_entry(eps, left, places, scale, shift), (left, places, scale, shift)
+
+
+def _entry_backward(eps: float, saved, gradients: Entered):
+    left, places, scale, shift = saved
+    plain = functools.partial(_plain_entry, eps)
+    _, back = jax.vjp(lambda left, *norm: plain(left, places, *norm), left, scale, shift)
+    to_left, to_scale, to_shift = back(gradients)
+    return to_left, None, to_scale, to_shift
+
+
+_one_pass_entry.defvjp(_entry_forward, _entry_backward)
 
 
 def _one_pass(norm: EntryNorm, left: Left) -> bool:

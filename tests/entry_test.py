@@ -175,9 +175,9 @@ def sparse_step(level):
     return both(latents)
 
 
-@pytest.mark.parametrize("level", [3, 8])
-def test_a_step_with_the_kernel_is_a_step_without(monkeypatch, level):
-    plain = sparse_step(level)
+@pytest.fixture
+def with_the_kernel(monkeypatch):
+    """Entries run the kernel, interpreted; how often it was traced."""
     on_a_cpu = functools.partial(entering.enter, interpret=True)
     calls = []
 
@@ -190,10 +190,40 @@ def test_a_step_with_the_kernel_is_a_step_without(monkeypatch, level):
     monkeypatch.setattr(
         entry.lax, "platform_dependent", lambda *operands, cuda, default: cuda(*operands)
     )
+    return calls
+
+
+@pytest.mark.parametrize("level", [3, 8])
+def test_a_step_with_the_kernel_is_a_step_without(request, level):
+    plain = sparse_step(level)
+    calls = request.getfixturevalue("with_the_kernel")
     fused = sparse_step(level)
     assert len(calls) == 1  # the scan's body
     for got, expected in zip(jax.tree.leaves(fused), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_with_the_kernel(with_the_kernel):
+    left, indices, norm = case(new_seed(), jnp.float32, 11)
+    places = indices, entry.slots_of(indices, TOKENS), jnp.int32(2)
+
+    def loss(enter, left, scale, shift):
+        got = enter(left, norm._replace(scale=scale, shift=shift))
+        parts = got.stack, got.normed, got.normed_rows
+        return sum(jnp.sum(jnp.sin(part + number)) for number, part in enumerate(parts))
+
+    def plain(left, norm):
+        got = entry.merged(left, indices, places[2], residual=True)
+        return got._replace(normed=norm(got.tokens), normed_rows=norm(left.rows))
+
+    def fused(left, norm):
+        return entry.enter_block(left, *places, norm, residual=True)
+
+    of = functools.partial(jax.grad, argnums=(1, 2, 3))
+    got, expected = (of(loss)(enter, left, norm.scale, norm.shift) for enter in (fused, plain))
+    assert with_the_kernel
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
 
 
 if __name__ == "__main__":
