@@ -112,10 +112,11 @@ def test_the_command_line_knows_the_study(capsys):
 
 def test_what_was_measured_is_there():
     content = json.loads((HERE / "astraea_jax/bench/gpu.json").read_text())
-    assert content["environment"]["devices"] == ["NVIDIA H100 80GB HBM3"]
     for name in ("static-81", "dynamic-81", "reference-81"):
-        rows = content["parts"][name]["result"]["rows"]
-        assert all(row["copies"] == 0 for row in rows)
+        result = content["parts"][name]["result"]
+        (device,) = result["environment"]["devices"]  # parts are of several machines
+        assert device.startswith("NVIDIA H")
+        assert all(row["copies"] == 0 for row in result["rows"])
 
 
 if __name__ == "__main__":
