@@ -26,7 +26,7 @@ from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.cli import average, convert, score, search, sensitivity, train
+from astraea_jax.cli import convert, score, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -204,7 +204,6 @@ COMMANDS = {
     "search": search.command,
     "sensitivity": sensitivity.command,
     "train-tiny": train.train_tiny,
-    "average": average.command,
     "score-tiny": score.score_tiny,
     "info": info,
     "bench": bench,
