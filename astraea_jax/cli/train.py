@@ -36,6 +36,7 @@ def train_tiny(
     two: float = 0.7,
     spin: float = 0.0,
     text_rate: float = 1.0,
+    wrong_text: float = 0.0,
     even_times: float = 0.4,
     span: tuple[float, float] = (0.0, 1.0),
     pool: int | None = None,
@@ -59,6 +60,8 @@ def train_tiny(
       two: Share of clips with two objects.
       spin: Share of objects that are made to spin, beside those that do so anyway.
       text_rate: Factor on the text encoder's step size.
+      wrong_text: Share of clips that get another clip's caption, so that guidance of 5 does not
+        overshoot.
       even_times: Share of noise levels drawn as the solver visits them.
       span: Part of the rates' schedule that this run goes through: 0 0.5, then 0.5 1 elsewhere.
       pool: Clips that lie encoded on the device; 32768, or 64 without a GPU.
@@ -80,6 +83,7 @@ def train_tiny(
         two=two,
         spin=spin,
         text_rate=text_rate,
+        wrong_text=wrong_text,
         even_times=even_times,
         span=span,
         pool=pool,
@@ -117,6 +121,7 @@ class Order:
     two: float
     spin: float
     text_rate: float
+    wrong_text: float
     even_times: float
     span: tuple[float, float]
     pool: int | None
@@ -152,6 +157,7 @@ class Order:
             muon_rate=6e-3 * self.rate,
             adam_rate=1.5e-3 * self.rate,
             text_rate=self.text_rate,
+            wrong_text=self.wrong_text,
             time_even=self.even_times,
             span=self.span,
             seed=self.seed,

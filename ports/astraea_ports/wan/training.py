@@ -86,12 +86,15 @@ def draw_batch(
     chosen = split(jax.random.randint(keys[0], (recipe.batch,), 0, len(pool.ids)))
     clean = split(pool.latents[chosen].astype(jnp.float32))
     drop = split(jax.random.bernoulli(keys[1], recipe.text_dropout, (recipe.batch,)))[:, None]
+    wrong = split(jax.random.bernoulli(keys[4], recipe.wrong_text, (recipe.batch,)))
+    other = split(jax.random.randint(keys[5], (recipe.batch,), 0, len(pool.ids)))
+    told = jnp.where(wrong, other, chosen)
     return Batch(
         clean=clean,
         noise=split(jax.random.normal(keys[2], clean.shape)),
         time=split(draw_times(keys[3], recipe)),
-        ids=jnp.where(drop, empty.ids, pool.ids[chosen]),
-        mask=jnp.where(drop, empty.mask, pool.mask[chosen]),
+        ids=jnp.where(drop, empty.ids, pool.ids[told]),
+        mask=jnp.where(drop, empty.mask, pool.mask[told]),
     )
 
 

@@ -27,6 +27,10 @@ class Recipe:
       clip: largest norm of all gradients together.
       average: decay of the moving average of the weights, which is what is exported.
       text_dropout: share of the clips whose caption is left empty, for guidance.
+      wrong_text: share of the other clips that get another clip's caption, as happens in captions
+        that were not made by a program. With captions that are always right, guidance of 5
+        overshoots where the noise still hides everything: an answer between the right one and the
+        one without a caption makes it about `5 * (1 - wrong_text)` there, and 5 further on.
       time_width: standard deviation of the times' logits before the shift.
       time_even: share of the times drawn evenly before the shift, as a solver's grid visits them:
         the logit-normal hardly ever draws the noisiest tenth, where the layout is decided.
@@ -47,6 +51,7 @@ class Recipe:
     clip: float = 1.0
     average: float = 0.999
     text_dropout: float = 0.1
+    wrong_text: float = 0.0
     time_width: float = 1.1
     time_even: float = 0.4
     shift: float = 3.0
@@ -66,6 +71,7 @@ class Recipe:
             "clip": (1e-6, 1e6),
             "average": (0, 1),
             "text_dropout": (0, 1),
+            "wrong_text": (0, 1),
             "time_width": (0.01, 10),
             "time_even": (0, 1),
             "shift": (0.01, 100),
