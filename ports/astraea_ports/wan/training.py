@@ -114,8 +114,18 @@ def encode(encoder: T5Encoder, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) 
     return out * mask[..., None].astype(out.dtype)
 
 
-def loss(networks: Networks, batch: Batch, recipe: Recipe, layout: Layout) -> Float[Array, ""]:
-    """Mean squared error of the velocity, weighted towards what moves."""
+def loss(
+    networks: Networks, batch: Batch, recipe: Recipe, layout: Layout, axis: str | None = None
+) -> Float[Array, ""]:
+    """Mean squared error of the velocity, weighted towards what moves.
+
+    Args:
+      networks: to predict with.
+      batch: the clips, or a device's share of them.
+      recipe: how to train.
+      layout: how the step is compiled.
+      axis: of the devices whose shares, by the mean of their losses, make the batch's loss.
+    """
     cast = jax.tree.map(lambda x: x.astype(recipe.dtype), networks)
     time = batch.time[:, None, None, None, None]
     noisy = (1 - time) * batch.clean + time * batch.noise
@@ -123,7 +133,29 @@ def loss(networks: Networks, batch: Batch, recipe: Recipe, layout: Layout) -> Fl
     predicted = velocity(cast.transformer, noisy, 1000 * batch.time, context, layout)
     error = jnp.square(predicted - (batch.noise - batch.clean))
     weight = 1 + recipe.motion_weight * _change(batch.clean)
-    return jnp.mean(error * weight) / jnp.mean(weight)
+    mean = jnp.mean(weight)
+    return jnp.mean(error * weight) / (mean if axis is None else jax.lax.pmean(mean, axis))
+
+
+def loss_and_gradients(
+    networks: Networks, batch: Batch, recipe: Recipe, layout: Layout, mesh: jax.sharding.Mesh
+) -> tuple[Float[Array, ""], Networks]:
+    """The batch's loss and its gradients, the same on every device of the mesh.
+
+    Every device goes through its own clips as if it were alone, and only gradients travel. Left to
+    the compiler, the fused attention would be made of all clips on every device.
+    """
+    (axis,) = mesh.axis_names
+
+    def share(networks: Networks, batch: Batch) -> tuple[Float[Array, ""], Networks]:
+        return jax.lax.pmean(
+            jax.value_and_grad(loss)(networks, batch, recipe, layout, axis), axis
+        )
+
+    whole, split = PartitionSpec(), PartitionSpec(axis)
+    return jax.shard_map(
+        share, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
+    )(networks, batch)
 
 
 def _change(clean: Float[Array, "B f h w C"]) -> Float[Array, "B f h w 1"]:
@@ -166,7 +198,7 @@ def train_step(
     """
     key = jax.random.fold_in(jax.random.key(recipe.seed), state.step)
     batch = draw_batch(key, pool, empty, recipe, mesh)
-    value, gradients = jax.value_and_grad(loss)(state.networks, batch, recipe, layout)
+    value, gradients = loss_and_gradients(state.networks, batch, recipe, layout, mesh)
     finite = jnp.isfinite(optax.tree.norm(gradients))
     rule = optimiser(recipe, steps)
     networks, moments = descend(rule, gradients, state.moments, state.networks)
