@@ -1,6 +1,7 @@
 """The clips that the small model learns from, their captions, and the reader of videos."""
 
 import dataclasses
+import json
 import sys
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from astraea_jax import cli
 from astraea_ports import tiny, wan
 from astraea_ports.tiny import lessons, reader_training, scene_captions, scenes, score
 from astraea_ports.tiny.scenes import Scene
@@ -169,16 +171,23 @@ def test_captions_are_like_the_shipped_ones():
     tokenizer = wan.Tokenizer.from_pretrained(tiny.FOLDER / "tokenizer")
     for caption in tiny.captions():
         assert sum(word not in WORDS for word in caption.split()) <= 2
-    lengths = tokenizer(scene_captions.held_out(True)[0]).mask.sum(-1)
+    lengths = tokenizer(scene_captions.held_out(True).captions).mask.sum(-1)
     assert lengths.max() <= tokenizer.length
 
 
 def test_training_is_kept_from_the_held_out_captions():
     for two in (False, True):
-        captions, shown = scene_captions.held_out(two)
-        assert len(captions) == 256 and (np.asarray(shown.count) == 1 + two).all()
+        asked, others = scene_captions.held_out(two), scene_captions.for_choosing(two)
+        assert (len(asked.captions), len(others.captions)) == (256, 768)
+        for each in asked, others:
+            assert (np.asarray(each.scenes.count) == 1 + two).all()
+            drawn = scenes.make_scenes(each.keys, two=float(two))
+            jax.tree.map(np.testing.assert_array_equal, drawn, each.scenes)
+        assert not {*jax.random.key_data(asked.keys)[:, 1].tolist()} & {
+            *jax.random.key_data(others.keys)[:, 1].tolist()
+        }, "what chooses is not what is reported"
     keys = scenes.clip_keys(scene_captions.HELD_OUT_SEED, 0, 4)
-    shown = jax.tree.map(lambda leaf: leaf[:4], scene_captions.held_out(False)[1])
+    shown = jax.tree.map(lambda leaf: leaf[:4], scene_captions.held_out(False).scenes)
     captions = scene_captions.make_captions(keys, shown, avoid=scene_captions.held_out_captions())
     assert not set(captions) & scene_captions.held_out_captions()
     with pytest.raises(ValueError, match="seed must be in"):
@@ -206,7 +215,8 @@ def test_lessons_may_spin_more_than_the_scenes(drawn):
     others = more._replace(motion=np.where(spins, plain.motion, more.motion))
     jax.tree.map(np.testing.assert_array_equal, plain, others)
     # What captions and scores come from knows no such share.
-    assert (np.asarray(scene_captions.held_out(False)[1].motion) == scenes.SPINNING).mean() < 0.25
+    shown = scene_captions.held_out(False).scenes
+    assert (np.asarray(shown.motion) == scenes.SPINNING).mean() < 0.25
 
 
 def test_captions_say_what_is_made_to_spin():
@@ -242,6 +252,32 @@ def test_scores_count_what_was_asked_for():
     assert score.mistakes(reading, truth) == []
     one = score.mistakes(wrong, truth)
     assert [each.attribute for each in one] == ["colour"] and one[0].asked != one[0].read
+
+
+def test_the_command_scores_videos_and_keeps_what_was_wrong(tmp_path, capsys):
+    output = tmp_path / "score.json"
+    words = ("--captions", "choice", "--count", "2", "--steps", "1", "--output", str(output))
+    assert cli.main(["score-tiny", *words]) == 0
+    found = json.loads(output.read_text())
+    shares = {(row["objects"], row["attribute"]): row for row in found["rows"]}
+    assert {row["total"] for row in found["rows"]} == {2, 4}
+    for objects, two in (("one object", False), ("two objects", True)):
+        # One step draws no object, so the mistakes are many, and each is counted.
+        wrong = [
+            each
+            for each in found["mistakes"]
+            if each["caption"] in scene_captions.for_choosing(two).captions
+        ]
+        for name in score.ATTRIBUTES:
+            row = shares[objects, name]
+            missed = sum(each["attribute"] == name for each in wrong)
+            assert row["made"] == round(100 * (1 - missed / row["total"]), 1)
+            assert row["drawn"] >= 50 and row["passed"] >= 50
+    assert found["mistakes"]
+    printed = capsys.readouterr().out
+    assert printed.count("| captions with |") == 2 and f"not {wrong[0]['asked']}" in printed
+    assert cli.main(["score-tiny", "--count", "300"]) == 2
+    assert "count must be in 1..256" in capsys.readouterr().err
 
 
 def test_the_shipped_reader_reads_the_truth():

@@ -30,7 +30,7 @@ from astraea_ports.wan import (
     vae_training,
     vae_weights,
 )
-from astraea_ports.wan.latent_pool import LatentPool, finite, source_block
+from astraea_ports.wan.latent_pool import LatentPool, Latents, finite, source_block
 from astraea_ports.wan.training_forward import Layout, velocity
 
 pytestmark = pytest.mark.slow
@@ -173,6 +173,34 @@ def test_times_are_the_two_distributions_shifted():
     assert abs(float(even.mean()) - 0.5) < 0.01 and even.min() >= 0 and even.max() <= 1
     # What the even part is for: a solver of 30 steps spends five of them beyond 0.95.
     assert abs(float((time > 0.95).mean()) - 0.137) < 0.01
+
+
+def test_some_clips_get_no_caption_and_some_another_clips():
+    count = 2048  # each clip and its caption are its number
+    numbers = jnp.arange(count)
+    pool = Latents(
+        jnp.asarray(numbers, jnp.float16)[:, None, None, None, None],
+        numbers[:, None],
+        jnp.ones((count, 1), jnp.int32),
+    )
+    empty = training.EmptyText(jnp.array([-1]), jnp.array([0]))
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
+    plain = dataclasses.replace(RECIPE, batch=4096, text_dropout=0.2)
+    noisy = dataclasses.replace(plain, wrong_text=0.25)
+    before, after = (
+        jax.device_get(training.draw_batch(jax.random.key(1), pool, empty, recipe, mesh))
+        for recipe in (plain, noisy)
+    )
+    for batch, wrong in ((before, 0.0), (after, 0.25)):
+        told, clip = batch.ids[:, 0], batch.clean.reshape(-1).astype(int)
+        assert abs((told == -1).mean() - 0.2) < 0.02
+        assert ((told == -1) == (batch.mask[:, 0] == 0)).all()
+        assert abs((told != clip)[told >= 0].mean() - wrong) <= 0.08 * wrong
+    # The words alone differ: not the clips, their noise or their times, nor who gets none.
+    for name in ("clean", "noise", "time", "mask"):
+        np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+    with pytest.raises(ValueError, match="wrong_text must be in"):
+        dataclasses.replace(RECIPE, wrong_text=1.5)
 
 
 def test_rates_rise_hold_and_fall():
@@ -414,6 +442,7 @@ def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
         (["--from", "nowhere"], "no such folder"),
         (["--two", "2"], "must be in 0..1"),
         (["--spin", "1.5"], "made to spin must be in 0..1"),
+        (["--wrong-text", "2"], "wrong_text must be in 0..1"),
         (["--rate", "0"], "rate must be above 0"),
         (["--span", "1", "0"], "span must rise"),
         (["--steps", "3", "--pool", "6"], "multiple of 4"),
@@ -438,8 +467,10 @@ def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
         "--output",
         str(tmp_path / "r"),
     ]
-    arguments += ["--pool", "4", "--batch", "2", "--sheet", "0", "--text-rate", "1"]
+    arguments += ["--pool", "4", "--batch", "2", "--sheet", "0", "--wrong-text", "0.5"]
     assert cli.main([*arguments, "--sitting", "1e-6"]) == 0
+    settings = training_folder.saved_settings(tmp_path / "r")
+    assert settings is not None and settings["recipe"]["wrong_text"] == 0.5
     assert "the same command goes on" in capsys.readouterr().out
     assert cli.main(arguments) == 0
     assert "step 2 of 2" in capsys.readouterr().out

@@ -5,6 +5,7 @@ Pure functions of the clips' keys, as the clips themselves; words are the host's
 
 import functools
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -107,17 +108,46 @@ def _article(word: str) -> str:
 
 HELD_OUT_SEED = 2**31 - 1
 HELD_OUT = 256
+CHOICE = 768
+_CHOICE_FIRST = 4096
+
+
+class Asked(NamedTuple):
+    """Captions that no clip of training is drawn from.
+
+    Attributes:
+      captions: the words.
+      scenes: what they ask for.
+      keys: of clips that show it.
+    """
+
+    captions: tuple[str, ...]
+    scenes: Scene
+    keys: Key[Array, "B"]
 
 
 @functools.cache
-def held_out(two: bool) -> tuple[tuple[str, ...], Scene]:
-    """256 captions (and their scenes) that training is kept from: of one object, or of two."""
-    keys = clip_keys(HELD_OUT_SEED, HELD_OUT * two, HELD_OUT)
+def held_out(two: bool) -> Asked:
+    """256 captions that training is kept from, of one object or of two: scores are of these."""
+    return _ask(HELD_OUT * two, HELD_OUT, two)
+
+
+@functools.cache
+def for_choosing(two: bool) -> Asked:
+    """768 others, to choose between weights by: what chose can't also be what is reported.
+
+    A short one may happen to be among training's own.
+    """
+    return _ask(_CHOICE_FIRST, CHOICE, two)
+
+
+def _ask(first: int, count: int, two: bool) -> Asked:
+    keys = clip_keys(HELD_OUT_SEED, first, count)
     scenes = make_scenes(keys, two=float(two))
-    return tuple(make_captions(keys, scenes)), scenes
+    return Asked(tuple(make_captions(keys, scenes)), scenes, keys)
 
 
 @functools.cache
 def held_out_captions() -> frozenset[str]:
     """All 512 of them, to pass as `avoid`."""
-    return frozenset(held_out(False)[0] + held_out(True)[0])
+    return frozenset(held_out(False).captions + held_out(True).captions)

@@ -148,9 +148,7 @@ def loss_and_gradients(
     (axis,) = mesh.axis_names
 
     def share(networks: Networks, batch: Batch) -> tuple[Float[Array, ""], Networks]:
-        return jax.lax.pmean(
-            jax.value_and_grad(loss)(networks, batch, recipe, layout, axis), axis
-        )
+        return jax.lax.pmean(jax.value_and_grad(loss)(networks, batch, recipe, layout, axis), axis)
 
     whole, split = PartitionSpec(), PartitionSpec(axis)
     return jax.shard_map(
