@@ -18,6 +18,7 @@ import numpy as np
 from astraea_jax import files, metrics, report, solvers
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
+from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny, wan
@@ -214,7 +215,9 @@ def command(
     ]
     if not variants:
         raise ValueError(f"no row's description holds {only!r}; leave --only out to see them all")
-    study = Study.of(wan.Pipeline.from_pretrained(model), tiny.captions()[:prompts])
+    pipeline = wan.Pipeline.from_pretrained(model)
+    study = Study.of(pipeline, tiny.captions()[:prompts])
+    about = {"environment": report.environment(), "model": fingerprint(pipeline.transformer)}
     rows: list[dict] = []
     with report.Progress() as progress:
         for name in solver:
@@ -222,7 +225,7 @@ def command(
 
                 def keep(row: dict, bar=bar) -> None:
                     rows.append(row)
-                    report.write_json(output, {"environment": report.environment(), "rows": rows})
+                    report.write_json(output, {**about, "rows": rows})
                     bar.advance()
 
                 study.measure(variants, name, steps=steps, progress=keep)

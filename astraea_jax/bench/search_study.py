@@ -22,6 +22,7 @@ from astraea_jax import methods, metrics, report, solvers
 from astraea_jax.bench.search_choices import CHOICES
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Method
+from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
 from astraea_jax.search.patterns import step_patterns
@@ -297,7 +298,11 @@ class Study:
 
     def save(self) -> None:
         """Writes what has been found."""
-        about = {"environment": report.environment(), "options": dataclasses.asdict(self.options)}
+        about = {
+            "environment": report.environment(),
+            "options": dataclasses.asdict(self.options),
+            "model": fingerprint(self.pipeline.transformer),
+        }
         report.write_json(self.folder / RESULTS, {**about, "rows": self.rows})
 
     def check_time(self) -> None:

@@ -20,7 +20,7 @@ from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
 from astraea_jax.bench import attention as bench_attention
-from astraea_jax.bench import batches, exactness, gpu, quality, scoring, sheet, tables
+from astraea_jax.bench import batches, collect, exactness, gpu, quality, scoring, sheet, tables
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
@@ -193,7 +193,8 @@ def bench() -> None:
 
     `exactness` says how exact this device is, `gpu` runs the whole study of one. `quality` compares
     methods, `search` ways to find a schedule, `scoring` ways to score many; `compile` compiles for
-    a GPU that need not be there; `sheet` draws videos.
+    a GPU that need not be there; `sheet` draws videos. `collect` puts a study's parts together, and
+    `tables` makes the README's tables of what ships.
     """
     raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
@@ -213,6 +214,7 @@ BENCHES = {
     "denoise": bench_denoise.command,
     "batches": batches.command,
     "exactness": exactness.command,
+    "collect": collect.command,
     "gpu": gpu.command,
     "compile": bench_compile.command,
     "quality": quality.command,

@@ -1,0 +1,98 @@
+"""`astraea bench collect`: a study in parts, from several machines or processes, as one file.
+
+`bench search` and `bench quality` take hours on one device, and their parts need nothing of each
+other; what ships beside this file is such parts together.
+"""
+
+import json
+import pathlib
+from typing import Any, Literal
+
+from tyro.conf import Positional
+
+from astraea_jax import files
+
+Row = dict[str, Any]
+
+MEASURED = {
+    "quality": {"psnr", "psnr_half_width", "psnr_worst", "psnr_each", "ssim", "overlap"},
+    "search": {
+        *("psnr", "psnr_half_width", "psnr_worst", "psnr_each", "ssim", "mse", "seconds"),
+        *("fitness", "validation", "evaluations", "damage", "prompts", "run"),
+    },
+}
+"""What a row of a study has measured; the rest says what it is."""
+
+
+def command(
+    results: Positional[tuple[pathlib.Path, ...]] = (),
+    *,
+    study: Literal["search", "quality"],
+    output: pathlib.Path,
+    about: str = "",
+) -> None:
+    """Puts the results of a study's parts into one file; where two have a row, the first counts.
+
+    Args:
+      results: JSON files of `astraea bench search` (results.json in its folder) or `quality`.
+      study: Which of the two.
+      output: A .json file.
+      about: A sentence on what the file holds.
+    """
+    files.check_output(output, (".json",))
+    if not results:
+        raise ValueError("say which results to put together: JSON files of a study's parts")
+    parts = [_read(path) for path in results]
+    for path, part in zip(results, parts, strict=True):
+        if part["model"] != parts[0]["model"]:
+            raise ValueError(
+                f"expected results of one model: {results[0]} is of {parts[0]['model']}, "
+                f"{path} of {part['model']}"
+            )
+    rows: dict[str, Row] = {}
+    for part in parts:
+        for row in part["rows"]:
+            rows.setdefault(_name(row, MEASURED[study]), row)
+    head = {
+        "about": about,
+        "model": parts[0]["model"],
+        "runs": [{key: part[key] for key in sorted({*part} - {"model", "rows"})} for part in parts],
+    }
+    _write(output, head, list(rows.values()))
+    print(f"{len(rows)} rows of {len(parts)} files in {output}")
+
+
+def _read(path: pathlib.Path) -> Row:
+    """A part's results.
+
+    Raises:
+      ValueError: no such file, or one without rows and the model that they are of.
+    """
+    try:
+        part = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"expected a study's results at {path} ({error})") from error
+    if not isinstance(part, dict) or not {"rows", "model"} <= set(part):
+        raise ValueError(f"expected rows and the model that they are of in {path}; run it again")
+    return part
+
+
+def _name(row: Row, measured: set[str]) -> str:
+    return json.dumps({key: row[key] for key in sorted(row) if key not in measured})
+
+
+def _write(output: pathlib.Path, head: Row, rows: list[Row]) -> None:
+    """A row a line, so that a later version can be compared with it."""
+    lines = ",\n".join("  " + json.dumps(_rounded(row)) for row in rows)
+    text = json.dumps(head, indent=1).removesuffix("\n}") + f',\n "rows": [\n{lines}\n ]\n}}\n'
+    with files.replacing(output) as partial:
+        partial.write_text(text)
+
+
+def _rounded(value: Any) -> Any:
+    """Floats to eight significant digits: more than any of them means."""
+    if isinstance(value, float):
+        return float(f"{value:.8g}")
+    if isinstance(value, dict):
+        return {key: _rounded(each) for key, each in value.items()}
+    return [_rounded(each) for each in value] if isinstance(value, list) else value
