@@ -65,6 +65,22 @@ def test_all_rows(encoder, recorded):
     np.testing.assert_allclose(out, recorded["out"], atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_rows_that_are_looked_up_often_get_their_whole_gradient(dtype):
+    # The first row a thousand times, as padding and "a" are in a batch of captions.
+    ids = jnp.concatenate([jnp.zeros(1000, jnp.int32), jnp.arange(8)]).reshape(12, 84)
+    table = jnp.ones((8, 4), dtype)
+
+    def total(table):
+        return (t5.look_up(table, ids) * jnp.arange(1, 5)).astype(jnp.float32).sum()
+
+    found = jax.grad(total)(table)
+    assert found.dtype == table.dtype
+    expected = np.array([1001] + [1] * 7)[:, None] * np.arange(1, 5)
+    rounding = 2.0**-8 if dtype == "bfloat16" else 1e-6
+    np.testing.assert_allclose(np.asarray(found, np.float64), expected, rtol=rounding)
+
+
 @pytest.mark.parametrize("name", ["square", "wide"])
 def test_shipped_checkpoint(name):
     fixture = load_file(FIXTURES / f"tiny_wan/{name}.safetensors")

@@ -125,6 +125,31 @@ class T5Config:
         )
 
 
+@jax.custom_vjp
+def look_up(table: Float[Array, "rows H"], ids: Int[Array, "*N"]) -> Float[Array, "*N H"]:
+    """`table[ids]`, whose gradient is summed in float32, whatever the table's dtype.
+
+    JAX's own adds each row in that dtype, in any order: in bfloat16 a token that comes a thousand
+    times would count as a few hundred.
+    """
+    return table[ids]
+
+
+def _look_up_forward(table, ids):
+    return table[ids], (ids, table)
+
+
+def _look_up_backward(saved, gradient):
+    ids, table = saved
+    chosen = jax.nn.one_hot(ids.ravel(), table.shape[0], dtype=gradient.dtype)
+    flat = gradient.reshape(-1, gradient.shape[-1])
+    total = jnp.matmul(chosen.T, flat, preferred_element_type=jnp.float32)
+    return total.astype(gradient.dtype), None
+
+
+look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 def relative_position_buckets(
     offsets: np.ndarray, num_buckets: int = 32, max_distance: int = 128
 ) -> np.ndarray:
@@ -230,7 +255,7 @@ class T5Encoder(nnx.Module):
                 f"expected ids and mask of one shape [prompts, tokens], got {list(ids.shape)} and "
                 f"{list(mask.shape)}; pass what the tokenizer gives"
             )
-        x = self.embedding[...][ids]
+        x = look_up(self.embedding[...], ids)
         tables = self.position_bias[...]
         tables = jnp.broadcast_to(tables, (self.config.num_layers, *tables.shape[1:]))
 
@@ -249,7 +274,7 @@ class T5Encoder(nnx.Module):
             self.config.relative_attention_num_buckets,
             self.config.relative_attention_max_distance,
         )
-        return jnp.moveaxis(table[buckets], -1, 0)
+        return jnp.moveaxis(look_up(table, jnp.asarray(buckets)), -1, 0)
 
 
 def open_text_encoder(
