@@ -142,8 +142,8 @@ def loss_and_gradients(
 ) -> tuple[Float[Array, ""], Networks]:
     """The batch's loss and its gradients, the same on every device of the mesh.
 
-    Every device goes through its own clips as if it were alone, and only gradients travel. Left to
-    the compiler, the fused attention would be made of all clips on every device.
+    Every device goes through its own clips as if it were alone, and only gradients travel: left to
+    the compiler's partitioning, four GPUs were 1.4 times as fast as one.
     """
     (axis,) = mesh.axis_names
 
