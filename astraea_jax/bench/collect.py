@@ -6,22 +6,33 @@ other; what ships beside this file is such parts together.
 
 import json
 import pathlib
+from collections.abc import Callable
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
 from astraea_jax import files
+from astraea_jax.bench.search_study import name_of
 
 Row = dict[str, Any]
 
-MEASURED = {
-    "quality": {"psnr", "psnr_half_width", "psnr_worst", "psnr_each", "ssim", "overlap"},
-    "search": {
-        *("psnr", "psnr_half_width", "psnr_worst", "psnr_each", "ssim", "mse", "seconds"),
-        *("fitness", "validation", "evaluations", "damage", "prompts", "run"),
-    },
+QUALITY_NAMES = (
+    "method",
+    "reuse",
+    "scope",
+    "branches",
+    "velocity",
+    "rank",
+    "pattern",
+    "solver",
+    "cost",
+)
+
+NAMES: dict[str, Callable[[Row], tuple]] = {
+    "search": name_of,
+    "quality": lambda row: tuple(row.get(name) for name in QUALITY_NAMES),
 }
-"""What a row of a study has measured; the rest says what it is."""
+"""What tells a study's rows apart."""
 
 
 def command(
@@ -49,10 +60,10 @@ def command(
                 f"expected results of one model: {results[0]} is of {parts[0]['model']}, "
                 f"{path} of {part['model']}"
             )
-    rows: dict[str, Row] = {}
+    rows: dict[tuple, Row] = {}
     for part in parts:
         for row in part["rows"]:
-            rows.setdefault(_name(row, MEASURED[study]), row)
+            rows.setdefault(NAMES[study](row), row)
     head = {
         "about": about,
         "model": parts[0]["model"],
@@ -75,10 +86,6 @@ def _read(path: pathlib.Path) -> Row:
     if not isinstance(part, dict) or not {"rows", "model"} <= set(part):
         raise ValueError(f"expected rows and the model that they are of in {path}; run it again")
     return part
-
-
-def _name(row: Row, measured: set[str]) -> str:
-    return json.dumps({key: row[key] for key in sorted(row) if key not in measured})
 
 
 def _write(output: pathlib.Path, head: Row, rows: list[Row]) -> None:
