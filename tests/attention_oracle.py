@@ -36,3 +36,13 @@ def assert_close(got, expected, relative, seed, values=None):
     within = expected if values is None else np.asarray(values.astype(jnp.float32))
     scale = max(1.0, np.abs(within).max())
     assert error <= relative * scale, f"seed {seed}: off by {error:.3g}, values to {scale:.3g}"
+
+
+def assert_rounded(got, expected, q, k, v, seed, scale=None):
+    """Element by element within what the rounding of its weights, then of itself, may do."""
+    magnitudes, _ = by_hand(q, k, abs(v), scale)
+    rounding = float(jnp.finfo(v.dtype).eps) / 2
+    in_float32 = 1e-6 * max(1.0, float(abs(v).max()))
+    allowed = rounding * (magnitudes + np.abs(expected)) + in_float32
+    worst = (np.abs(np.asarray(got.astype(jnp.float32), np.float64) - expected) / allowed).max()
+    assert worst <= 1, f"seed {seed}: off by {worst:.3g} of what rounding may do"
