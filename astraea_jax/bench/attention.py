@@ -38,8 +38,8 @@ CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty,
     (2, 15, 30, 3, 72, (15, 7)),
     (1, 200, 4099, 1, 128, (200,)),
 )
-LIMIT = 1e-6  # of the largest value, for what float32 rounds between the products
-LSE_LIMITS = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 2e-6}
+LIMIT = 1e-6  # of the largest value, for all that is rounded to float32
+LSE_LIMITS = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 1e-6}
 
 
 def command(
@@ -157,8 +157,8 @@ def check(key: tuple, program, arguments: tuple) -> dict[str, Any]:
     lse, expected_lse = lse.swapaxes(1, 2), expected_lse.swapaxes(1, 2)
     row["lse"] = float(np.abs(lse - expected_lse)[used].max(initial=0.0))
     empty = not out[~used].any() and (lse[~used] == -np.inf).all()
-    close = bool((errors <= allowed)[used].all())
-    close = close and row["lse"] <= LSE_LIMITS[dtype] * max(1.0, np.abs(expected_lse).max())
+    close = row["lse"] <= LSE_LIMITS[dtype] * max(1.0, np.abs(expected_lse).max())
+    close = close and (errors <= allowed)[used].all()
     return row | {"verdict": ("right" if close else "wrong") + ("" if empty else ", rows past")}
 
 
@@ -169,7 +169,8 @@ def _allowed(q, k, v, expected: np.ndarray) -> np.ndarray:
     call a right kernel wrong every so often.
     """
     magnitudes, _ = by_hand(q, k, abs(v), q.shape[-1] ** -0.5)
-    rounding = float(jnp.finfo(v.dtype).eps) / 2
+    # What a dtype of 16 bits adds to float32, which has its limit already.
+    rounding = float(jnp.finfo(v.dtype).eps - jnp.finfo(jnp.float32).eps) / 2
     in_float32 = LIMIT * max(1.0, float(jnp.abs(v).max()))
     return rounding * (magnitudes + np.abs(expected)) + in_float32
 
