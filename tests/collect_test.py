@@ -51,7 +51,25 @@ def test_the_first_part_that_has_a_row_counts(tmp_path):
         paths[-1].write_text(json.dumps({"model": "m", "rows": [{**row, "psnr": psnr}]}))
     words = ["--study", "search", "--output", str(tmp_path / "c.json")]
     assert cli.main(["bench", "collect", *map(str, paths), *words]) == 0
-    assert read_rows(tmp_path / "c.json") == [{**row, "psnr": 30.123457}]
+    assert read_rows(tmp_path / "c.json") == [{**row, "psnr": 30.123457, "run": 0}]
+
+
+def test_a_row_names_the_run_that_made_it_however_often_it_is_collected(tmp_path):
+    row = {"method": "dense", "solver": "euler", "pattern": "fewer steps", "psnr": 30.0}
+    for name, cost in (("a", 0.3), ("b", 0.5), ("c", 0.7)):
+        part = {"model": "m", "environment": name, "rows": [{**row, "cost": cost}]}
+        (tmp_path / f"{name}.json").write_text(json.dumps(part))
+
+    def collect(*names: str) -> None:
+        paths = [str(tmp_path / f"{name}.json") for name in names]
+        words = [*paths[1:], "--study", "quality", "--output", paths[0]]
+        assert cli.main(["bench", "collect", *words]) == 0
+
+    collect("first", "b", "c")
+    collect("both", "a", "first")
+    both = json.loads((tmp_path / "both.json").read_text())
+    by = {each["cost"]: both["runs"][each["run"]]["environment"] for each in both["rows"]}
+    assert by == {0.3: "a", 0.5: "b", 0.7: "c"}
 
 
 @pytest.mark.parametrize(

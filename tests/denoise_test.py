@@ -214,6 +214,16 @@ def test_step_level_velocity_reuse_repeats_the_velocity():
     np.testing.assert_allclose(latents, run(Dense(), (10,), solver=longer).latents, atol=1e-5)
 
 
+def test_a_schedule_of_whole_steps_needs_no_token_wise_method():
+    # What a search of all levels ends at ships as a schedule of whole steps.
+    levels = (10, 10, 0, 10, 0, 0, 10, 0)
+    of_tokens, of_steps, plain = (
+        run(METHODS[method], levels, driver="static").latents
+        for method in ("astraea-corrected", "step-level-corrected", "step-level")
+    )
+    assert np.array_equal(of_tokens, of_steps) and not np.allclose(of_steps, plain)
+
+
 @pytest.mark.parametrize("method", [Astraea(), Astraea(PUBLISHED), StepLevel("residual")])
 def test_a_video_does_not_depend_on_its_batch(method):
     levels = (10, 0, 10, 0) if isinstance(method, StepLevel) else (10, 4, 0, 7)

@@ -12,25 +12,13 @@ from typing import Any, Literal
 from tyro.conf import Positional
 
 from astraea_jax import files
-from astraea_jax.bench.search_study import name_of
+from astraea_jax.bench import quality, search_study
 
 Row = dict[str, Any]
 
-QUALITY_NAMES = (
-    "method",
-    "reuse",
-    "scope",
-    "branches",
-    "velocity",
-    "rank",
-    "pattern",
-    "solver",
-    "cost",
-)
-
 NAMES: dict[str, Callable[[Row], tuple]] = {
-    "search": name_of,
-    "quality": lambda row: tuple(row.get(name) for name in QUALITY_NAMES),
+    "search": search_study.name_of,
+    "quality": quality.name_of,
 }
 """What tells a study's rows apart."""
 
@@ -43,6 +31,8 @@ def command(
     about: str = "",
 ) -> None:
     """Puts the results of a study's parts into one file; where two have a row, the first counts.
+
+    A row's "run" is the place of what made it in the file's "runs".
 
     Args:
       results: JSON files of `astraea bench search` (results.json in its folder) or `quality`.
@@ -61,14 +51,15 @@ def command(
                 f"{path} of {part['model']}"
             )
     rows: dict[tuple, Row] = {}
+    runs: list[Row] = []
     for part in parts:
         for row in part["rows"]:
-            rows.setdefault(NAMES[study](row), row)
-    head = {
-        "about": about,
-        "model": parts[0]["model"],
-        "runs": [{key: part[key] for key in sorted({*part} - {"model", "rows"})} for part in parts],
-    }
+            made_by = len(runs) + (row.get("run", 0) if "runs" in part else 0)
+            rows.setdefault(NAMES[study](row), {**row, "run": made_by})
+        runs += part.get("runs") or [
+            {key: part[key] for key in sorted({*part} - {"model", "rows"})}
+        ]
+    head = {"about": about, "model": parts[0]["model"], "runs": runs}
     _write(output, head, list(rows.values()))
     print(f"{len(rows)} rows of {len(parts)} files in {output}")
 

@@ -7,8 +7,9 @@ schedule matters more than the selection.
 import concurrent.futures
 import dataclasses
 import itertools
+import json
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,6 +25,12 @@ from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny, wan
 
 BUDGETS = (0.3, 0.5, 0.7)
+
+
+def name_of(row: dict[str, Any]) -> tuple:
+    """What tells a row of this table apart."""
+    names = ("method", "reuse", "scope", "branches", "velocity", "rank", "pattern", "solver")
+    return (*(row.get(name) for name in names), round(row["cost"], 6))
 
 
 class Variant(NamedTuple):
@@ -146,24 +153,29 @@ class Study:
         solver: str,
         *,
         steps: int,
+        known: Collection[tuple] = (),
         progress: Callable[[dict], None] = lambda row: None,
     ) -> list[dict]:
-        """A row for each variant: realised cost, PSNR and SSIM over the prompts, overlap."""
+        """A row for each variant whose name is not known: cost, PSNR, SSIM, overlap."""
         dense, _ = self.videos(Variant(Dense(), Schedule.dense(steps), "dense", {}), solver)
         geometry = self.pipeline.transformer.geometry(self.noise.shape)
         rows = []
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for variant in variants:
-                videos, trace = self.videos(variant, solver)
-                psnr = np.array(list(pool.map(metrics.psnr, dense, videos)))
-                ssim = np.array(list(pool.map(metrics.ssim, dense, videos)))
                 cost = variant.schedule.realised_budget(geometry.num_tokens)
-                row = {
+                row: dict = {
                     "method": variant.method.name,
                     **variant.about,
                     "pattern": variant.pattern,
                     "solver": solver,
                     "cost": cost * variant.schedule.steps / steps,
+                }
+                if name_of(row) in known:
+                    continue
+                videos, trace = self.videos(variant, solver)
+                psnr = np.array(list(pool.map(metrics.psnr, dense, videos)))
+                ssim = np.array(list(pool.map(metrics.ssim, dense, videos)))
+                row |= {
                     "psnr": float(psnr.mean()),
                     "psnr_half_width": float(1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5),
                     "psnr_worst": float(psnr.min()),
@@ -192,6 +204,7 @@ def command(
     budgets: tuple[float, ...] = BUDGETS,
     solver: tuple[str, ...] = ("euler", "unipc"),
     only: str = "",
+    known: pathlib.Path | None = None,
     model: str = "tiny",
 ) -> None:
     """Measures every method at equal budgets against the dense video; hours on a CPU.
@@ -203,6 +216,8 @@ def command(
       budgets: Shares of the tokens.
       solver: Solvers to measure with.
       only: Rows whose description holds this text, as "step-level" or "random".
+      known: A file of an earlier run, of the same model and prompts, whose rows are not measured
+        again (one that was stopped, say); `astraea bench collect` puts both together.
       model: A model that knows such prompts.
     """
     files.check_output(output, (".json",))
@@ -216,8 +231,13 @@ def command(
     if not variants:
         raise ValueError(f"no row's description holds {only!r}; leave --only out to see them all")
     pipeline = wan.Pipeline.from_pretrained(model)
+    about = {
+        "environment": report.environment(),
+        "model": fingerprint(pipeline.transformer),
+        "options": {"prompts": prompts, "steps": steps},
+    }
+    before = _before(known, about, output)
     study = Study.of(pipeline, tiny.captions()[:prompts])
-    about = {"environment": report.environment(), "model": fingerprint(pipeline.transformer)}
     rows: list[dict] = []
     with report.Progress() as progress:
         for name in solver:
@@ -228,8 +248,26 @@ def command(
                     report.write_json(output, {**about, "rows": rows})
                     bar.advance()
 
-                study.measure(variants, name, steps=steps, progress=keep)
+                study.measure(variants, name, steps=steps, known=before, progress=keep)
     print(report.markdown(rows, COLUMNS))
+
+
+def _before(path: pathlib.Path | None, about: dict, output: pathlib.Path) -> set[tuple]:
+    """Names of the rows of an earlier run, which must be of the same model and options."""
+    if path is None:
+        return set()
+    if path.resolve() == output.resolve():
+        raise ValueError(f"--known and --output are one file, {path}: give the new rows their own")
+    try:
+        earlier = json.loads(path.read_text())
+        found = {key: earlier[key] for key in ("model", "options")}
+        names = {name_of(row) for row in earlier["rows"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"expected a file of bench quality at {path} ({error!r})") from error
+    wanted = {key: about[key] for key in found}
+    if found != wanted:
+        raise ValueError(f"expected rows of {wanted}; {path} has those of {found}")
+    return names
 
 
 COLUMNS = {

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import jax
 
-import astraea_jax
-from astraea_jax import methods, report
+from astraea_jax import report
 from astraea_jax.bench.search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
+from astraea_jax.bench.search_ship import write_recipes
 from astraea_jax.bench.search_study import (
     RESULTS,
     SHIPPED,
@@ -19,9 +19,7 @@ from astraea_jax.bench.search_study import (
     read_rows,
 )
 from astraea_jax.model import fingerprint
-from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
-from astraea_jax.search.recipe import Recipe
 from astraea_jax.search.space import WHOLE_STEPS, Space
 from astraea_ports import wan
 
@@ -138,48 +136,6 @@ def table(rows: Sequence[dict]) -> list[dict]:
         what = f"best of {len(members)}: {best['what']}" if kind == "best hand-made" else kind
         chosen.append({**best, "what": what})
     return sorted(chosen, key=lambda row: (row["solver"], row["budget"], -row["psnr"]))
-
-
-def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Writes a schedule file for each solver and budget, and returns their paths.
-
-    Of all searches of whole steps the one of least error on its validation prompts is taken, and of
-    those without any the one of least error where it searched: levels between 0 and 10 cost more
-    than their tokens (keys and values of all of them, a cache of them), and have not been better
-    at equal tokens either. Schedules of another model are compared by the PSNR of the held-out
-    prompts, which no search of theirs has seen. The judgement there is what a file says of itself.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    best: dict[tuple, tuple] = {}
-    for row in rows:
-        method = methods.METHODS.get(row["method"])
-        if not {"psnr", "ssim"} <= set(row) or not isinstance(method, methods.StepLevel):
-            continue
-        if "fitness" not in row and not row["what"].startswith("transfer"):
-            continue
-        error = float(row.get("validation", row.get("fitness", 10 ** (-row["psnr"] / 10))))
-        rank = "validation" not in row, error
-        key = row["solver"], row["budget"]
-        if key not in best or rank < best[key][0]:
-            best[key] = rank, row
-    paths = []
-    for (solver, budget), (_, row) in sorted(best.items()):
-        schedule = Schedule(tuple(row["levels"]))
-        quality = {name: row[name] for name in ("psnr", "psnr_worst", "ssim", "mse")}
-        recipe = Recipe(
-            schedule,
-            row["method"],
-            solver,
-            float(pipeline.shift),
-            pipeline.grid,
-            fingerprint(pipeline.transformer),
-            {**quality, "prompts": len(row["psnr_each"])},
-            {"budget": schedule.budget},
-            astraea_jax.__version__,
-        )
-        paths.append(folder / f"{solver}_{schedule.steps}_{round(100 * budget)}.json")
-        recipe.save(paths[-1])
-    return paths
 
 
 COLUMNS = {

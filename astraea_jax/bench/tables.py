@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from astraea_jax import files, report
+from astraea_jax.bench.search_ship import chosen
 
 RESULTS = pathlib.Path(__file__).parent
 
@@ -95,6 +96,7 @@ beside the mean."""
 def search(results: Row) -> str:
     """Every way to find a schedule: the best row of each kind for a solver and a budget."""
     judged = [row for row in results["rows"] if "psnr" in row]
+    ships = chosen(results["rows"])
     lines = []
     for solver in ("euler", "unipc"):
         for budget in sorted({row["budget"] for row in judged}):
@@ -109,16 +111,21 @@ def search(results: Row) -> str:
                     and method in (None, row["method"])
                 ]
                 if found:
-                    best = max(found, key=lambda row: row["psnr"])
-                    line[column] = f"{best['psnr']:.1f}"
-                    line[column] += f" ({best['psnr_worst']:.0f})" if worst else ""
+                    line[column] = _decibels(max(found, key=lambda row: row["psnr"]), worst)
+            line["ships"] = _decibels(ships[solver, budget], worst=True)
             lines.append(line)
     columns = {"solver": "solver", "budget": "budget", "fewer": "fewer steps"}
     columns |= {"uniform": "uniform, per block", "random": "random tokens", "fixed": "FIXED-TOKEN"}
     columns |= {"block": "per block", "step": "one selection a step", "hand": "best by hand"}
     columns |= {"hand corrected": "by hand, corrected", "dp": "skip one + DP"}
     columns |= {"swaps": "DP + swaps", "whole": "whole steps, EA", "all": "levels 0..10, EA"}
+    columns |= {"ships": "ships"}
     return _markdown(lines, columns)
+
+
+def _decibels(row: Row, worst: bool) -> str:
+    """PSNR's mean, and the worst prompt in brackets."""
+    return f"{row['psnr']:.1f}" + (f" ({row['psnr_worst']:.0f})" if worst else "")
 
 
 def denoise(results: Row) -> str:

@@ -1,0 +1,48 @@
+"""`astraea bench quality`: rows, what they are measured against, and going on after a stop."""
+
+import json
+import sys
+
+import pytest
+
+from astraea_jax import cli
+from astraea_jax.bench import quality
+
+SMALL = ["bench", "quality", "--prompts", "2", "--steps", "4", "--budgets", "0.5"]
+SMALL += ["--solver", "euler", "--only", "step-level"]
+
+
+@pytest.mark.slow
+def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys):
+    whole, part, rest = (tmp_path / f"{name}.json" for name in ("whole", "part", "rest"))
+    assert cli.main([*SMALL, "--output", str(whole)]) == 0
+    results = json.loads(whole.read_text())
+    assert len({quality.name_of(row) for row in results["rows"]}) == len(results["rows"]) == 4
+    for row in results["rows"]:
+        assert row["cost"] == 0.5 and len(row["psnr_each"]) == 2
+        assert 10 < row["psnr_worst"] <= row["psnr"] and 0 < row["ssim"] < 1
+    # As if it had been stopped before the last row: that one is measured, and comes out the same.
+    part.write_text(json.dumps({**results, "rows": results["rows"][:3]}))
+    go_on = [*SMALL, "--known", str(part)]
+    assert cli.main([*go_on, "--output", str(rest)]) == 0
+    assert json.loads(rest.read_text())["rows"] == results["rows"][3:]
+    capsys.readouterr()
+    assert cli.main([*go_on, "--output", str(part)]) == 2
+    assert "are one file" in capsys.readouterr().err
+    assert cli.main([*go_on, "--steps", "6", "--output", str(rest)]) == 2
+    assert "expected rows of" in capsys.readouterr().err
+    part.write_text("no JSON")
+    assert cli.main([*go_on, "--output", str(rest)]) == 2
+    assert "a file of bench quality" in capsys.readouterr().err
+    assert json.loads(rest.read_text())["rows"] == results["rows"][3:]
+
+
+def test_a_row_read_back_has_the_name_of_the_one_measured():
+    row = {"method": "dense", "solver": "euler", "pattern": "fewer steps", "cost": 19 / 27}
+    rounded = {**row, "cost": float(f"{row['cost']:.8g}"), "psnr": 30.0}
+    assert quality.name_of(rounded) == quality.name_of(row)
+    assert quality.name_of({**row, "cost": 0.5}) != quality.name_of(row)
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__]))
