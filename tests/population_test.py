@@ -53,7 +53,6 @@ def one_by_one(method, levels, model, inputs):
     return np.stack(runs)
 
 
-@pytest.mark.core
 def test_lanes_give_what_each_schedule_gives_alone():
     model, inputs, method = (
         small_model(),
@@ -105,7 +104,6 @@ def test_what_cannot_be_is_refused():
         scorer(StepLevel()).latents(WHOLE[:, :4])
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("solver", [solvers.euler, solvers.unipc])
 def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
     """The gap's weights against what they stand for: the skipped steps taken a second time."""

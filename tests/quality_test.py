@@ -9,23 +9,36 @@ from astraea_jax import cli
 from astraea_jax.bench import quality
 
 SMALL = ["bench", "quality", "--prompts", "2", "--steps", "4", "--budgets", "0.5"]
-SMALL += ["--solver", "euler", "--only", "step-level"]
+SMALL += ["--solver", "euler", "--only", "step-level, velocity"]
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys):
+def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
     whole, part, rest = (tmp_path / f"{name}.json" for name in ("whole", "part", "rest"))
+    made, compute = {}, quality.Study.videos
+
+    def videos(study, variant, solver):
+        asked.append(variant.pattern)
+        if variant.pattern not in made:
+            made[variant.pattern] = compute(study, variant, solver)
+        return made[variant.pattern]
+
+    monkeypatch.setattr(quality.Study, "videos", videos)
+    asked: list[str] = []
     assert cli.main([*SMALL, "--output", str(whole)]) == 0
+    assert asked == ["dense", "uniform", "first fifth dense"]
     results = json.loads(whole.read_text())
-    assert len({quality.name_of(row) for row in results["rows"]}) == len(results["rows"]) == 4
+    assert len({quality.name_of(row) for row in results["rows"]}) == len(results["rows"]) == 2
     for row in results["rows"]:
         assert row["cost"] == 0.5 and len(row["psnr_each"]) == 2
         assert 10 < row["psnr_worst"] <= row["psnr"] and 0 < row["ssim"] < 1
-    # As if it had been stopped before the last row: that one is measured, and comes out the same.
-    part.write_text(json.dumps({**results, "rows": results["rows"][:3]}))
+    # As if it had been stopped after the first row: the second is measured, and comes out the same.
+    part.write_text(json.dumps({**results, "rows": results["rows"][:1]}))
     go_on = [*SMALL, "--known", str(part)]
+    asked.clear()
     assert cli.main([*go_on, "--output", str(rest)]) == 0
-    assert json.loads(rest.read_text())["rows"] == results["rows"][3:]
+    assert asked == ["dense", "first fifth dense"]
+    assert json.loads(rest.read_text())["rows"] == results["rows"][1:]
     capsys.readouterr()
     assert cli.main([*go_on, "--output", str(part)]) == 2
     assert "are one file" in capsys.readouterr().err
@@ -34,7 +47,9 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys):
     part.write_text("no JSON")
     assert cli.main([*go_on, "--output", str(rest)]) == 2
     assert "a file of bench quality" in capsys.readouterr().err
-    assert json.loads(rest.read_text())["rows"] == results["rows"][3:]
+    assert json.loads(rest.read_text())["rows"] == results["rows"][1:]
+    assert cli.main([*SMALL, "--known", str(whole), "--output", str(rest)]) == 2
+    assert "holds all of them" in capsys.readouterr().err
 
 
 def test_a_row_read_back_has_the_name_of_the_one_measured():

@@ -50,7 +50,6 @@ def test_nothing_hides_and_two_objects_differ(drawn):
     assert (shown.shape[:, 0] != shown.shape[:, 1]).all()
 
 
-@pytest.mark.core
 def test_a_clip_is_a_function_of_its_number():
     def make(seed, first):
         keys = scenes.clip_keys(seed, first, 4)

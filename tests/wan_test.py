@@ -28,8 +28,6 @@ from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer import Transformer
 from astraea_ports.wan.transformer_weights import load_transformer
 
-pytestmark = pytest.mark.core
-
 WEIGHTS = FIXTURES / "wan/transformer_diffusers.safetensors"
 ORIGINAL = FIXTURES / "wan/transformer_original.safetensors"
 CONFIG = {
@@ -88,6 +86,7 @@ def intermediates(model, latents, timestep, context):
     return got | {"head_out": model.head(tokens, time)}
 
 
+@pytest.mark.core
 def test_intermediates(transformer, recorded):
     inputs = recorded["x"], jnp.asarray(recorded["t"], jnp.float32), recorded["context"]
     got = intermediates(transformer, *inputs)
@@ -102,6 +101,7 @@ def test_intermediates(transformer, recorded):
         np.testing.assert_allclose(value, expected, rtol=0, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.core
 def test_velocity(transformer, recorded):
     timestep = jnp.asarray(recorded["t"], jnp.float32)
     got = jax.jit(Transformer.__call__)(transformer, recorded["x"], timestep, recorded["context"])
@@ -113,6 +113,7 @@ def test_velocity(transformer, recorded):
     assert np.abs(np.asarray(other) - recorded["out"]).max() > 100 * OUT
 
 
+@pytest.mark.core
 def test_selected_rows_of_a_block_are_the_rows_upstream_has(transformer, recorded):
     geometry = transformer.geometry(recorded["x"].shape)
     prepared = transformer.prepare(jnp.asarray(recorded["context"]), geometry)
@@ -129,6 +130,7 @@ def test_selected_rows_of_a_block_are_the_rows_upstream_has(transformer, recorde
     np.testing.assert_allclose(lse, expected, rtol=0, atol=WITHIN)
 
 
+@pytest.mark.core
 def test_half_precision(recorded):
     """Both policies against the float32 recording; the reference is the nearer one."""
     timestep = jnp.asarray(recorded["t"], jnp.float32)
@@ -244,6 +246,7 @@ def upstream(request):
     return recording(request.param)
 
 
+@pytest.mark.core
 def test_text(upstream):
     texts, tensors = [upstream.prompt, ""], upstream.tensors
     tokens = pipeline().tokenizer(texts)
@@ -253,6 +256,7 @@ def test_text(upstream):
     np.testing.assert_allclose(got, tensors["text_embedding"], rtol=0, atol=1e-5)
 
 
+@pytest.mark.core
 def test_velocities(upstream):
     tensors = upstream.tensors
     for when, latents, timestep in (
@@ -270,6 +274,7 @@ def test_velocities(upstream):
             assert relative(got[index], expected) <= 1e-4, f"{branch} {when}"
 
 
+@pytest.mark.core
 def test_latents_after_every_step(upstream):
     model, tensors = pipeline().transformer, upstream.tensors
     steps = len(tensors["timesteps"])

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -131,6 +131,13 @@ class Study:
         context = pipeline.encode_text(list(prompts))
         return cls(pipeline, context, noise, default.guidance, decode)
 
+    def described(self, variant: Variant, solver: str, steps: int) -> dict[str, Any]:
+        """A row before it is measured; its cost is a share of `steps` dense steps' tokens."""
+        tokens = self.pipeline.transformer.geometry(self.noise.shape).num_tokens
+        cost = variant.schedule.realised_budget(tokens) * variant.schedule.steps / steps
+        own = {"pattern": variant.pattern, "solver": solver, "cost": cost}
+        return {"method": variant.method.name, **variant.about, **own}
+
     def videos(self, variant: Variant, solver: str) -> tuple[list[np.ndarray], Any]:
         """The variant's videos, and its trace."""
         table = solvers.make(solver, variant.schedule.steps, shift=self.pipeline.shift)
@@ -153,29 +160,17 @@ class Study:
         solver: str,
         *,
         steps: int,
-        known: Collection[tuple] = (),
         progress: Callable[[dict], None] = lambda row: None,
     ) -> list[dict]:
-        """A row for each variant whose name is not known: cost, PSNR, SSIM, overlap."""
+        """A row for each variant: realised cost, PSNR and SSIM over the prompts, overlap."""
         dense, _ = self.videos(Variant(Dense(), Schedule.dense(steps), "dense", {}), solver)
-        geometry = self.pipeline.transformer.geometry(self.noise.shape)
         rows = []
         with concurrent.futures.ThreadPoolExecutor() as pool:
             for variant in variants:
-                cost = variant.schedule.realised_budget(geometry.num_tokens)
-                row: dict = {
-                    "method": variant.method.name,
-                    **variant.about,
-                    "pattern": variant.pattern,
-                    "solver": solver,
-                    "cost": cost * variant.schedule.steps / steps,
-                }
-                if name_of(row) in known:
-                    continue
                 videos, trace = self.videos(variant, solver)
                 psnr = np.array(list(pool.map(metrics.psnr, dense, videos)))
                 ssim = np.array(list(pool.map(metrics.ssim, dense, videos)))
-                row |= {
+                row = self.described(variant, solver, steps) | {
                     "psnr": float(psnr.mean()),
                     "psnr_half_width": float(1.96 * psnr.std(ddof=1) / len(psnr) ** 0.5),
                     "psnr_worst": float(psnr.min()),
@@ -238,17 +233,25 @@ def command(
     }
     before = _before(known, about, output)
     study = Study.of(pipeline, tiny.captions()[:prompts])
+    left = {
+        name: [
+            each for each in variants if name_of(study.described(each, name, steps)) not in before
+        ]
+        for name in solver
+    }
+    if not any(left.values()):
+        raise ValueError(f"nothing to measure: {known} holds all of them; leave --known out")
     rows: list[dict] = []
     with report.Progress() as progress:
-        for name in solver:
-            with progress.stage(f"rows with {name}", len(variants)) as bar:
+        for name in filter(left.get, solver):
+            with progress.stage(f"rows with {name}", len(left[name])) as bar:
 
                 def keep(row: dict, bar=bar) -> None:
                     rows.append(row)
                     report.write_json(output, {**about, "rows": rows})
                     bar.advance()
 
-                study.measure(variants, name, steps=steps, known=before, progress=keep)
+                study.measure(left[name], name, steps=steps, progress=keep)
     print(report.markdown(rows, COLUMNS))
 
 
