@@ -112,7 +112,8 @@ def search(results: Row) -> str:
                 ]
                 if found:
                     line[column] = _decibels(max(found, key=lambda row: row["psnr"]), worst)
-            line["ships"] = _decibels(ships[solver, budget], worst=True)
+            if (solver, budget) in ships:
+                line["ships"] = _decibels(ships[solver, budget], worst=True)
             lines.append(line)
     columns = {"solver": "solver", "budget": "budget", "fewer": "fewer steps"}
     columns |= {"uniform": "uniform, per block", "random": "random tokens", "fixed": "FIXED-TOKEN"}
