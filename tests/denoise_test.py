@@ -19,8 +19,6 @@ from astraea_jax.model import dense_forward
 from astraea_jax.schedule import Schedule
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
-pytestmark = pytest.mark.core
-
 GUIDANCE = 3.0
 CONFIGS = {
     "default": SelectionConfig(),
@@ -90,6 +88,7 @@ DENSE_EQUALS = [
     ids=[f"{name}-{driver}" for name, _, driver in DENSE_EQUALS],
 )
 @pytest.mark.usefixtures("fully_optimised")
+@pytest.mark.core
 def test_budget_one_equals_dense_bit_for_bit(method, driver):
     # A grid of its own, so that no program that was compiled quickly is used again.
     inputs = small_inputs(grid=(3, 5, 4))
@@ -109,6 +108,7 @@ def test_grouped_model_at_budget_one_equals_dense():
     assert np.array_equal(runs[0], runs[1]) and np.array_equal(runs[0], runs[2])
 
 
+@pytest.mark.core
 def test_dense_loop_equals_the_plain_forward_pass():
     inputs, model = small_inputs(), small_model()
     solver = solvers.euler(1)
@@ -127,9 +127,12 @@ ORACLE = [
     "default", "published", "block residual", "block sketch", "block output last computed",
     "step last computed", "signed", "random",
 ]  # fmt: skip
+CORE = {"default", "published", "block sketch"}
 
 
-@pytest.mark.parametrize("name", ORACLE)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.core] * (name in CORE)) for name in ORACLE]
+)
 def test_dynamic_equals_static_equals_masked_oracle(name):
     config = CONFIGS[name]
     rng = np.random.default_rng(list(CONFIGS).index(name))
@@ -196,6 +199,7 @@ def test_grouped_model_equals_masked_oracle(name):
 
 
 @pytest.mark.parametrize("reuse", ["velocity", "residual"])
+@pytest.mark.core
 def test_step_level_drivers_agree(reuse):
     levels = (10, 0, 10, 0, 0, 10)
     dynamic = run(StepLevel(reuse), levels)
@@ -214,6 +218,7 @@ def test_step_level_velocity_reuse_repeats_the_velocity():
     np.testing.assert_allclose(latents, run(Dense(), (10,), solver=longer).latents, atol=1e-5)
 
 
+@pytest.mark.core
 def test_a_schedule_of_whole_steps_needs_no_token_wise_method():
     # What a search of all levels ends at ships as a schedule of whole steps.
     levels = (10, 10, 0, 10, 0, 0, 10, 0)
@@ -249,6 +254,7 @@ def test_guidance_branches_keep_to_themselves():
     np.testing.assert_allclose(first, second, atol=2e-5)
 
 
+@pytest.mark.core
 def test_one_executable_serves_schedules_prompts_seeds_guidance_and_solvers():
     before = loop.dynamic_loop.num_executables
     for seed in range(4):
@@ -262,6 +268,7 @@ def test_one_executable_serves_schedules_prompts_seeds_guidance_and_solvers():
     assert loop.dynamic_loop.num_executables == before + 1
 
 
+@pytest.mark.core
 def test_levels_may_be_traced_in_jitted_code():
     inputs, traces = small_inputs(), []
 
@@ -307,6 +314,7 @@ def compiled_steps(method):
     [("default", "branch"), ("published", "loop"), ("block last computed", "loop")],
 )
 @pytest.mark.usefixtures("fully_optimised")
+@pytest.mark.core
 def test_no_copy_of_the_cache_and_donated(name, pieces):
     cache, programs = compiled_steps(Astraea(CONFIGS[name], pieces))
     shape = ",".join(map(str, cache.out.shape))
@@ -323,6 +331,7 @@ def test_no_copy_of_the_cache_and_donated(name, pieces):
             assert aliased >= cache.out.nbytes, f"{which}: the cache is not donated"
 
 
+@pytest.mark.core
 def test_the_caller_keeps_the_noise():
     inputs = small_inputs()
     run(Astraea(), (10, 5), driver="static", inputs=inputs)

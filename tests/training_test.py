@@ -131,7 +131,6 @@ def test_the_training_forward_is_the_plain_model(model, layout):
     np.testing.assert_allclose(ours, plain, atol=2e-5)
 
 
-@pytest.mark.core
 @pytest.mark.parametrize("layout", [Layout(), Layout(recompute=False, unroll=True)])
 def test_the_training_gradients_are_the_plain_models(model, layout):
     transformer = wan.load_transformer(model / "transformer")
