@@ -99,6 +99,7 @@ def test_budget_one_equals_dense_bit_for_bit(method, driver):
 
 
 @pytest.mark.usefixtures("fully_optimised")
+@pytest.mark.core
 def test_grouped_model_at_budget_one_equals_dense():
     model, inputs = grouped_inputs()
     runs = [

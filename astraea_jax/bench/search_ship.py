@@ -8,6 +8,7 @@ from astraea_jax import methods
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
 from astraea_jax.search.recipe import Recipe
+from astraea_jax.search.space import WHOLE_STEPS
 
 
 def chosen(rows: Sequence[dict]) -> dict[tuple[str, float], dict]:
@@ -43,7 +44,7 @@ def _of_whole_steps(row: dict) -> str | None:
     if isinstance(methods.METHODS.get(row["method"]), methods.StepLevel):
         return row["method"]
     same = {"astraea-corrected": "step-level-corrected"}
-    return same.get(row["method"]) if {*row["levels"]} <= {0, 10} else None
+    return same.get(row["method"]) if {*row["levels"]} <= {*WHOLE_STEPS} else None
 
 
 def write_recipes(rows: Sequence[dict], pipeline, folder: pathlib.Path) -> list[pathlib.Path]:
