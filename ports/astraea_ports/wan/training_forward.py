@@ -13,12 +13,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from astraea_ports.wan import training_kernels
 from astraea_ports.wan import training_passes as passes
-from astraea_ports.wan.block import Attention, Block, RMSNorm, Rope, rope_tables
+from astraea_ports.wan.block import Attention, Block, RMSNorm, rope_tables
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.transformer import Transformer
 
 AttentionKernel = Literal["xla", "cudnn"]
+Passes = Literal["xla", "triton"]
 
 
 class Layout(NamedTuple):
@@ -26,11 +28,14 @@ class Layout(NamedTuple):
 
     Attributes:
       attention: "cudnn" is fused and needs an NVIDIA GPU and 16-bit floats.
+      passes: what lies between the products, as XLA compiles it or in kernels of their own, which
+        need an NVIDIA GPU.
       recompute: keep the products' results only; norms, rotations and activations again backwards.
       unroll: blocks laid out one after another instead of a loop; slower to compile.
     """
 
     attention: AttentionKernel = "xla"
+    passes: Passes = "xla"
     recompute: bool = True
     unroll: bool = False
 
@@ -47,6 +52,7 @@ class Layout(NamedTuple):
         limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
         return cls(
             attention="cudnn" if dtype == "bfloat16" else "xla",
+            passes="triton",
             recompute=3 * kept > limit,
             unroll=True,
         )
@@ -77,7 +83,7 @@ def velocity(
     modulation = model.modulation(timestep)
 
     def apply(tokens: Array, block: Block) -> tuple[Array, None]:
-        return _block(block, tokens, text, rope, modulation.projected, layout.attention), None
+        return _block(block, tokens, text, rope, modulation.projected, layout), None
 
     if layout.recompute:
         apply = jax.checkpoint(apply, policy=_kept, prevent_cse=layout.unroll)
@@ -95,52 +101,60 @@ def _kept(primitive, *avals, **params) -> bool:
     return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *avals, **params)
 
 
-def _block(block: Block, tokens, text, rope, modulation, kernel: AttentionKernel) -> Array:
+def _block(block: Block, tokens, text, rope, modulation, layout: Layout) -> Array:
     """One block, as transformer.BoundBlock has it: attention, attention to the text, MLP."""
+    between = training_kernels if layout.passes == "triton" else passes
     table = block.scale_shift_table[...].astype(jnp.float32) + modulation
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table[:, i, None] for i in range(6))
 
     attention = block.attn1
-    x = passes.normed(tokens, scale, shift, block.eps)
-    queries, keys, values = _project(x, attention.to_q, attention.to_k, attention.to_v)
-    queries = _turned(attention.norm_q, queries, attention.to_q, rope)
-    keys = _turned(attention.norm_k, keys, attention.to_k, rope)
-    values = values + _bias(attention.to_v)
-    attended = _attend(attention, queries, keys, values, kernel)
-    tokens = _add_projected(tokens, gate, attention.to_out, attended)
+    tokens, x = between.enter(tokens, scale, shift, block.eps)
+    queries, keys, values = between.heads(
+        *_project(x, attention.to_q, attention.to_k, attention.to_v),
+        _weights(attention.norm_q, attention.norm_k), rope, block.eps,
+    )  # fmt: skip
+    out = _out(attention, _attend(attention, queries, keys, values, layout.attention))
+    scale, shift = _parameters(block.norm2, gate.shape)
+    bias = _bias(attention.to_out)
+    tokens, x = between.add(tokens, gate, out, bias, scale, shift, block.norm2.epsilon)
 
-    attention, norm = block.attn2, block.norm2
+    attention = block.attn2
+    (queries,) = between.heads(
+        *_project(x, attention.to_q), _weights(attention.norm_q), None, block.eps
+    )
+    keys, values = between.heads(
+        *_project(text, attention.to_k, attention.to_v),
+        _weights(attention.norm_k), None, block.eps,
+    )  # fmt: skip
+    out = _out(attention, _attend(attention, queries, keys, values, layout.attention))
+    bias = _bias(attention.to_out)
+    one = jnp.ones_like(gate)
+    tokens, x = between.add(tokens, one, out, bias, mlp_scale, mlp_shift, block.eps)
+
+    hidden = passes.gelu(*_project(x, block.ffn_in))
+    out = passes.product(hidden, block.ffn_out.kernel[...])
+    return passes.add_gated(tokens, mlp_gate, out, _bias(block.ffn_out))
+
+
+def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> tuple[Array, Array]:
+    """What the layers make of `x` side by side, as one product that reads it once; their biases."""
+    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
+    return passes.product(x, kernel), jnp.concatenate([_bias(layer) for layer in layers])
+
+
+def _out(attention: Attention, attended: Array) -> Array:
+    return passes.product(attended, attention.to_out.kernel[...])
+
+
+def _weights(*norms: RMSNorm) -> Array:
+    return jnp.stack([norm.weight[...] for norm in norms])
+
+
+def _parameters(norm: nnx.LayerNorm, shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """A norm's own scale and shift, as those of a clip's."""
     assert norm.scale is not None and norm.bias is not None
     scale, shift = (row[...].astype(jnp.float32) for row in (norm.scale, norm.bias))
-    scale, shift = (jnp.broadcast_to(row, gate.shape) for row in (scale - 1, shift))
-    x = passes.normed(tokens, scale, shift, norm.epsilon)
-    queries = passes.product(x, attention.to_q.kernel[...])
-    queries = _turned(attention.norm_q, queries, attention.to_q, None)
-    keys, values = _project(text, attention.to_k, attention.to_v)
-    keys = attention.norm_k(keys + _bias(attention.to_k))
-    values = values + _bias(attention.to_v)
-    attended = _attend(attention, queries, keys, values, kernel)
-    tokens = _add_projected(tokens, jnp.ones_like(gate), attention.to_out, attended)
-
-    x = passes.normed(tokens, mlp_scale, mlp_shift, block.eps)
-    hidden = passes.product(x, block.ffn_in.kernel[...])
-    hidden = passes.gelu(hidden, _bias(block.ffn_in))
-    return _add_projected(tokens, mlp_gate, block.ffn_out, hidden)
-
-
-def _project(x: Float[Array, "B N I"], *layers: nnx.Linear) -> list[Array]:
-    """What each layer makes of `x` but for its bias, as one product that reads `x` once."""
-    kernel = jnp.concatenate([layer.kernel[...] for layer in layers], axis=1)
-    return jnp.split(passes.product(x, kernel), len(layers), axis=-1)
-
-
-def _add_projected(tokens: Array, gate: Array, layer: nnx.Linear, x: Array) -> Array:
-    """Tokens and, gated, what the layer makes of `x`."""
-    return passes.add_gated(tokens, gate, passes.product(x, layer.kernel[...]), _bias(layer))
-
-
-def _turned(norm: RMSNorm, x: Array, layer: nnx.Linear, rope: Rope | None) -> Array:
-    return passes.turned(x, _bias(layer), norm.weight[...], rope, norm.eps)
+    return jnp.broadcast_to(scale - 1, shape), jnp.broadcast_to(shift, shape)
 
 
 def _bias(layer: nnx.Linear) -> Array:

@@ -50,6 +50,44 @@ def _by_row(x: Array) -> Array:
     return with_layout_constraint(x, DeviceLayout(tuple(range(x.ndim))))
 
 
+def enter(
+    tokens: Float[Array, "B N H"],
+    scale: Float[Array, "B 1 H"],
+    shift: Float[Array, "B 1 H"],
+    eps: float,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
+    """Tokens as they are, and normed: so that their gradients meet in one place."""
+    return tokens, normed(tokens, scale, shift, eps)
+
+
+def add(
+    tokens: Float[Array, "B N H"],
+    gate: Float[Array, "B 1 H"],
+    out: Float[Array, "B N H"],
+    bias: Float[Array, " H"],
+    scale: Float[Array, "B 1 H"],
+    shift: Float[Array, "B 1 H"],
+    eps: float,
+) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
+    """`add_gated`, and that `normed`: what lies between two sub-layers."""
+    return enter(add_gated(tokens, gate, out, bias), scale, shift, eps)
+
+
+def heads(
+    projected: Float[Array, "B N X"],
+    bias: Float[Array, " X"],
+    weights: Float[Array, "T H"],
+    rope: Rope | None,
+    eps: float,
+) -> tuple[Float[Array, "B N H"], ...]:
+    """The parts of a projection, each with its bias; as many as have a weight are `turned`."""
+    parts = projected.shape[-1] // weights.shape[-1]
+    both = list(zip(jnp.split(projected, parts, -1), jnp.split(bias, parts), strict=True))
+    normed = zip(both[: len(weights)], weights, strict=True)
+    first = [turned(*part, weight, rope, eps) for part, weight in normed]
+    return *first, *(part + bias for part, bias in both[len(weights) :])
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normed(
     tokens: Float[Array, "B N H"],
