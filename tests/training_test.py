@@ -1,11 +1,13 @@
 """Training: the step against the plain model, runs that stop and go on, and what they leave."""
 
+import collections
 import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -278,9 +280,8 @@ def test_the_step_is_compiled_before_the_pool_is_full(model):
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def first_losses(model, count):
+def first_losses(trainee, count):
     """The losses of a run's first steps."""
-    trainee = make_training(model)
     trainee.prepare(0, quiet)
     state, losses = trainee.start(), []
     for _ in range(count):
@@ -289,20 +290,38 @@ def first_losses(model, count):
     return losses
 
 
+def what_travels(program):
+    """How often a compiled program sends arrays from device to device, by what is done."""
+    kinds = r" (all-gather|all-reduce|all-to-all|collective-permute)(?:-start)?\("
+    return dict(collections.Counter(re.findall(kinds, program.as_text())))
+
+
 def test_devices_share_the_batch_and_the_encoding(uninterrupted, model):
     script = f"""
+        import json
         import pathlib
         import jax
         import training_test as t
 
         assert jax.device_count() == 2
-        print(*t.first_losses(pathlib.Path({str(model)!r}), 2))
+        model = pathlib.Path({str(model)!r})
+        trainee = t.make_training(model)
+        losses = t.first_losses(trainee, 2)
+        arrays, static = trainee._arguments()
+        step = t.training.train_step.lower(trainee.start(), *arrays, **static)
+        pool = trainee.pool
+        video = pool._drawn(pool._make(0)[0])
+        programs = step, pool._encode.lower(pool._vae, video)
+        print(json.dumps([losses, *(t.what_travels(each.compile()) for each in programs)]))
         """
     flags = "--xla_force_host_platform_device_count=2"
     printed = run_script(script, XLA_FLAGS=flags, check=True).stdout
+    losses, step, encoding = json.loads(printed)
     # The second loss has been through gradients and optimisers.
-    alone = np.load(uninterrupted / "losses.npy")[:2]
-    np.testing.assert_allclose([float(x) for x in printed.split()], alone, rtol=1e-4)
+    np.testing.assert_allclose(losses, np.load(uninterrupted / "losses.npy")[:2], rtol=1e-4)
+    # Each device goes through its own clips: gradients meet, and what is encoded is handed around.
+    assert set(step) == {"all-reduce"}
+    assert encoding == {"all-gather": 1}
 
 
 def run_script(script, check=False, **environment):
