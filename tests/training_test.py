@@ -555,21 +555,45 @@ def test_own_clips_are_an_endless_stream():
         finite(videos, ["a"])
 
 
-def test_the_vae_learns_and_writes_its_statistics(tmp_path):
-    def draw(key, count):
-        clips = scenes.make_clips(jax.random.split(key, count), frames=5, side=32)
-        return vae_training.Drawn(clips.video, clips.cover)
+def draw_small(key, count):
+    clips = scenes.make_clips(jax.random.split(key, count), frames=5, side=32)
+    return vae_training.Drawn(clips.video, clips.cover)
 
+
+def test_the_vae_learns_and_writes_its_statistics(tmp_path):
     recipe = vae_training.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
-    trainee = vae_training.VAETraining("tiny", draw, recipe, from_nothing=True)
+    trainee = vae_training.VAETraining("tiny", draw_small, recipe, from_nothing=True)
     training_run.run(trainee, tmp_path, say=quiet)
     losses = np.load(tmp_path / "losses.npy")
     assert len(losses) == 4 and losses[-1] < losses[0]
     trained = wan.load_vae(tmp_path / "model" / "vae")
-    drawn = draw(jax.random.key(recipe.seed + 1), 8)
+    drawn = draw_small(jax.random.key(recipe.seed + 1), 8)
     latents = jax.jit(type(trained).encode)(trained, 2 * drawn.video - 1)
     np.testing.assert_allclose(latents.mean((0, 1, 2, 3)), 0, atol=0.05)
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
+
+
+def test_devices_share_the_vaes_clips():
+    script = """
+        import json
+        import jax
+        import training_test as t
+        from astraea_ports.wan import vae_training
+
+        assert jax.device_count() == 2
+        recipe = vae_training.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
+        trainee = vae_training.VAETraining("tiny", t.draw_small, recipe)
+        vae = trainee.start().vae
+        drawn = jax.eval_shape(lambda: t.draw_small(jax.random.key(0), 2))
+        shape = vae_training.latents_shape(vae, drawn)
+        noise = jax.ShapeDtypeStruct(shape, "float32")
+        slopes = jax.jit(vae_training.loss_and_gradients, static_argnums=(3, 4))
+        program = slopes.lower(vae, noise, drawn, recipe, trainee.mesh).compile()
+        print(json.dumps(t.what_travels(program)))
+        """
+    flags = "--xla_force_host_platform_device_count=2"
+    printed = run_script(script, XLA_FLAGS=flags, check=True).stdout
+    assert set(json.loads(printed)) == {"all-reduce"}
 
 
 if __name__ == "__main__":

@@ -129,22 +129,52 @@ def whole(part: Encoder | Decoder, clip: Array) -> Array:
 
 
 def loss(
-    vae: VAE, key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """The loss, and the mean squared error of the reconstruction."""
+    vae: VAE, noise: Float[Array, "B f h w C"], drawn: Drawn, recipe: VAERecipe
+) -> Float[Array, ""]:
+    """How far the reconstruction is from the clips, and the latents from a normal distribution.
+
+    Args:
+      vae: to reconstruct with.
+      noise: of unit variance, to draw the latents with.
+      drawn: clips, or a device's share of them.
+      recipe: how to train.
+    """
     cast = jax.tree.map(lambda x: x.astype(recipe.dtype), vae)
     pixels = 2 * drawn.video - 1
     encoded = cast.quant.pointwise(whole(cast.encoder, pixels.astype(recipe.dtype)))
     mean, log_variance = jnp.split(encoded.astype(jnp.float32), 2, axis=-1)
     log_variance = jnp.clip(log_variance, -20.0, 4.0)
-    latents = mean + jnp.exp(0.5 * log_variance) * jax.random.normal(key, mean.shape)
+    latents = mean + jnp.exp(0.5 * log_variance) * noise
     decoded = whole(cast.decoder, cast.post_quant.pointwise(latents.astype(recipe.dtype)))
     error = decoded.astype(jnp.float32) - pixels
     weight = 1 + 4 * drawn.cover[..., None]
     pixel_loss = jnp.mean((jnp.abs(error) + 2 * jnp.square(error)) * weight)
     edges = sum(jnp.mean(jnp.abs(jnp.diff(error, axis=axis))) for axis in (1, 2, 3))
     normal = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(log_variance) - 1 - log_variance)
-    return pixel_loss + 0.5 * edges + recipe.normal_weight * normal, jnp.mean(jnp.square(error))
+    return pixel_loss + 0.5 * edges + recipe.normal_weight * normal
+
+
+def latents_shape(vae: VAE, drawn: Drawn) -> tuple[int, ...]:
+    """Of the latents of some clips, [B, f, h, w, C]."""
+    return jax.eval_shape(_raw_latents, vae, drawn.video).shape
+
+
+def loss_and_gradients(
+    vae: VAE, noise: Array, drawn: Drawn, recipe: VAERecipe, mesh: Mesh
+) -> tuple[Float[Array, ""], VAE]:
+    """The batch's loss and its gradients; each device goes through its own clips.
+
+    Left to the compiler, the devices gather what attention sees, frame by frame.
+    """
+    (axis,) = mesh.axis_names
+
+    def share(vae: VAE, noise: Array, drawn: Drawn) -> tuple[Array, VAE]:
+        return jax.lax.pmean(jax.value_and_grad(loss)(vae, noise, drawn, recipe), axis)
+
+    whole, split = PartitionSpec(), PartitionSpec(axis)
+    return jax.shard_map(
+        share, mesh=mesh, in_specs=(whole, split, split), out_specs=whole, check_vma=False
+    )(vae, noise, drawn)
 
 
 def cut(key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe) -> Drawn:
@@ -180,10 +210,9 @@ def train_step(
     over = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
     drawn = draw(keys[0], recipe.clips)
     drawn = drawn if whole else cut(keys[1], drawn, recipe)
-    drawn = jax.lax.with_sharding_constraint(drawn, over)
-    (value, _), gradients = jax.value_and_grad(loss, has_aux=True)(
-        state.vae, keys[2], drawn, recipe
-    )
+    noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn))
+    noise, drawn = jax.lax.with_sharding_constraint((noise, drawn), over)
+    value, gradients = loss_and_gradients(state.vae, noise, drawn, recipe, mesh)
     finite = jnp.isfinite(optax.tree.norm(gradients))
     weights, moments = descend(optimiser(recipe), gradients, state.moments, state.vae)
     average = moving_average(state.average, weights, state.step, recipe.average, warm=5)
