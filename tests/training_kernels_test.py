@@ -76,12 +76,17 @@ def test_what_a_sub_layer_made_is_added(shape, dtype):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize(("parts", "normed", "turns"), [(3, 2, True), (2, 1, False)])
-def test_projections_become_heads(shape, parts, normed, turns):
+@pytest.mark.parametrize(
+    ("parts", "normed", "turns", "dtype"),
+    [(3, 2, True, "float32"), (2, 1, False, "float32"), (2, 1, False, "bfloat16")],
+)
+def test_projections_become_heads(shape, parts, normed, turns, dtype):
     batch, num_tokens, width = shape
     rope = rope_of(num_tokens, width // 4) if turns else None
     shapes = (batch, num_tokens, parts * width), (parts * width,), (normed, width)
-    compare(lambda between, *given: between.heads(*given, rope, EPS), draw(*shapes))
+    limit = 1e-5 if dtype == "float32" else 1e-2
+    arguments = draw(*shapes, dtype=dtype)
+    compare(lambda between, *given: between.heads(*given, rope, EPS), arguments, limit)
 
 
 @pytest.mark.slow

@@ -85,7 +85,16 @@ def heads(
     both = list(zip(jnp.split(projected, parts, -1), jnp.split(bias, parts), strict=True))
     normed = zip(both[: len(weights)], weights, strict=True)
     first = [turned(*part, weight, rope, eps) for part, weight in normed]
-    return *first, *(part + bias for part, bias in both[len(weights) :])
+    return *first, *(biased(*part) for part in both[len(weights) :])
+
+
+@jax.custom_vjp
+def biased(x: Float[Array, "B N H"], bias: Float[Array, " H"]) -> Float[Array, "B N H"]:
+    """`x + bias`; JAX would sum the bias's gradient in the dtype of `x`."""
+    return x + bias
+
+
+biased.defvjp(lambda x, bias: (x + bias, None), lambda _, gradient: (gradient, _total(gradient)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
