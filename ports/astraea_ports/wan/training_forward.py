@@ -77,8 +77,8 @@ def velocity(
 ) -> Float[Array, "B F Y X C"]:
     """What `model(latents, timestep, context)` gives, for a step that is differentiated."""
     geometry = model.geometry(latents.shape)
-    hidden = jax.nn.gelu(model.text_1(context), approximate=True)
-    text = model.text_2(hidden)
+    hidden = passes.gelu(*_project(context, model.text_1))
+    text = passes.biased(*_project(hidden, model.text_2))
     rope = rope_tables(geometry.grid, model.config.attention_head_dim)
     modulation = model.modulation(timestep)
 

@@ -4,7 +4,8 @@ A program takes some tokens of one clip, one after another; a row's statistics a
 it is in registers. Backwards a program also adds up what is summed over tokens, and writes its sums
 down once: gradients of biases, gates, scales, shifts and norms' weights cost no pass of their own.
 
-A kernel for the GELU too was no faster than what XLA makes of it.
+A kernel for the GELU too was no faster than what XLA makes of it. ptxas 13.0 for sm_90 (jax 0.11.2
+and 0.12.0.1): up to 120 registers for width 256, 232 for 1536; no spills.
 """
 
 import functools
