@@ -575,10 +575,12 @@ def test_the_vae_learns_and_writes_its_statistics(tmp_path):
 
 def test_devices_share_the_vaes_clips():
     script = """
+        import functools
         import json
         import jax
         import training_test as t
         from astraea_ports.wan import vae_training
+        from astraea_ports.wan.training_recipe import loss_and_gradients
 
         assert jax.device_count() == 2
         recipe = vae_training.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
@@ -587,8 +589,9 @@ def test_devices_share_the_vaes_clips():
         drawn = jax.eval_shape(lambda: t.draw_small(jax.random.key(0), 2))
         shape = vae_training.latents_shape(vae, drawn)
         noise = jax.ShapeDtypeStruct(shape, "float32")
-        slopes = jax.jit(vae_training.loss_and_gradients, static_argnums=(3, 4))
-        program = slopes.lower(vae, noise, drawn, recipe, trainee.mesh).compile()
+        share = functools.partial(vae_training.loss, recipe=recipe)
+        gradients = functools.partial(loss_and_gradients, share, mesh=trainee.mesh)
+        program = jax.jit(gradients).lower(vae, (noise, drawn)).compile()
         print(json.dumps(t.what_travels(program)))
         """
     flags = "--xla_force_host_platform_device_count=2"

@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from astraea_ports.t5 import T5Encoder
@@ -91,6 +92,32 @@ class Networks(NamedTuple):
 
     transformer: Transformer
     text_encoder: T5Encoder
+
+
+def loss_and_gradients[M](
+    loss: Callable[[M, Any], Array], weights: M, batch: Any, mesh: Mesh
+) -> tuple[Float[Array, ""], M]:
+    """The batch's loss and its gradients, the same on every device of the mesh.
+
+    Every device goes through its own clips as if it were alone, and only gradients travel: left to
+    the compiler's partitioning, devices gather what attention sees, and four GPUs were 1.4 times as
+    fast as one.
+
+    Args:
+      loss: of weights and a device's share of the batch; the batch's is the mean over devices.
+      weights: copied to every device.
+      batch: arrays that are split along their first axis.
+      mesh: one axis of devices.
+    """
+    (axis,) = mesh.axis_names
+
+    def share(weights: M, batch: Any) -> tuple[Array, M]:
+        return jax.lax.pmean(jax.value_and_grad(loss)(weights, batch), axis)
+
+    whole, split = PartitionSpec(), PartitionSpec(axis)
+    return jax.shard_map(
+        share, mesh=mesh, in_specs=(whole, split), out_specs=whole, check_vma=False
+    )(weights, batch)
 
 
 def descend[M](

@@ -22,7 +22,13 @@ from astraea_jax import video
 from astraea_ports import export
 from astraea_ports.wan import vae_weights
 from astraea_ports.wan.part_training import PartTraining, fingerprint
-from astraea_ports.wan.training_recipe import by_shape, descend, moving_average, rate_factor
+from astraea_ports.wan.training_recipe import (
+    by_shape,
+    descend,
+    loss_and_gradients,
+    moving_average,
+    rate_factor,
+)
 from astraea_ports.wan.vae import VAE, Decoder, Encoder
 from astraea_ports.wan.vae_layers import Past
 
@@ -129,16 +135,16 @@ def whole(part: Encoder | Decoder, clip: Array) -> Array:
 
 
 def loss(
-    vae: VAE, noise: Float[Array, "B f h w C"], drawn: Drawn, recipe: VAERecipe
+    vae: VAE, batch: tuple[Float[Array, "B f h w C"], Drawn], recipe: VAERecipe
 ) -> Float[Array, ""]:
     """How far the reconstruction is from the clips, and the latents from a normal distribution.
 
     Args:
       vae: to reconstruct with.
-      noise: of unit variance, to draw the latents with.
-      drawn: clips, or a device's share of them.
+      batch: noise of unit variance, to draw the latents with, and clips.
       recipe: how to train.
     """
+    noise, drawn = batch
     cast = jax.tree.map(lambda x: x.astype(recipe.dtype), vae)
     pixels = 2 * drawn.video - 1
     encoded = cast.quant.pointwise(whole(cast.encoder, pixels.astype(recipe.dtype)))
@@ -157,24 +163,6 @@ def loss(
 def latents_shape(vae: VAE, drawn: Drawn) -> tuple[int, ...]:
     """Of the latents of some clips, [B, f, h, w, C]."""
     return jax.eval_shape(_raw_latents, vae, drawn.video).shape
-
-
-def loss_and_gradients(
-    vae: VAE, noise: Array, drawn: Drawn, recipe: VAERecipe, mesh: Mesh
-) -> tuple[Float[Array, ""], VAE]:
-    """The batch's loss and its gradients; each device goes through its own clips.
-
-    Left to the compiler, the devices gather what attention sees, frame by frame.
-    """
-    (axis,) = mesh.axis_names
-
-    def share(vae: VAE, noise: Array, drawn: Drawn) -> tuple[Array, VAE]:
-        return jax.lax.pmean(jax.value_and_grad(loss)(vae, noise, drawn, recipe), axis)
-
-    whole, split = PartitionSpec(), PartitionSpec(axis)
-    return jax.shard_map(
-        share, mesh=mesh, in_specs=(whole, split, split), out_specs=whole, check_vma=False
-    )(vae, noise, drawn)
 
 
 def cut(key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe) -> Drawn:
@@ -211,8 +199,9 @@ def train_step(
     drawn = draw(keys[0], recipe.clips)
     drawn = drawn if whole else cut(keys[1], drawn, recipe)
     noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn))
-    noise, drawn = jax.lax.with_sharding_constraint((noise, drawn), over)
-    value, gradients = loss_and_gradients(state.vae, noise, drawn, recipe, mesh)
+    batch = jax.lax.with_sharding_constraint((noise, drawn), over)
+    share = functools.partial(loss, recipe=recipe)
+    value, gradients = loss_and_gradients(share, state.vae, batch, mesh)
     finite = jnp.isfinite(optax.tree.norm(gradients))
     weights, moments = descend(optimiser(recipe), gradients, state.moments, state.vae)
     average = moving_average(state.average, weights, state.step, recipe.average, warm=5)
