@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.checks import Refusal
 from astraea_jax.kernels import dispatch, rows
 from astraea_jax.kernels.dispatch import Implementation as Implementation
 from astraea_jax.kernels.dispatch import implementations as implementations
@@ -53,7 +54,7 @@ def query_sparse_attention(
         logits; rows at or past `count` are -inf.
 
     Raises:
-      ValueError: shapes or dtypes that do not fit, no key, an index out of range where the indices
+      Refusal: shapes or dtypes that do not fit, no key, an index out of range where the indices
         are known, or a named implementation that can't run, with the reason.
 
     Source: ASTRAEA 3.2, Figure 3 and Algorithm 1 lines 3-5.
@@ -178,31 +179,31 @@ def _tile(q, k, v, scale, fresh):
 def _check(q, k, v, indices, count) -> None:
     """Refuses what no implementation could compute, at trace time."""
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
-        raise ValueError(
+        raise Refusal(
             "expected q [B,K,A,C] and k, v [B,N,A,C] of one shape; "
             f"got q {q.shape}, k {k.shape}, v {v.shape}"
         )
     if (q.shape[0], *q.shape[2:]) != (k.shape[0], *k.shape[2:]):
-        raise ValueError(
+        raise Refusal(
             "expected q and k to agree in batch, heads and head width; "
             f"got q {q.shape} and k {k.shape}"
         )
     if indices is not None and (indices.ndim != 2 or indices.shape[0] != q.shape[0]):
-        raise ValueError(f"expected indices of shape ({q.shape[0]}, K); got {indices.shape}")
+        raise Refusal(f"expected indices of shape ({q.shape[0]}, K); got {indices.shape}")
     num_queries = q.shape[1] if indices is None else indices.shape[1]
     if 0 in (q.shape[1], num_queries, k.shape[1]):
-        raise ValueError(
+        raise Refusal(
             "expected at least one query and one key; "
             f"got {min(q.shape[1], num_queries)} and {k.shape[1]}"
         )
     if not (q.dtype == k.dtype == v.dtype):
-        raise ValueError(f"expected one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}: cast one")
+        raise Refusal(f"expected one dtype; got q {q.dtype}, k {k.dtype}, v {v.dtype}: cast one")
     if count is not None and count.shape != (q.shape[0],):
-        raise ValueError(f"expected count of shape ({q.shape[0]},); got {count.shape}")
+        raise Refusal(f"expected count of shape ({q.shape[0]},); got {count.shape}")
     if indices is not None and count is None and not isinstance(indices, jax.core.Tracer):
         known = np.asarray(indices)
         if known.min() < 0 or known.max() >= q.shape[1]:
-            raise ValueError(
+            raise Refusal(
                 f"expected indices in 0..{q.shape[1] - 1}; got {known.min()}..{known.max()}: "
                 "give the number of rows in use as count, if the rest is padding"
             )

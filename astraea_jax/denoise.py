@@ -17,6 +17,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
@@ -105,7 +106,7 @@ def denoise(
       The denoised latents, and the trace.
 
     Raises:
-      ValueError: shapes, schedule and solver that do not fit, before anything is computed.
+      Refusal: shapes, schedule and solver that do not fit, before anything is computed.
     """
     method = Dense() if method is None else method
     settings = _check(model, latents, context, solver, schedule, method, guidance, trace)
@@ -117,7 +118,7 @@ def denoise(
     if driver == "static":
         return _static(model, latents, context, solver, levels, scale, key, settings, progress)
     if driver != "dynamic":
-        raise ValueError(f'driver must be "dynamic" or "static"; got {driver!r}')
+        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
     with _listening(progress):
         denoised = dynamic_loop(
             model, latents, context, solver, levels, scale, key,
@@ -267,7 +268,7 @@ def _check(model, latents, context, solver, schedule, method, guidance, trace) -
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2
     if context.ndim != 3 or context.shape[0] != branches * latents.shape[0]:
-        raise ValueError(
+        raise Refusal(
             f"expected context of {branches * latents.shape[0]} rows ({branches} guidance "
             f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
         )
@@ -277,7 +278,7 @@ def _check(model, latents, context, solver, schedule, method, guidance, trace) -
     if schedule is not None:
         length = schedule.steps if isinstance(schedule, Schedule) else schedule.shape[0]
         if length != solver.steps:
-            raise ValueError(
+            raise Refusal(
                 f"expected a schedule of {solver.steps} levels, one a solver step; got {length}"
             )
     return Settings(method, geometry, branches, trace)

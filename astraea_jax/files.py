@@ -1,41 +1,161 @@
-"""Output files that are there whole or not at all."""
+"""Files: inputs that are what they should be, outputs that are there whole or not at all."""
 
 import contextlib
-import fcntl
+import hashlib
+import json
 import os
 import pathlib
-import tempfile
+import stat
+import sys
 from collections.abc import Collection, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+from astraea_jax.checks import Refusal
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+JSON_BYTES = 16 << 20
+"""The largest file of JSON or text that is read."""
+
+_LOCKED_BYTE = 1 << 40
+"""Where Windows locks a file: past all that it holds, since a locked byte can't be read."""
+
+
+def check_input(
+    path: str | os.PathLike, *, what: str = "file", largest: int | None = None
+) -> pathlib.Path:
+    """Returns `path` if it is a regular file of at most `largest` bytes.
+
+    Anything else may hang the one who reads it (a FIFO) or never end (a device).
+
+    Raises:
+      Refusal: there is no such file, it is no regular file, or it is too large.
+    """
+    path = pathlib.Path(path)
+    try:
+        found = path.stat()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise Refusal(f"expected a {what} at {path} ({reason(error)}): check the name") from error
+    if not stat.S_ISREG(found.st_mode):
+        kind = "a folder" if stat.S_ISDIR(found.st_mode) else "no regular file"
+        raise Refusal(f"expected a {what} at {path}; it is {kind}: name a file")
+    if largest is not None and found.st_size > largest:
+        raise Refusal(
+            f"expected a {what} of at most {largest} bytes at {path}; it has {found.st_size}: "
+            "is it another kind of file?"
+        )
+    return path
+
+
+def read_text(
+    path: str | os.PathLike, *, what: str = "text file", largest: int = JSON_BYTES
+) -> str:
+    """What a regular file of UTF-8 text holds.
+
+    Raises:
+      Refusal: as `check_input`, or it can't be read or is no text.
+    """
+    path = check_input(path, what=what, largest=largest)
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise Refusal(f"expected a {what} at {path}; it can't be read ({reason(error)})") from error
+
+
+def read_json(
+    path: str | os.PathLike, *, what: str = "file of JSON", largest: int = JSON_BYTES
+) -> Any:
+    """What a regular file of JSON holds; NaN and Infinity are no JSON.
+
+    Raises:
+      Refusal: as `check_input`, or it can't be read, is no JSON, or is nested too deep.
+    """
+    text = read_text(path, what=what, largest=largest)
+    try:
+        return json.loads(text, parse_constant=_no_json)
+    except (ValueError, RecursionError) as error:
+        said = "nested too deep" if isinstance(error, RecursionError) else str(error)
+        raise Refusal(
+            f"{path} is not valid JSON ({said}); expected a {what}: mend it or fetch it again"
+        ) from error
+
+
+def _no_json(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def reason(error: BaseException) -> str:
+    """Why an operation failed, in a few words of one line."""
+    said = getattr(error, "strerror", None) or str(error).strip() or type(error).__name__
+    return said.splitlines()[0][:200]
 
 
 def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.Path:
     """Returns `path` if a file can be written there; call it before any long work.
 
     Args:
-      path: the file to be written; it may exist already.
+      path: the file to be written; it may exist already. A link is followed.
       suffixes: those allowed, as ".mp4"; compared without regard to case.
 
     Raises:
-      ValueError: the folder does not exist or can't be written to, `path` is a folder, or its
-        suffix is none of `suffixes`.
+      Refusal: its suffix is none of `suffixes`, or no file can be made there: the folder is not
+        there, can't be written to or is full, the name is too long, or `path` is something else
+        than a file.
     """
     path = pathlib.Path(path)
-    if path.is_dir():
-        raise ValueError(f"expected a file to write; {path} is a folder: add a file name")
+    target, found = _target(path)
+    if found is not None and stat.S_ISDIR(found.st_mode):
+        raise Refusal(f"expected a file to write; {path} is a folder: add a file name")
     if path.suffix.lower() not in suffixes:
         known = " or ".join(suffixes)
-        raise ValueError(f"expected a file name that ends in {known}; got {path.name!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"expected an existing folder for {path}; {path.parent} is none: make it")
+        raise Refusal(f"expected a file name that ends in {known}; got {path.name!r}")
+    if found is not None and not stat.S_ISREG(found.st_mode):
+        raise Refusal(f"expected a file to write; {path} is no regular file: choose another name")
+    if found is not None and not os.access(target, os.W_OK):
+        raise Refusal(f"{path} is there and may not be written to: choose another name")
+    if not target.parent.is_dir():
+        raise Refusal(f"expected an existing folder for {path}; {target.parent} is none: make it")
+    partial = _partial(target)
     try:
-        # Trying is the only test that sees read-only disks as well as permissions.
-        tempfile.TemporaryFile(dir=path.parent).close()
+        # Trying is the only test that sees read-only and full disks as well as permissions.
+        with partial.open("wb") as file:
+            file.write(bytes(4096))
+            file.flush()
     except OSError as error:
-        raise ValueError(
-            f"can't write to folder {path.parent} ({error.strerror}): choose another for {path}"
+        raise Refusal(
+            f"can't write to folder {target.parent} ({reason(error)}): choose another for {path}"
         ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
     return path
+
+
+def _target(path: pathlib.Path) -> tuple[pathlib.Path, os.stat_result | None]:
+    """The file that a path stands for, links followed, and what is there."""
+    try:
+        found = path.stat()
+    except FileNotFoundError as error:
+        if path.is_symlink():
+            raise Refusal(
+                f"{path} is a link to {os.readlink(path)}, which is not there: choose another name"
+            ) from error
+        return path, None
+    except (OSError, ValueError) as error:  # too long a name, links in a circle, a null byte
+        raise Refusal(f"can't write {path} ({reason(error)}): choose another name") from error
+    return (path.resolve() if path.is_symlink() else path), found
+
+
+def _partial(target: pathlib.Path) -> pathlib.Path:
+    """A temporary name beside a file, short whatever the file's.
+
+    The suffix stays last: encoders choose the format by it.
+    """
+    mark = hashlib.sha256(os.fsencode(target.name)).hexdigest()[:8]
+    return target.with_name(f".{mark}.{os.getpid()}.partial{target.suffix}")
 
 
 @contextlib.contextmanager
@@ -43,15 +163,22 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """Gives a temporary name beside `path`, and renames it to `path` if the block ends well.
 
     If it does not, Ctrl-C included, what was at `path` before is untouched and nothing is left.
+
+    Raises:
+      Refusal: the system would not write it.
     """
-    path = pathlib.Path(path)
-    # The suffix stays last: encoders choose the format by it.
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.partial{path.suffix}")
+    target, _ = _target(pathlib.Path(path))
+    partial = _partial(target)
     try:
         yield partial
-        os.replace(partial, path)
+        os.replace(partial, target)
+    except OSError as error:
+        raise Refusal(
+            f"can't write {path} ({reason(error)}): make room or choose another name"
+        ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -66,19 +193,32 @@ def held(path: str | os.PathLike, *, choose: str = "another folder") -> Iterator
       choose: what the message proposes.
 
     Raises:
-      ValueError: another process holds the file, or it can't be made or written to.
+      Refusal: another process holds the file, it is no regular file, or it can't be made or
+        written to.
     """
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists():
+            check_input(path)
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    except OSError as error:
-        raise ValueError(f"can't write {path} ({error.strerror}): choose {choose}") from error
+    except (OSError, Refusal) as error:
+        raise Refusal(f"can't write {path} ({reason(error)}): choose {choose}") from error
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(file)
         except OSError as error:
-            raise ValueError(
+            raise Refusal(
                 f"{path} is in use by another run: wait for it, or choose {choose}"
             ) from error
         yield file
+
+
+def _lock(file: BinaryIO) -> None:
+    """Holds an open file against other processes; OSError where one of them has it."""
+    if sys.platform == "win32":
+        file.seek(_LOCKED_BYTE)
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        file.seek(0)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, rows_at
 
 
@@ -96,6 +97,6 @@ def run_flops(
 def speedup_bound(workload: Workload, level: int) -> float:
     """How many times faster than dense a step at `level` (1..10) can be, by operations alone."""
     if not 1 <= level <= LEVELS:
-        raise ValueError(f"level must be in 1..{LEVELS}; got {level}")
+        raise Refusal(f"level must be in 1..{LEVELS}; got {level}")
     dense = step_flops(workload, workload.num_tokens)
     return dense / step_flops(workload, rows_at(level, workload.num_tokens))

@@ -5,6 +5,8 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from skimage.metrics import structural_similarity
 
+from astraea_jax.checks import Refusal
+
 _SSIM_WINDOW = 7
 
 
@@ -19,7 +21,7 @@ def psnr(reference: UInt8[np.ndarray, "F H W 3"], video: UInt8[np.ndarray, "F H 
       video: what is compared with it.
 
     Raises:
-      ValueError: no uint8 videos [F, H, W, 3] of equal shape.
+      Refusal: no uint8 videos [F, H, W, 3] of equal shape.
 
     Source: ASTRAEA 4.1 (frame by frame) and A.2 (scikit-image's function).
     """
@@ -41,13 +43,13 @@ def ssim(reference: UInt8[np.ndarray, "F H W 3"], video: UInt8[np.ndarray, "F H 
       video: what is compared with it.
 
     Raises:
-      ValueError: no uint8 videos [F, H, W, 3] of equal shape, or frames smaller than a window.
+      Refusal: no uint8 videos [F, H, W, 3] of equal shape, or frames smaller than a window.
 
     Source: as `psnr`.
     """
     _check_videos(reference, video)
     if min(reference.shape[1:3]) < _SSIM_WINDOW:
-        raise ValueError(
+        raise Refusal(
             f"SSIM needs frames of at least {_SSIM_WINDOW}x{_SSIM_WINDOW} pixels; "
             f"got {reference.shape[1]}x{reference.shape[2]}"
         )
@@ -64,10 +66,10 @@ def mse(
     """Mean squared difference of two arrays of equal shape, in the square of their unit.
 
     Raises:
-      ValueError: shapes that differ.
+      Refusal: shapes that differ.
     """
     if reference.shape != video.shape:
-        raise ValueError(
+        raise Refusal(
             f"expected two arrays of equal shape; got {reference.shape} and {video.shape}"
         )
     difference = np.asarray(reference, np.float64) - np.asarray(video, np.float64)
@@ -78,25 +80,25 @@ def to_uint8(video: Float[np.ndarray | jax.Array, "*S"]) -> UInt8[np.ndarray, "*
     """Grey levels 0..255 of values in [0, 1], rounded to the nearest; what lies outside is clipped.
 
     Raises:
-      ValueError: values that are no floats, or NaN among them.
+      Refusal: values that are no floats, or NaN among them.
     """
     values = np.asarray(video)
     if values.dtype.kind in "biu":
-        raise ValueError(f"expected floats in [0, 1]; got {values.dtype}: it needs no conversion")
+        raise Refusal(f"expected floats in [0, 1]; got {values.dtype}: it needs no conversion")
     values = values.astype(np.float32)
     if np.isnan(values).any():
-        raise ValueError(f"expected floats in [0, 1]; got {np.isnan(values).sum()} NaN among them")
+        raise Refusal(f"expected floats in [0, 1]; got {np.isnan(values).sum()} NaN among them")
     return np.rint(np.clip(values, 0, 1) * 255).astype(np.uint8)
 
 
 def _check_videos(reference: np.ndarray, video: np.ndarray) -> None:
     for name, value in (("reference", reference), ("video", video)):
         if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3 or not value.size:
-            raise ValueError(
+            raise Refusal(
                 f"{name} must be a uint8 video [F, H, W, 3]; got {value.dtype} {value.shape}: "
                 "floats in [0, 1] go through to_uint8 first"
             )
     if reference.shape != video.shape:
-        raise ValueError(
+        raise Refusal(
             f"expected two videos of equal shape; got {reference.shape} and {video.shape}"
         )

@@ -151,7 +151,7 @@ class VideoDiT(Protocol):
         ...
 
     def geometry(self, latents_shape: tuple[int, ...]) -> Geometry:
-        """Static sizes for latents [B, F, H, W, C]; ValueError for sizes it can't do."""
+        """Static sizes for latents [B, F, H, W, C]; Refusal for sizes it can't do."""
         ...
 
     def prepare(self, context: Float[Array, "B M D"], geometry: Geometry) -> Prepared:

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from astraea_jax.attention import Implementation, query_sparse_attention
+from astraea_jax.checks import Refusal
 
 
 def attention_by_heads(
@@ -36,13 +37,13 @@ def attention_by_heads(
       out and lse of this device's rows, all heads: what q, k and v were gathered for goes back.
 
     Raises:
-      ValueError: heads that can't be split evenly.
+      Refusal: heads that can't be split evenly.
 
     Source: DeepSpeed-Ulysses (two all-to-alls).
     """
     devices = lax.axis_size(axis_name)
     if q.shape[2] % devices:
-        raise ValueError(
+        raise Refusal(
             f"expected heads in multiples of the {devices} devices of axis {axis_name!r}; "
             f"got {q.shape[2]}: split the queries instead"
         )

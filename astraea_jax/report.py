@@ -20,6 +20,7 @@ import rich.table
 import rich.text
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 
 Row = Mapping[str, Any]
 
@@ -32,7 +33,7 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> rich.table.Table:
       columns: key -> heading, in order; other keys are left out.
 
     Raises:
-      ValueError: no column.
+      Refusal: no column.
     """
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(_headings(columns)):
@@ -46,7 +47,7 @@ def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
     """The same table as Markdown, without a final line break.
 
     Raises:
-      ValueError: no column.
+      Refusal: no column.
     """
     lines = [
         _headings(columns),
@@ -63,7 +64,7 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
     infinities and NaN as the strings "inf", "-inf", "nan" (JSON has no such numbers).
 
     Raises:
-      ValueError: a path that can't be written, or a value that JSON has no form for.
+      Refusal: a path that can't be written, or a value that JSON has no form for.
     """
     path = files.check_output(path, (".json",))
     text = json.dumps(_plain(content), indent=1, allow_nan=False)
@@ -168,7 +169,7 @@ class Stage:
 
 def _headings(columns: Mapping[str, str]) -> list[str]:
     if not columns:
-        raise ValueError("columns must map at least one key to its heading; got none")
+        raise Refusal("columns must map at least one key to its heading; got none")
     return list(columns.values())
 
 
@@ -195,7 +196,7 @@ def _plain(value: Any) -> Any:
             return {str(key): _plain(item) for key, item in value.items()}
         case list() | tuple():
             return [_plain(item) for item in value]
-    raise ValueError(
+    raise Refusal(
         f"expected numbers, strings, lists and dicts; got a {type(value).__name__}: convert it"
     )
 

@@ -5,12 +5,12 @@ import itertools
 import json
 import math
 import os
-import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 
 LEVELS = 10
 """Levels are tenths: level 10 computes every token, level 0 computes nothing."""
@@ -40,7 +40,7 @@ class Schedule:
         velocity and costs nothing. The first is 10: there is nothing yet to reuse.
 
     Raises:
-      ValueError: a level out of range, no step, or a first step that is not dense.
+      Refusal: a level out of range, no step, or a first step that is not dense.
 
     Source: ASTRAEA 3.3, equation 7.
     """
@@ -49,19 +49,19 @@ class Schedule:
 
     def __post_init__(self):
         if not self.levels:
-            raise ValueError("levels must hold one integer a step; got none")
+            raise Refusal("levels must hold one integer a step; got none")
         for index, level in enumerate(self.levels):
             if isinstance(level, bool) or not isinstance(level, int | np.integer):
-                raise ValueError(
+                raise Refusal(
                     f"levels must be integers in 0..{LEVELS}; level {index + 1} is {level!r}"
                 )
             if not 0 <= level <= LEVELS:
-                raise ValueError(
+                raise Refusal(
                     f"levels must be integers in 0..{LEVELS}; level {index + 1} is {level}"
                 )
         object.__setattr__(self, "levels", tuple(int(level) for level in self.levels))
         if self.levels[0] != LEVELS:
-            raise ValueError(
+            raise Refusal(
                 f"the first level must be {LEVELS} (there is nothing yet to reuse); "
                 f"got {self.levels[0]}"
             )
@@ -100,7 +100,7 @@ class Schedule:
           dense_steps: leading steps at level 10.
 
         Raises:
-          ValueError: a budget out of (0, 1] or too small for the dense start.
+          Refusal: a budget out of (0, 1] or too small for the dense start.
         """
         rest = _after_dense_start(steps, budget, dense_steps, unit=1)
         return cls((LEVELS,) * dense_steps + tuple(_spread(rest, steps - dense_steps)))
@@ -119,7 +119,7 @@ class Schedule:
             otherwise a run of reuse comes first and the last step is computed.
 
         Raises:
-          ValueError: a budget out of (0, 1] or too small for the dense start.
+          Refusal: a budget out of (0, 1] or too small for the dense start.
         """
         rest = _after_dense_start(steps, budget, dense_steps, unit=LEVELS)
         number, length = rest // LEVELS, steps - dense_steps
@@ -158,40 +158,35 @@ class Schedule:
         """Reads what `save` wrote.
 
         Raises:
-          ValueError: no such file, no JSON, another format, or levels that are no schedule.
+          Refusal: no such file, no JSON, another format, or levels that are no schedule.
         """
-        try:
-            content = json.loads(pathlib.Path(path).read_text())
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"expected a schedule file (JSON) at {path}; {error}") from error
+        content = files.read_json(path, what="schedule file (JSON)")
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
-            raise ValueError(f'expected {path} to hold "format": "{_FORMAT}"; write it with save')
+            raise Refusal(f'expected {path} to hold "format": "{_FORMAT}"; write it with save')
         levels = content.get("levels")
         if not isinstance(levels, list):
-            raise ValueError(f"expected a list of levels in {path}; got {levels!r}")
+            raise Refusal(f"expected a list of levels in {path}; got {levels!r}")
         schedule = cls(tuple(levels))
         if content.get("steps", schedule.steps) != schedule.steps:
-            raise ValueError(
-                f"{path} says {content['steps']} steps but holds {schedule.steps} levels"
-            )
+            raise Refusal(f"{path} says {content['steps']} steps but holds {schedule.steps} levels")
         return schedule
 
 
 def check_steps(steps: int) -> int:
-    """Returns `steps` if it is a number of steps, at least 1; raises ValueError otherwise."""
+    """Returns `steps` if it is a number of steps, at least 1; raises Refusal otherwise."""
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer of at least 1; got {steps!r}")
+        raise Refusal(f"steps must be an integer of at least 1; got {steps!r}")
     return steps
 
 
 def check_budget(budget: float) -> float:
-    """Returns `budget` if it is a share in (0, 1]; raises ValueError otherwise."""
+    """Returns `budget` if it is a share in (0, 1]; raises Refusal otherwise."""
     try:
         value = float(budget)
     except (TypeError, ValueError):
         value = math.nan
     if not 0 < value <= 1:
-        raise ValueError(f"budget must be a number above 0 and at most 1, as 0.5; got {budget!r}")
+        raise Refusal(f"budget must be a number above 0 and at most 1, as 0.5; got {budget!r}")
     return value
 
 
@@ -200,10 +195,10 @@ def _after_dense_start(steps: int, budget: float, dense_steps: int, *, unit: int
     check_steps(steps)
     check_budget(budget)
     if not 1 <= dense_steps <= steps:
-        raise ValueError(f"dense_steps must be in 1..{steps} (the steps); got {dense_steps}")
+        raise Refusal(f"dense_steps must be in 1..{steps} (the steps); got {dense_steps}")
     rest = round(budget * LEVELS * steps / unit) * unit - LEVELS * dense_steps
     if rest < 0:
-        raise ValueError(
+        raise Refusal(
             f"budget {budget:g} of {steps} steps is less than their {dense_steps} dense steps: "
             f"ask for at least {dense_steps / steps:.3g}"
         )

@@ -17,6 +17,8 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from astraea_jax.checks import Refusal
+
 LEVELS = 10
 
 
@@ -77,19 +79,19 @@ class SelectionConfig:
         for name, hint in typing.get_type_hints(type(self)).items():
             allowed = typing.get_args(hint)
             if allowed and getattr(self, name) not in allowed:
-                raise ValueError(
+                raise Refusal(
                     f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
                 )
         if not (self.w_alpha >= 0 and self.w_beta >= 0):
-            raise ValueError(
+            raise Refusal(
                 f"w_alpha and w_beta must be at least 0; got {self.w_alpha}, {self.w_beta}"
             )
         if not 0 <= self.age_cap <= 80:
-            raise ValueError(
+            raise Refusal(
                 f"age_cap must be in 0..80 (exp overflows float32 past 88); got {self.age_cap}"
             )
         if self.sketch_width < 1:
-            raise ValueError(f"sketch_width must be at least 1; got {self.sketch_width}")
+            raise Refusal(f"sketch_width must be at least 1; got {self.sketch_width}")
 
     @property
     def chained(self) -> bool:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import check_steps
 
 _TRAIN_STEPS = 1000
@@ -242,10 +243,10 @@ def make(name: str, steps: int, *, shift: float = 3.0, grid: Grid = "diffusers")
     """The solver called `name`.
 
     Raises:
-      ValueError: an unknown name or grid, steps below 1, or a shift that is not above 0.
+      Refusal: an unknown name or grid, steps below 1, or a shift that is not above 0.
     """
     if name not in SOLVERS:
-        raise ValueError(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
+        raise Refusal(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
     return SOLVERS[name](steps, shift=shift, grid=grid)
 
 
@@ -317,9 +318,9 @@ def _shifted(sigma, shift: float):
 def _check(steps: int, shift: float, grid: str) -> None:
     check_steps(steps)
     if grid not in get_args(Grid):
-        raise ValueError(f"grid must be {' or '.join(get_args(Grid))}; got {grid!r}")
+        raise Refusal(f"grid must be {' or '.join(get_args(Grid))}; got {grid!r}")
     if not (isinstance(shift, int | float) and shift > 0 and math.isfinite(shift)):
-        raise ValueError(f"shift must be a number above 0; got {shift!r}")
+        raise Refusal(f"shift must be a number above 0; got {shift!r}")
 
 
 def _table(sigmas, timesteps, correct, predict) -> Solver:

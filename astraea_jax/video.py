@@ -17,6 +17,7 @@ from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 from astraea_jax.metrics import to_uint8
 
 VIDEO_SUFFIXES = (".mp4", ".gif")
@@ -40,7 +41,7 @@ def check_output(path: str | os.PathLike) -> pathlib.Path:
     """Returns `path` if a video can be written there; call it before any long work.
 
     Raises:
-      ValueError: the folder does not exist or can't be written to, `path` is a folder, or its
+      Refusal: the folder does not exist or can't be written to, `path` is a folder, or its
         suffix is neither .mp4 nor .gif.
     """
     return files.check_output(path, VIDEO_SUFFIXES)
@@ -58,12 +59,12 @@ def write_video(path: str | os.PathLike, video: Video, *, fps: float = 16) -> No
       fps: frames per second, above 0.
 
     Raises:
-      ValueError: as `check_output`; no video; or no frame rate.
+      Refusal: as `check_output`; no video; or no frame rate.
     """
     path = check_output(path)
     frames = _frames(video)
     if not fps > 0:
-        raise ValueError(f"fps must be above 0; got {fps}")
+        raise Refusal(f"fps must be above 0; got {fps}")
     write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
     with files.replacing(path) as partial:
         write(partial, frames, fps)
@@ -73,15 +74,15 @@ def read_video(path: str | os.PathLike) -> Pixels:
     """Reads every frame of a video file.
 
     Raises:
-      ValueError: no such file, or nothing in it that can be decoded.
+      Refusal: no such file, or nothing in it that can be decoded.
     """
     try:
         with av.open(os.fspath(path)) as container:
             frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
     except (OSError, FFmpegError, IndexError) as error:
-        raise ValueError(f"expected a video file at {path}; {error}") from error
+        raise Refusal(f"expected a video file at {path}; {error}") from error
     if not frames:
-        raise ValueError(f"expected a video file at {path}; it holds no frame")
+        raise Refusal(f"expected a video file at {path}; it holds no frame")
     return np.stack(frames)
 
 
@@ -89,7 +90,7 @@ def write_image(path: str | os.PathLike, image: Shaped[np.ndarray | jax.Array, "
     """Writes a .png or .jpg; the file is there whole or not at all.
 
     Raises:
-      ValueError: a path that can't be written, another suffix, or no picture.
+      Refusal: a path that can't be written, another suffix, or no picture.
     """
     path = files.check_output(path, IMAGE_SUFFIXES)
     (frame,) = _frames(np.asarray(image)[None])
@@ -114,7 +115,7 @@ def difference(reference: Video, video: Video, gain: float | None = None) -> tup
         in a thousand.
 
     Raises:
-      ValueError: shapes that differ, or no videos.
+      Refusal: shapes that differ, or no videos.
     """
     first, second = _same_shape([reference, video])
     absolute = np.abs(first.astype(np.int16) - second)
@@ -133,11 +134,11 @@ def light_up(video: Video, mask: Shaped[np.ndarray | jax.Array, "F H W"]) -> Pix
         pixels that several computed tokens share.
 
     Raises:
-      ValueError: a mask that is not of the video's size.
+      Refusal: a mask that is not of the video's size.
     """
     frames, mask = _frames(video), np.asarray(mask, np.float32)
     if mask.shape != frames.shape[:3]:
-        raise ValueError(f"expected a mask of shape {frames.shape[:3]}; got {mask.shape}")
+        raise Refusal(f"expected a mask of shape {frames.shape[:3]}; got {mask.shape}")
     light = _DIMMED + (1 - _DIMMED) * np.clip(mask, 0, 1)
     return np.rint(frames * light[..., None]).astype(np.uint8)
 
@@ -146,7 +147,7 @@ def side_by_side(videos: Sequence[Video], titles: Sequence[str]) -> Pixels:
     """Panels in a row, each under its title.
 
     Raises:
-      ValueError: no videos, shapes that differ, or another number of titles.
+      Refusal: no videos, shapes that differ, or another number of titles.
     """
     panels = _same_shape(videos)
     _check_number("titles", titles, panels)
@@ -158,11 +159,11 @@ def film_strip(video: Video, count: int) -> Picture:
     """Frames of a video in a row, evenly spaced, the first and the last among them.
 
     Raises:
-      ValueError: a count below 1 or above the number of frames.
+      Refusal: a count below 1 or above the number of frames.
     """
     frames = _frames(video)
     if not 1 <= count <= len(frames):
-        raise ValueError(f"count must be in 1..{len(frames)} (the frames); got {count}")
+        raise Refusal(f"count must be in 1..{len(frames)} (the frames); got {count}")
     chosen = np.rint(np.linspace(0, len(frames) - 1, count)).astype(int)
     return np.concatenate(list(frames[chosen]), axis=1)
 
@@ -179,10 +180,10 @@ def contact_sheet(
       frames_per_video: frames in a strip.
 
     Raises:
-      ValueError: no videos, shapes that differ, or another number of captions.
+      Refusal: no videos, shapes that differ, or another number of captions.
     """
     if columns < 1:
-        raise ValueError(f"columns must be at least 1; got {columns}")
+        raise Refusal(f"columns must be at least 1; got {columns}")
     frames = _same_shape(videos)
     _check_number("captions", captions, frames)
     cells = [
@@ -214,10 +215,10 @@ def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _frames(video: np.ndarray | jax.Array) -> np.ndarray:
-    """The video as uint8; ValueError if it is none."""
+    """The video as uint8; Refusal if it is none."""
     frames = np.asarray(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
-        raise ValueError(f"expected a video [F, H, W, 3]; got an array of shape {frames.shape}")
+        raise Refusal(f"expected a video [F, H, W, 3]; got an array of shape {frames.shape}")
     return frames if frames.dtype == np.uint8 else to_uint8(frames)
 
 
@@ -225,13 +226,13 @@ def _same_shape(videos: Sequence[np.ndarray | jax.Array]) -> list[np.ndarray]:
     frames = [_frames(video) for video in videos]
     shapes = sorted({video.shape for video in frames})
     if len(shapes) != 1:
-        raise ValueError(f"expected videos of one shape; got {shapes or 'no video'}")
+        raise Refusal(f"expected videos of one shape; got {shapes or 'no video'}")
     return frames
 
 
 def _check_number(what: str, texts: Sequence[str], videos: Sequence) -> None:
     if len(texts) != len(videos):
-        raise ValueError(f"expected {len(videos)} {what}, one a video; got {len(texts)}")
+        raise Refusal(f"expected {len(videos)} {what}, one a video; got {len(texts)}")
 
 
 def _join(panels: Sequence[np.ndarray], axis: int) -> np.ndarray:

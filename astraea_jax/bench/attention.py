@@ -28,6 +28,7 @@ from astraea_jax.bench.attention_runs import (
 )
 from astraea_jax.bench.attention_tuning import tune_shape
 from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
+from astraea_jax.checks import Refusal
 from astraea_jax.kernels import machine
 
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
@@ -64,9 +65,9 @@ def command(
     smallest = min(SHAPES, key=lambda name: SHAPES[name].flops(SHAPES[name].tokens))
     shapes = shapes or (tuple(SHAPES) if machine.gpu() else (smallest,))
     if not set(shapes) <= SHAPES.keys():
-        raise ValueError(f"shapes must be of {', '.join(SHAPES)}; got {', '.join(shapes)}")
+        raise Refusal(f"shapes must be of {', '.join(SHAPES)}; got {', '.join(shapes)}")
     if rounds < 1 or not shares or not all(0 < share <= 1 for share in shares):
-        raise ValueError("expected shares above 0 and at most 1, and rounds of at least 1")
+        raise Refusal("expected shares above 0 and at most 1, and rounds of at least 1")
     if output is not None:
         files.check_output(output, (".json",))
     names: Sequence[Any] = implementations or get_args(attention.Implementation)

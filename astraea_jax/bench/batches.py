@@ -15,6 +15,7 @@ from astraea_jax import denoise as loop
 from astraea_jax import files, report, solvers
 from astraea_jax.bench import profile as profiles
 from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 
@@ -55,9 +56,9 @@ def command(
       output: A .json file for every number.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if rounds < 1 or not batches or min(batches) < 1:
-        raise ValueError(f"expected batches and rounds of at least 1; got {batches} and {rounds}")
+        raise Refusal(f"expected batches and rounds of at least 1; got {batches} and {rounds}")
     if output is not None:
         files.check_output(output, (".json",))
     pipeline = ModelChoice(model, dtype=dtype).open()

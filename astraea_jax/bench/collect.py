@@ -13,6 +13,7 @@ from tyro.conf import Positional
 
 from astraea_jax import files
 from astraea_jax.bench import quality, search_study
+from astraea_jax.checks import Refusal
 
 Row = dict[str, Any]
 
@@ -42,11 +43,11 @@ def command(
     """
     files.check_output(output, (".json",))
     if not results:
-        raise ValueError("say which results to put together: JSON files of a study's parts")
+        raise Refusal("say which results to put together: JSON files of a study's parts")
     parts = [_read(path) for path in results]
     for path, part in zip(results, parts, strict=True):
         if part["model"] != parts[0]["model"]:
-            raise ValueError(
+            raise Refusal(
                 f"expected results of one model: {results[0]} is of {parts[0]['model']}, "
                 f"{path} of {part['model']}"
             )
@@ -68,14 +69,14 @@ def _read(path: pathlib.Path) -> Row:
     """A part's results.
 
     Raises:
-      ValueError: no such file, or one without rows and the model that they are of.
+      Refusal: no such file, or one without rows and the model that they are of.
     """
     try:
         part = json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"expected a study's results at {path} ({error})") from error
+        raise Refusal(f"expected a study's results at {path} ({error})") from error
     if not isinstance(part, dict) or not {"rows", "model"} <= set(part):
-        raise ValueError(f"expected rows and the model that they are of in {path}; run it again")
+        raise Refusal(f"expected rows and the model that they are of in {path}; run it again")
     return part
 
 

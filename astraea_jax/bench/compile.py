@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from astraea_jax import denoise as loop
 from astraea_jax import report, solvers
 from astraea_jax.bench.models import SIZES, Dtype, Precision
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.timing import GPU_OPTIONS
 from astraea_ports.wan import parts, vae_weights
@@ -76,7 +77,7 @@ def command(
       precision: "reference" or "fast".
     """
     if model not in SIZES or method not in METHODS:
-        raise ValueError(
+        raise Refusal(
             f"expected --model {' or '.join(SIZES)} and a method of {', '.join(METHODS)}; got "
             f"{model!r} and {method!r}"
         )
@@ -103,7 +104,7 @@ def _described_gpu() -> Iterator[Callable[[Any], Any]]:
             platform="cuda", topology_name="", target_config=H200, topology="1x1x1"
         )
     except Exception as error:  # the plugin is missing, or another version's
-        raise ValueError(
+        raise Refusal(
             f"can't describe a GPU ({str(error).splitlines()[0]}): install JAX's CUDA plugin"
         ) from error
     mesh = topologies.make_mesh(topology, (1,), ("gpu",))

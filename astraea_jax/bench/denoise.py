@@ -21,6 +21,7 @@ from astraea_jax import files, flops, report, solvers
 from astraea_jax.bench import compile as compiled
 from astraea_jax.bench import profile as kernels
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
 
@@ -97,11 +98,11 @@ def command(
       output: A .json file for every number.
     """
     if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}")
+        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {method!r}")
     if rounds < 1 or not levels or not all(1 <= level <= LEVELS for level in levels):
-        raise ValueError(f"expected levels in 1..{LEVELS} and rounds of at least 1")
+        raise Refusal(f"expected levels in 1..{LEVELS} and rounds of at least 1")
     if steps < 2:
-        raise ValueError(f"steps must be at least 2, as the first one is dense; got {steps}")
+        raise Refusal(f"steps must be at least 2, as the first one is dense; got {steps}")
     if output is not None:
         files.check_output(output, (".json",))
     choice = ModelChoice(model, checkpoint, random, dtype, precision)

@@ -20,6 +20,7 @@ from astraea_jax import files, report, solvers
 from astraea_jax import model as core
 from astraea_jax.attention import gather_rows
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 
@@ -60,7 +61,7 @@ def command(
       output: A .json file for every number.
     """
     if unknown := sorted(set(methods) - set(METHODS)):
-        raise ValueError(f"expected methods of {', '.join(METHODS)}; got {', '.join(unknown)}")
+        raise Refusal(f"expected methods of {', '.join(METHODS)}; got {', '.join(unknown)}")
     if output is not None:
         files.check_output(output, (".json",))
     rows = []

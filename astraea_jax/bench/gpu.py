@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from astraea_jax import files, report
+from astraea_jax.checks import Refusal
 
 WAN = "bench denoise --model wan --random --no-stages --frames"
 PEER = pathlib.Path(__file__).parent / "peers" / "diffusers_wan.py"
@@ -108,7 +109,7 @@ def command(
       commit: Of this tree, to be written down.
     """
     if unknown := sorted(set(parts) - set(STUDY)):
-        raise ValueError(f"expected parts of {', '.join(STUDY)}; got {', '.join(unknown)}")
+        raise Refusal(f"expected parts of {', '.join(STUDY)}; got {', '.join(unknown)}")
     path = files.check_output(output, (".json",))
     content = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
     content["environment"] = _environment()

@@ -7,6 +7,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from astraea_jax.checks import Refusal
 from astraea_ports import wan
 from astraea_ports.wan import embeddings
 
@@ -48,12 +49,12 @@ class ModelChoice:
         """The pipeline.
 
         Raises:
-          ValueError: options that contradict each other, or no such model.
+          Refusal: options that contradict each other, or no such model.
         """
         dtype = jnp.dtype(self.weights_dtype)
         if self.random:
             if self.checkpoint is not None or self.lora or self.model not in SIZES:
-                raise ValueError(
+                raise Refusal(
                     "--random makes weights for --model wan or wan-14b: it takes no --checkpoint "
                     f"and no --lora; got --model {self.model}"
                 )
@@ -74,13 +75,13 @@ class ModelChoice:
         """Where the weights are."""
         if self.model in SIZES:
             if self.checkpoint is None:
-                raise ValueError(
+                raise Refusal(
                     f"--model {self.model} needs weights: add --checkpoint FOLDER (or a hub id), "
                     "or --random"
                 )
             return os.fspath(self.checkpoint)
         if self.checkpoint is not None:
-            raise ValueError(
+            raise Refusal(
                 f"--checkpoint belongs to --model wan; got --model {self.model}: leave one out"
             )
         return self.model

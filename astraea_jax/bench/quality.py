@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from astraea_jax import files, metrics, report, solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.model import fingerprint
@@ -217,14 +218,14 @@ def command(
     """
     files.check_output(output, (".json",))
     if not 2 <= prompts <= len(tiny.captions()):
-        raise ValueError(f"prompts must be in 2..{len(tiny.captions())}; got {prompts}")
+        raise Refusal(f"prompts must be in 2..{len(tiny.captions())}; got {prompts}")
     variants = [
         variant
         for variant in all_variants(steps, budgets)
         if only in " ".join([variant.method.name, *variant.about.values(), variant.pattern])
     ]
     if not variants:
-        raise ValueError(f"no row's description holds {only!r}; leave --only out to see them all")
+        raise Refusal(f"no row's description holds {only!r}; leave --only out to see them all")
     pipeline = wan.Pipeline.from_pretrained(model)
     about = {
         "environment": report.environment(),
@@ -240,7 +241,7 @@ def command(
         for name in solver
     }
     if not any(left.values()):
-        raise ValueError(f"nothing to measure: {known} holds all of them; leave --known out")
+        raise Refusal(f"nothing to measure: {known} holds all of them; leave --known out")
     rows: list[dict] = []
     with report.Progress() as progress:
         for name in filter(left.get, solver):
@@ -260,16 +261,16 @@ def _before(path: pathlib.Path | None, about: dict, output: pathlib.Path) -> set
     if path is None:
         return set()
     if path.resolve() == output.resolve():
-        raise ValueError(f"--known and --output are one file, {path}: give the new rows their own")
+        raise Refusal(f"--known and --output are one file, {path}: give the new rows their own")
     try:
         earlier = json.loads(path.read_text())
         found = {key: earlier[key] for key in ("model", "options")}
         names = {name_of(row) for row in earlier["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"expected a file of bench quality at {path} ({error!r})") from error
+        raise Refusal(f"expected a file of bench quality at {path} ({error!r})") from error
     wanted = {key: about[key] for key in found}
     if found != wanted:
-        raise ValueError(f"expected rows of {wanted}; {path} has those of {found}")
+        raise Refusal(f"expected rows of {wanted}; {path} has those of {found}")
     return names
 
 

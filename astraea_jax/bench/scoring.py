@@ -10,6 +10,7 @@ import numpy as np
 
 from astraea_jax import files, report, solvers
 from astraea_jax.bench.denoise import time_in_turn
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import LEVELS
@@ -68,7 +69,7 @@ def command(
     if output is not None:
         files.check_output(output, (".json",))
     if min(candidates, prompts, rounds) < 1 or set(plans) - set(PLANS):
-        raise ValueError(
+        raise Refusal(
             f"expected candidates, prompts and rounds of at least 1 and plans among {PLANS}; "
             f"got {candidates}, {prompts}, {rounds} and {plans}"
         )

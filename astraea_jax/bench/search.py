@@ -18,6 +18,7 @@ from astraea_jax.bench.search_study import (
     Study,
     read_rows,
 )
+from astraea_jax.checks import Refusal
 from astraea_jax.model import fingerprint
 from astraea_jax.search import study
 from astraea_jax.search.space import WHOLE_STEPS, Space
@@ -87,9 +88,9 @@ def command(
     """
     deadline = time.perf_counter() + 60 * minutes
     if set(parts) - set(PARTS):
-        raise ValueError(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
+        raise Refusal(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
     if "transfer" in parts and starts is None:
-        raise ValueError("the part transfer judges what another study found: say which by --starts")
+        raise Refusal("the part transfer judges what another study found: say which by --starts")
     for budget in budgets:
         Space.for_budget(steps, budget, choices=WHOLE_STEPS)
     options = Options(
@@ -98,7 +99,7 @@ def command(
     )  # fmt: skip
     for path in (known, starts):
         if path is not None and not path.is_file():
-            raise ValueError(f"expected a results.json of an earlier study at {path}; got no file")
+            raise Refusal(f"expected a results.json of an earlier study at {path}; got no file")
     rows_before = read_rows(known) if known else ()
     elsewhere = read_rows(starts) if starts else ()
     pipeline = wan.Pipeline.from_pretrained(model)

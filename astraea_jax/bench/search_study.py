@@ -20,6 +20,7 @@ import numpy as np
 
 from astraea_jax import methods, metrics, report, solvers
 from astraea_jax.bench.search_choices import CHOICES
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Method
 from astraea_jax.model import fingerprint
@@ -84,7 +85,7 @@ class Options:
             or self.search_prompts > FIRST_JUDGED + pool
             or self.search_prompts * self.seeds % self.look
         ):
-            raise ValueError(
+            raise Refusal(
                 f"expected a search prompt, 2 held-out ones, {FIRST_JUDGED + pool} to search on "
                 f"at most, search prompts times seeds a multiple of look ({self.look}), finalists "
                 f"and rows of at least 1; got {self.search_prompts}, {self.heldout_prompts}, "

@@ -5,6 +5,7 @@ import pathlib
 import numpy as np
 
 from astraea_jax import files, metrics, report, video
+from astraea_jax.checks import Refusal
 from astraea_ports import tiny, wan
 
 
@@ -26,7 +27,7 @@ def command(
     files.check_output(output, video.IMAGE_SUFFIXES)
     captions = tiny.captions()[:count]
     if not 1 <= count <= len(tiny.captions()):
-        raise ValueError(f"count must be in 1..{len(tiny.captions())}; got {count}")
+        raise Refusal(f"count must be in 1..{len(tiny.captions())}; got {count}")
     pipeline = wan.Pipeline.from_pretrained(model)
     videos = []
     with report.Progress() as progress, progress.stage("videos", count) as bar:

@@ -14,6 +14,7 @@ import numpy as np
 
 from astraea_jax import files, report
 from astraea_jax.bench.search_ship import chosen
+from astraea_jax.checks import Refusal
 
 RESULTS = pathlib.Path(__file__).parent
 
@@ -237,12 +238,12 @@ def command(*, readme: pathlib.Path | None = None) -> None:
         print("\n\n".join(f"{name}\n\n{made(name)}" for name in TABLES))
         return
     if not readme.is_file():
-        raise ValueError(f"expected a README to write tables into; got no file at {readme}")
+        raise Refusal(f"expected a README to write tables into; got no file at {readme}")
     text = readme.read_text()
     for name in TABLES:
         pattern = re.compile(MARKED.format(name), re.S)
         if not pattern.search(text):
-            raise ValueError(f"expected `<!-- table: {name} -->` and `<!-- end -->` in {readme}")
+            raise Refusal(f"expected `<!-- table: {name} -->` and `<!-- end -->` in {readme}")
         text = pattern.sub(lambda found, name=name: f"{found[1]}\n{made(name)}\n\n{found[3]}", text)
     with files.replacing(readme) as partial:
         partial.write_text(text)

@@ -11,6 +11,7 @@ import jax
 
 from astraea_jax import files, report
 from astraea_jax.bench import profile as profiles
+from astraea_jax.checks import Refusal
 from astraea_ports.tiny import lessons
 from astraea_ports.wan.training_forward import Layout
 from astraea_ports.wan.training_recipe import Recipe
@@ -57,7 +58,7 @@ def command(
       output: A .json file for every number.
     """
     if steps < 1:
-        raise ValueError(f"steps must be at least 1; got {steps}")
+        raise Refusal(f"steps must be at least 1; got {steps}")
     if output is not None:
         files.check_output(output, (".json",))
     gpu = jax.default_backend() == "gpu"

@@ -26,6 +26,7 @@ from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.checks import Refusal
 from astraea_jax.cli import convert, score, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
@@ -196,7 +197,7 @@ def bench() -> None:
     a GPU that need not be there; `sheet` draws videos. `collect` puts a study's parts together, and
     `tables` makes the README's tables of what ships.
     """
-    raise ValueError(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
+    raise Refusal(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
 
 COMMANDS = {
@@ -226,6 +227,10 @@ BENCHES = {
 }
 
 
+TRACEBACK = "ASTRAEA_TRACEBACK"
+"""A variable that shows where a mistake was noticed."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
@@ -235,7 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             _call(BENCHES, "astraea bench", arguments[1:])
         else:
             _call(COMMANDS, "astraea", arguments or ["--help"])
-    except ValueError as error:
+    except Refusal as error:
+        if os.environ.get(TRACEBACK):
+            raise
         return _refuse(str(error))
     except KeyboardInterrupt:
         return _refuse("stopped; nothing half-written is left")
@@ -253,7 +260,7 @@ def _call(commands: Mapping[str, Callable], program: str, arguments: Sequence[st
     except SystemExit as stop:
         if stop.code in (0, None):
             return
-        raise ValueError(_one_line(errors.getvalue())) from None
+        raise Refusal(_one_line(errors.getvalue())) from None
     bound()
 
 
@@ -279,8 +286,8 @@ def _one_line(panel: str) -> str:
 
 
 def _refuse(message: str) -> int:
-    """One line on stderr, and the exit code of a mistake."""
-    print(f"astraea: {' '.join(message.split())}", file=sys.stderr)
+    """The message on stderr, its lines kept, and the exit code of a mistake."""
+    print(f"astraea: {message.strip()}", file=sys.stderr)
     return 2
 
 

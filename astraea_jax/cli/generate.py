@@ -12,6 +12,7 @@ import numpy as np
 
 from astraea_jax import flops, methods, metrics, report, schedule, video
 from astraea_jax.bench.models import ModelChoice
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
@@ -48,7 +49,7 @@ class Request:
 def run(request: Request, progress: report.Progress) -> list[dict]:
     """Makes the video file; returns a table row for each run."""
     if request.budget is not None and request.schedule is not None:
-        raise ValueError("expected a budget or a schedule file, got both: leave one out")
+        raise Refusal("expected a budget or a schedule file, got both: leave one out")
     if request.steps is not None:
         schedule.check_steps(request.steps)
     if request.budget is not None:
@@ -119,7 +120,7 @@ def plan(
     if asked is not None:
         levels = asked.schedule if isinstance(asked, Recipe) else asked
         if steps not in (None, levels.steps):
-            raise ValueError(
+            raise Refusal(
                 f"the schedule has {levels.steps} levels, one a step; got {steps} steps: "
                 "leave --steps out"
             )
@@ -131,7 +132,7 @@ def plan(
     if request.budget is None:
         return method or Dense(), Schedule.dense(steps)
     if isinstance(method, Dense) and request.budget < 1:
-        raise ValueError("the dense method computes every token: leave --budget or --method out")
+        raise Refusal("the dense method computes every token: leave --budget or --method out")
     for recipe in recipes:
         if method is None and abs(recipe.schedule.budget - request.budget) < 1e-6:
             return methods.make(recipe.method), recipe.schedule

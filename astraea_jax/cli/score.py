@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax import report, timing
+from astraea_jax.checks import Refusal
 from astraea_ports import wan
 from astraea_ports.tiny import reader_training, scene_captions, scenes, score
 from astraea_ports.tiny.scene_captions import Asked
@@ -51,9 +52,9 @@ def score_tiny(
     """
     most = scene_captions.HELD_OUT if captions == "held-out" else scene_captions.CHOICE
     if not 1 <= count <= most:
-        raise ValueError(f"count must be in 1..{most}; got {count}")
+        raise Refusal(f"count must be in 1..{most}; got {count}")
     if batch < 1:
-        raise ValueError(f"batch must be at least 1; got {batch}")
+        raise Refusal(f"batch must be at least 1; got {batch}")
     if output is not None:
         report.files.check_output(output, (".json",))
     gpu = jax.default_backend() != "cpu"

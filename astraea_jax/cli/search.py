@@ -14,6 +14,7 @@ import rich.console
 import astraea_jax
 from astraea_jax import files, metrics
 from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax.checks import Refusal
 from astraea_jax.cli.subject import SearchMethod, SolverName, Subject, Target, make_space
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
@@ -143,12 +144,12 @@ def _check(band, count: int, heldout: int, swaps: int, patience: float | None) -
     if band is not None:
         check_band(band)
     if heldout < 1 or count < 1 or swaps < 0:
-        raise ValueError(
+        raise Refusal(
             f"expected count and heldout of at least 1, swaps of at least 0; "
             f"got {count}, {heldout}, {swaps}"
         )
     if patience is not None and count < 2:
-        raise ValueError("patience compares the first prompt: it needs a count of at least 2")
+        raise Refusal("patience compares the first prompt: it needs a count of at least 2")
 
 
 class Found(NamedTuple):

@@ -8,6 +8,7 @@ import rich.console
 
 from astraea_jax import files, report
 from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax.checks import Refusal
 from astraea_jax.cli.subject import SearchMethod, SolverName, Subject
 from astraea_jax.schedule import LEVELS
 from astraea_jax.search import plots
@@ -50,7 +51,7 @@ def command(
     """
     files.check_output(output, plots.SUFFIXES)
     if count < 1:
-        raise ValueError(f"count must be at least 1; got {count}")
+        raise Refusal(f"count must be at least 1; got {count}")
     began = time.perf_counter()
     size = (frames, height, width)
     choice = ModelChoice(model, checkpoint, random, dtype)

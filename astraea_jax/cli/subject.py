@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from astraea_jax import report, solvers
 from astraea_jax.bench.latency import latency_table
 from astraea_jax.bench.models import ModelChoice
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
@@ -35,13 +36,13 @@ class Target:
         given = {name: value for name, value in vars(self).items() if value is not None}
         if len(given) != 1:
             said = ", ".join(f"--{name}" for name in given) or "none"
-            raise ValueError(f"expected one of --budget, --speedup, --seconds; got {said}")
+            raise Refusal(f"expected one of --budget, --speedup, --seconds; got {said}")
         if self.budget is not None:
             check_budget(self.budget)
         for name in ("speedup", "seconds"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
-                raise ValueError(f"{name} must be a number above 0; got {value}")
+                raise Refusal(f"{name} must be a number above 0; got {value}")
 
 
 class Subject(NamedTuple):
@@ -64,7 +65,7 @@ class Subject(NamedTuple):
         pipeline = model.open() if isinstance(model, ModelChoice) else model
         lines = read_prompts(prompts, pipeline.folder)
         if skip + count + spare > len(lines):
-            raise ValueError(
+            raise Refusal(
                 f"expected at least {skip + count + spare} prompts; got {len(lines)}: ask for fewer"
             )
         lines = lines[skip : skip + count]
@@ -119,19 +120,19 @@ def read_prompts(path: pathlib.Path | None, folder: pathlib.Path | None) -> list
     """A prompt a line, or the captions that the model's folder carries.
 
     Raises:
-      ValueError: no such file, nothing in it, or a model that carries none.
+      Refusal: no such file, nothing in it, or a model that carries none.
     """
     if path is None:
         path = (folder or pathlib.Path()) / "captions.json"
         if not path.is_file():
-            raise ValueError("the model carries no prompts: give --prompts, a file of one a line")
+            raise Refusal("the model carries no prompts: give --prompts, a file of one a line")
         return list(json.loads(path.read_text()))
     try:
         lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"expected a text file of prompts at {path}; {error}") from error
+        raise Refusal(f"expected a text file of prompts at {path}; {error}") from error
     if not lines:
-        raise ValueError(f"expected a prompt a line in {path}; it is empty")
+        raise Refusal(f"expected a prompt a line in {path}; it is empty")
     return lines
 
 
@@ -166,7 +167,7 @@ def _latencies(subject: Subject, folder: pathlib.Path) -> dict[int, float]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"can't make the folder {folder} ({error.strerror})") from error
+        raise Refusal(f"can't make the folder {folder} ({error.strerror})") from error
     path = folder / "latency.json"
     if path.is_file():
         kept = json.loads(path.read_text())

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from tyro.conf import arg
 
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, tiny, training_folder, training_run
 from astraea_ports.tiny import lessons, reader_training, scenes
 from astraea_ports.wan import transformer_training, vae_training
@@ -132,9 +133,9 @@ class Order:
     def __post_init__(self):
         """Refuses what is out of range, but for what the recipes refuse."""
         if not 0 <= self.sheet <= len(tiny.captions()):
-            raise ValueError(f"sheet must be in 0..{len(tiny.captions())}; got {self.sheet}")
+            raise Refusal(f"sheet must be in 0..{len(tiny.captions())}; got {self.sheet}")
         if not 0 < self.rate <= 100:
-            raise ValueError(f"rate must be above 0 and at most 100; got {self.rate}")
+            raise Refusal(f"rate must be above 0 and at most 100; got {self.rate}")
 
     def trainee(self, steps: int) -> training_run.Trainee:
         """What a run of so many steps trains."""

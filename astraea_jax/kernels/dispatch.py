@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from astraea_jax.checks import Refusal
 from astraea_jax.kernels import backward, rows
 from astraea_jax.kernels.machine import Gpu, gpu
 
@@ -113,10 +114,10 @@ def choose(
     """The implementation to run, and whether only on CUDA, xla taking other platforms' part.
 
     Raises:
-      ValueError: a named implementation that is unknown or can't run, with the reason.
+      Refusal: a named implementation that is unknown or can't run, with the reason.
     """
     if implementation not in (None, *get_args(Implementation)):
-        raise ValueError(
+        raise Refusal(
             f"implementation must be None or one of {', '.join(get_args(Implementation))}; "
             f"got {implementation!r}"
         )
@@ -126,7 +127,7 @@ def choose(
         return _first_that_runs(preferred(here, num_queries, k.shape[1]), *limits), True
     reason = refusal(implementation, *limits)
     if reason is not None:
-        raise ValueError(f"implementation {implementation!r} can't run: it {reason}")
+        raise Refusal(f"implementation {implementation!r} can't run: it {reason}")
     return implementation, False
 
 

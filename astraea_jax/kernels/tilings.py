@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 
 SHIPPED = pathlib.Path(__file__).with_name("tilings.json")
 KEYS = ("implementation", "capability", "width", "queries", "keys")
@@ -27,7 +28,7 @@ def find(
     queries and keys up to its own; null has no end.
 
     Raises:
-      ValueError: the user's table can't be read.
+      Refusal: the user's table can't be read.
     """
     wanted = (width, num_queries, num_keys)
     for row in (*_rows(user_table()), *_rows(SHIPPED)):
@@ -40,7 +41,7 @@ def find(
             )
         ):
             return row["tiling"]
-    raise ValueError(f"no tiling for {implementation} with head width {width}")
+    raise Refusal(f"no tiling for {implementation} with head width {width}")
 
 
 def remember(rows: list[dict[str, Any]]) -> pathlib.Path:
@@ -70,7 +71,7 @@ def _read(path: pathlib.Path, _changed: int) -> list[dict[str, Any]]:
         rows = json.loads(path.read_text())
         for row in rows:
             if not {*KEYS, "tiling"} <= row.keys():
-                raise ValueError(f"a row lacks one of {', '.join(KEYS)}, tiling")
+                raise Refusal(f"a row lacks one of {', '.join(KEYS)}, tiling")
     except (ValueError, AttributeError, TypeError) as error:
-        raise ValueError(f"can't read the tilings in {path} ({error}): delete the file") from error
+        raise Refusal(f"can't read the tilings in {path} ({error}): delete the file") from error
     return rows

@@ -1,5 +1,6 @@
 """Acceleration methods, one file each, behind one interface."""
 
+from astraea_jax.checks import Refusal
 from astraea_jax.methods.astraea import Astraea as Astraea
 from astraea_jax.methods.base import Method as Method
 from astraea_jax.methods.base import Mode as Mode
@@ -24,7 +25,7 @@ METHODS = {
 
 
 def make(name: str) -> Method:
-    """The method called `name`; ValueError for an unknown one."""
+    """The method called `name`; Refusal for an unknown one."""
     if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {name!r}")
     return METHODS[name]

@@ -10,6 +10,7 @@ from jaxtyping import Array, Int
 
 from astraea_jax import cache as token_cache
 from astraea_jax import selection
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import base
 from astraea_jax.methods.token_wise import AstraeaState, Run, older
 from astraea_jax.model import Geometry, Prepared, VideoDiT
@@ -48,7 +49,7 @@ class Astraea:
 
     def __post_init__(self):
         if self.correct and self.selection.velocity != "kept":
-            raise ValueError(
+            raise Refusal(
                 f'correct needs velocity "kept"; got {self.selection.velocity!r}: there is no '
                 "older velocity to correct"
             )

@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from astraea_jax import model as core
+from astraea_jax.checks import Refusal
 from astraea_jax.model import Geometry, Modulation, Prepared, VideoDiT
 
 
@@ -87,7 +88,7 @@ class Method(Protocol):
         ...
 
     def static_mode(self, level: int) -> Mode:
-        """The mode of a step whose level is known; ValueError for a level it can't do."""
+        """The mode of a step whose level is known; Refusal for a level it can't do."""
         ...
 
     def decide(self, state: Any, inputs: StepInputs) -> Int[Array, ""]:
@@ -164,9 +165,9 @@ def empty_trace(batch: int, num_tokens: int) -> Trace:
     return Trace(jnp.zeros((batch, num_tokens)), jnp.ones((batch,)))
 
 
-def no_level(name: str, level: int, allowed: str) -> ValueError:
+def no_level(name: str, level: int, allowed: str) -> Refusal:
     """The error for a schedule that a method can't run."""
-    return ValueError(
+    return Refusal(
         f"{name} computes {allowed}; the schedule asks for level {level}: use another schedule"
     )
 

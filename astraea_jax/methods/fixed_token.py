@@ -3,6 +3,7 @@
 import dataclasses
 
 from astraea_jax import selection
+from astraea_jax.checks import Refusal
 from astraea_jax.methods.astraea import Astraea
 from astraea_jax.selection import SelectionConfig
 
@@ -22,7 +23,7 @@ class FixedToken(Astraea):
     def __post_init__(self):
         super().__post_init__()
         if self.selection.scope != "step":
-            raise ValueError(
+            raise Refusal(
                 f'fixed-token needs scope "step"; got {self.selection.scope!r}: use Astraea'
             )
 

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import base
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 
@@ -42,9 +43,9 @@ class StepLevel:
 
     def __post_init__(self):
         if self.reuse not in ("velocity", "residual"):
-            raise ValueError(f"reuse must be velocity or residual; got {self.reuse!r}")
+            raise Refusal(f"reuse must be velocity or residual; got {self.reuse!r}")
         if self.correct and self.reuse == "residual":
-            raise ValueError('correct needs reuse "velocity"; got "residual": leave one out')
+            raise Refusal('correct needs reuse "velocity"; got "residual": leave one out')
 
     @property
     def name(self) -> str:

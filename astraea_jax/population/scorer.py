@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import Settings
 from astraea_jax.methods import Method
 from astraea_jax.model import VideoDiT
@@ -71,14 +72,14 @@ class Scorer:
           devices: schedules are spread over them; None is the first one.
 
         Raises:
-          ValueError: a plan that the method does not have, or a number out of range.
+          Refusal: a plan that the method does not have, or a number out of range.
         """
         in_lanes = can_run_in_lanes(method)
         plan = ("lanes" if in_lanes else "map") if plan is None else plan
         if plan == "lanes" and not in_lanes:
-            raise ValueError(f'{method.name} has no plan "lanes"; use "map"')
+            raise Refusal(f'{method.name} has no plan "lanes"; use "map"')
         if lanes < 1 or not 1 <= dense_start <= solver.steps:
-            raise ValueError(
+            raise Refusal(
                 f"expected lanes of at least 1 and dense_start in 1..{solver.steps}; "
                 f"got {lanes} and {dense_start}"
             )
@@ -152,7 +153,7 @@ class Scorer:
         """Latents of a whole batch, and where in it the next rows of `levels` are."""
         levels = np.asarray(levels, np.int8)
         if levels.ndim != 2 or levels.shape[1] != self.steps:
-            raise ValueError(f"expected levels [S, {self.steps}]; got {levels.shape}")
+            raise Refusal(f"expected levels [S, {self.steps}]; got {levels.shape}")
         for first in range(0, len(levels), self._batch):
             yield self._run(levels[first : first + self._batch])
 

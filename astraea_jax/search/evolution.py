@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.space import Space
@@ -34,7 +35,7 @@ class SearchConfig:
         "generational": children replace them (Algorithm 2).
 
     Raises:
-      ValueError: a number out of range; a population of 1 has no pair of parents.
+      Refusal: a number out of range; a population of 1 has no pair of parents.
 
     Source: ASTRAEA 4.1 (50 candidates, 30 generations, 0.1 to 0.01).
     """
@@ -48,16 +49,16 @@ class SearchConfig:
 
     def __post_init__(self):
         if self.population < 2 or not 2 <= self.parents <= self.population:
-            raise ValueError(
+            raise Refusal(
                 "expected a population of at least 2, and 2 parents up to the population; "
                 f"got {self.population} and {self.parents}"
             )
         if self.generations < 0:
-            raise ValueError(f"generations must be at least 0; got {self.generations}")
+            raise Refusal(f"generations must be at least 0; got {self.generations}")
         if not 0 <= self.p_final <= self.p0 <= 1:
-            raise ValueError(f"expected 0 <= p_final <= p0 <= 1; got {self.p_final} and {self.p0}")
+            raise Refusal(f"expected 0 <= p_final <= p0 <= 1; got {self.p_final} and {self.p0}")
         if self.replacement not in ("plus", "generational"):
-            raise ValueError(f"replacement must be plus or generational; got {self.replacement!r}")
+            raise Refusal(f"replacement must be plus or generational; got {self.replacement!r}")
 
     def mutation(self, generation: Int[Array, ""] | int) -> Float[Array, ""]:
         """Probability that a step mutates in a generation, 1..generations (equation 8)."""
@@ -130,7 +131,7 @@ def initial_population(
     genes, usable = _first(space.without_band(), space.band, key, padded, len(chosen))
     genes = np.asarray(genes)[np.asarray(usable)]
     if len(genes) < 2:
-        raise ValueError(
+        raise Refusal(
             f"the space holds {len(genes)} schedule(s) of {space.steps} steps and cost "
             f"{space.low}..{space.high}: there is nothing to search; widen the band"
         )

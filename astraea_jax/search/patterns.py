@@ -1,5 +1,6 @@
 """Hand-made schedules of whole steps: what a search has to beat, and where it starts."""
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import Schedule, check_steps
 
 
@@ -15,7 +16,7 @@ def step_patterns(steps: int, computed: int) -> dict[str, Schedule]:
     """
     check_steps(steps)
     if not 1 <= computed <= steps:
-        raise ValueError(f"computed must be in 1..{steps} (the steps); got {computed}")
+        raise Refusal(f"computed must be in 1..{steps} (the steps); got {computed}")
     patterns: dict[str, Schedule] = {}
     for start in range(computed, 0, -1):
         for name, early in ((", then early", True), (", then late", False)):

@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import Schedule
 
 
@@ -28,7 +29,7 @@ class Recipe:
       version: of the library that wrote it.
 
     Raises:
-      ValueError: a part that is missing or of the wrong kind.
+      Refusal: a part that is missing or of the wrong kind.
     """
 
     schedule: Schedule
@@ -45,16 +46,16 @@ class Recipe:
         for name in ("method", "solver", "grid", "model", "version"):
             value = getattr(self, name)
             if not isinstance(value, str) or not value:
-                raise ValueError(f"expected text for {name!r} of a schedule; got {value!r}")
+                raise Refusal(f"expected text for {name!r} of a schedule; got {value!r}")
         if not _number(self.shift) or self.shift <= 0:
-            raise ValueError(f"shift of a schedule must be a number above 0; got {self.shift!r}")
+            raise Refusal(f"shift of a schedule must be a number above 0; got {self.shift!r}")
         for name in ("quality", "cost"):
             values = getattr(self, name)
             if not isinstance(values, Mapping) or not all(map(_number, values.values())):
-                raise ValueError(f"expected numbers by name for {name!r}; got {values!r}")
+                raise Refusal(f"expected numbers by name for {name!r}; got {values!r}")
         stated = self.cost.get("budget", self.schedule.budget)
         if abs(stated - self.schedule.budget) > 1e-6:
-            raise ValueError(
+            raise Refusal(
                 f"the cost says budget {stated:g}, but the levels have {self.schedule.budget:g}"
             )
 
@@ -69,18 +70,18 @@ class Recipe:
         """Reads what `save` wrote.
 
         Raises:
-          ValueError: no such file, no schedule, or a part that is missing or of the wrong kind.
+          Refusal: no such file, no schedule, or a part that is missing or of the wrong kind.
         """
         schedule = Schedule.load(path)
         content: dict[str, Any] = json.loads(pathlib.Path(path).read_text())
         names = [field.name for field in dataclasses.fields(cls) if field.name != "schedule"]
         missing = [name for name in names if name not in content]
         if missing:
-            raise ValueError(f"{path} holds a schedule but not what it is for: it lacks {missing}")
+            raise Refusal(f"{path} holds a schedule but not what it is for: it lacks {missing}")
         try:
             return cls(schedule, **{name: content[name] for name in names})
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise Refusal(f"{path}: {error}") from error
 
     def differences(
         self, *, model: str, solver: str, shift: float, grid: str, steps: int

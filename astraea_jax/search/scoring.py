@@ -8,6 +8,8 @@ from typing import Literal
 import numpy as np
 from jaxtyping import Float, Int
 
+from astraea_jax.checks import Refusal
+
 Score = Callable[[np.ndarray], np.ndarray]
 """Levels int8 [S, T] -> errors float [S, prompts]: squared error against the dense videos."""
 
@@ -52,7 +54,7 @@ class Evaluator:
       search: written into each evaluation.
 
     Raises:
-      ValueError: no part, or a number out of range.
+      Refusal: no part, or a number out of range.
     """
 
     parts: Sequence[Score]
@@ -66,11 +68,11 @@ class Evaluator:
 
     def __post_init__(self):
         if not self.parts or self.batch < 1 or self.keep < 1:
-            raise ValueError("expected at least one part, and batch and keep of at least 1")
+            raise Refusal("expected at least one part, and batch and keep of at least 1")
         if self.reduce not in ("mean", "log"):
-            raise ValueError(f"reduce must be mean or log; got {self.reduce!r}")
+            raise Refusal(f"reduce must be mean or log; got {self.reduce!r}")
         if self.patience is not None and not (self.patience >= 1 and len(self.parts) > 1):
-            raise ValueError("patience must be at least 1, and needs at least two parts")
+            raise Refusal("patience must be at least 1, and needs at least two parts")
         self.evaluations = 0  # computed by this evaluator
         self.rejected = 0  # of those, not finite
         self.asked: set[tuple[int, ...]] = set()  # computed or known
@@ -79,7 +81,7 @@ class Evaluator:
         """Fitness of each schedule, lower is better; infinite where it is not a number.
 
         Raises:
-          ValueError: every schedule so far has given NaN or infinity.
+          Refusal: every schedule so far has given NaN or infinity.
         """
         rows = [tuple(int(level) for level in row) for row in levels]
         self.asked.update(rows)
@@ -89,7 +91,7 @@ class Evaluator:
                 self.record(evaluation)
                 self.known[evaluation.levels] = evaluation
         if self.known and not any(np.isfinite(self.fitness(each)) for each in self.known.values()):
-            raise ValueError(
+            raise Refusal(
                 f"none of {len(self.known)} schedules has a finite error: the model gives NaN or "
                 "infinite latents; check its weights and dtype"
             )

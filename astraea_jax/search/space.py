@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule, check_budget, check_steps
 
 ALL_LEVELS = tuple(range(LEVELS + 1))
@@ -29,7 +30,7 @@ class Space:
       dense_start: leading steps that are pinned at level 10, at least 1.
 
     Raises:
-      ValueError: choices or costs that do not fit, or a band that no schedule reaches; the
+      Refusal: choices or costs that do not fit, or a band that no schedule reaches; the
         message says what can be reached.
 
     Source: ASTRAEA 3.3, equation 7.
@@ -46,19 +47,19 @@ class Space:
         check_steps(self.steps)
         rising = all(a < b for a, b in zip(self.choices, self.choices[1:], strict=False))
         if len(self.choices) < 2 or not rising or self.choices[0] < 0 or self.choices[-1] != LEVELS:
-            raise ValueError(f"choices must be rising levels up to {LEVELS}; got {self.choices}")
+            raise Refusal(f"choices must be rising levels up to {LEVELS}; got {self.choices}")
         if len(self.costs) != len(self.choices) or min(self.costs) < 0:
-            raise ValueError(
+            raise Refusal(
                 f"expected a cost of at least 0 for each of {len(self.choices)} choices; "
                 f"got {self.costs}"
             )
         if not 1 <= self.dense_start <= self.steps:
-            raise ValueError(
+            raise Refusal(
                 f"dense_start must be in 1..{self.steps} (the steps); got {self.dense_start}"
             )
         wanted = (1 << max(self.high - self.low + 1, 0)) - 1
         if not (self._reachable >> max(self.low, 0)) & wanted:
-            raise ValueError(self._unreachable())
+            raise Refusal(self._unreachable())
 
     @classmethod
     def for_budget(
@@ -110,7 +111,7 @@ class Space:
           dense_start: leading dense steps.
         """
         if not (math.isfinite(limit) and limit > 0):
-            raise ValueError(f"expected a limit above 0; got {limit}")
+            raise Refusal(f"expected a limit above 0; got {limit}")
         rising = np.maximum.accumulate(np.asarray(costs, np.float64))
         unit = rising[-1] / 1000
         whole = tuple(round(float(cost / unit)) for cost in rising)
@@ -156,16 +157,16 @@ class Space:
         """The genes of a schedule, int8 [T].
 
         Raises:
-          ValueError: a schedule that is not in the space.
+          Refusal: a schedule that is not in the space.
         """
         if schedule.steps != self.steps:
-            raise ValueError(f"expected a schedule of {self.steps} levels; got {schedule.steps}")
+            raise Refusal(f"expected a schedule of {self.steps} levels; got {schedule.steps}")
         strange = set(schedule.levels) - set(self.choices)
         if strange:
-            raise ValueError(f"expected levels among {self.choices}; got {sorted(strange)}")
+            raise Refusal(f"expected levels among {self.choices}; got {sorted(strange)}")
         genes = np.array([self.choices.index(level) for level in schedule.levels], np.int8)
         if not self.holds(genes):
-            raise ValueError(
+            raise Refusal(
                 f"expected {self.dense_start} dense steps and a cost in {self.low}..{self.high}; "
                 f"got {schedule.levels}, which costs {int(self.cost(genes))}"
             )
@@ -196,8 +197,8 @@ class Space:
 
 
 def check_band(band: tuple[float, float]) -> tuple[float, float]:
-    """Returns the band if it is 0 < low <= high; raises ValueError otherwise."""
+    """Returns the band if it is 0 < low <= high; raises Refusal otherwise."""
     low, high = band
     if not (math.isfinite(high) and 0 < low <= high):
-        raise ValueError(f"a band must be two shares, 0 < low <= high; got {band}")
+        raise Refusal(f"a band must be two shares, 0 < low <= high; got {band}")
     return low, high

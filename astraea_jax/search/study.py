@@ -22,6 +22,7 @@ from jaxtyping import Array, Key
 from orbax import checkpoint
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution
 from astraea_jax.search.evolution import SearchConfig, SearchState
@@ -44,7 +45,7 @@ class Journal:
         """Writes an evaluation through to the disk.
 
         Raises:
-          ValueError: the disk is full or gone; what was written before is intact.
+          Refusal: the disk is full or gone; what was written before is intact.
         """
         _append(self._file, dataclasses.asdict(evaluation))
         self.evaluations.append(evaluation)
@@ -60,7 +61,7 @@ def open_journal(folder: str | os.PathLike, header: Mapping[str, Any]) -> Iterat
         journal with another header is refused.
 
     Raises:
-      ValueError: a folder that can't be written, a journal that another process holds, one of
+      Refusal: a folder that can't be written, a journal that another process holds, one of
         another search, or one that is no journal.
     """
     path = pathlib.Path(folder) / JOURNAL
@@ -89,14 +90,14 @@ def _read(file, path: pathlib.Path, header: dict) -> list[Evaluation]:
         found = first["header"]
         evaluations = [_evaluation(line) for line in rest]
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is no search journal ({error}): choose another folder") from error
+        raise Refusal(f"{path} is no search journal ({error}): choose another folder") from error
     differing = [key for key in {**found, **header} if found.get(key) != header.get(key)]
     if differing:
         said = "; ".join(
             f"{key}: {_short(found.get(key))} there, {_short(header.get(key))} asked for"
             for key in differing
         )
-        raise ValueError(f"{path} is the journal of another search ({said}): choose another folder")
+        raise Refusal(f"{path} is the journal of another search ({said}): choose another folder")
     return evaluations
 
 
@@ -124,7 +125,7 @@ def _append(file, content: dict) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             file.truncate(before)
-        raise ValueError(
+        raise Refusal(
             f"can't write to the journal {file.name} ({error.strerror}); what it holds is intact: "
             "make room and run again to go on"
         ) from error
@@ -197,7 +198,7 @@ def evolve(
         if len(genes):
             fitness = evaluator(space.levels(genes))
             if not (np.isfinite(fitness).any() or np.isfinite(state.best_fitness)):
-                raise ValueError(
+                raise Refusal(
                     f"none of the {len(genes)} first schedules has a finite error, or passed the "
                     "first look: check the model's numbers, or raise the patience"
                 )
@@ -234,7 +235,7 @@ def _save(folder: str | os.PathLike, state: SearchState) -> None:
         with checkpoint.StandardCheckpointer() as saver:
             saver.save(base / str(number), state._asdict(), force=True)
     except OSError as error:
-        raise ValueError(
+        raise Refusal(
             f"can't save the search's state in {base} ({error}); its journal is intact"
         ) from error
     for old in _numbers(base):

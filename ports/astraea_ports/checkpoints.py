@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from astraea_jax.checks import Refusal
 from astraea_ports import converted
 from astraea_ports.folders import checkpoint_files
 from astraea_ports.folders import model_folder as model_folder
@@ -77,7 +78,7 @@ class Checkpoint[M](NamedTuple):
         """The module with jax arrays for leaves.
 
         Raises:
-          ValueError: a parameter was saved under two names and the two differ.
+          Refusal: a parameter was saved under two names and the two differ.
         """
         arrays = []
         for path, slot in parameter_shapes(self.template).items():
@@ -99,7 +100,7 @@ class Checkpoint[M](NamedTuple):
                 first[layer] = tensor.key
                 target[...] = values
             elif not np.array_equal(target, values.astype(slot.dtype)):
-                raise ValueError(
+                raise Refusal(
                     f"expected one value for {path}, got two that differ: {first[layer]} and "
                     f"{tensor.key}; remove the wrong one from the checkpoint"
                 )
@@ -120,12 +121,12 @@ def open_checkpoint[M](
       deltas: reads what is added to the weights.
 
     Raises:
-      ValueError: the source is no readable checkpoint, or does not fit: keys missing, unexpected,
+      Refusal: the source is no readable checkpoint, or does not fit: keys missing, unexpected,
         of the wrong shape or dtype, matched by two entries. All such problems come in one error.
     """
     if converted.is_converted(source):
         if deltas is not None:
-            raise ValueError(f"{source} is converted: merge a LoRA when converting, not after")
+            raise Refusal(f"{source} is converted: merge a LoRA when converting, not after")
         return converted.Converted(template, Path(source))
     files = TensorFiles(checkpoint_files(source))
     tensors, slots = files.tensors(), parameter_shapes(template)
@@ -187,16 +188,14 @@ def find_part(
       single_config: the config of such a file, which has none beside it.
 
     Raises:
-      ValueError: there is no such part, or a file comes without a config.
+      Refusal: there is no such part, or a file comes without a config.
     """
     path = Path(source).expanduser()
     if path.is_file():
         if config is None and path.name in single:
             config = single_config
         if config is None:
-            raise ValueError(
-                f"{path} has no config.json beside it; pass config={{...}} or a folder"
-            )
+            raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
         return Place(path, config)
     path = model_folder(source, [f"{folder}/*.safetensors", "diffusion_pytorch_model*", *single])
     if (path / "model_index.json").is_file():

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from astraea_jax.checks import Refusal
 from astraea_ports.matching import parameter_shapes
 from astraea_ports.tensor_files import aligned_empty
 
@@ -43,7 +44,7 @@ class Converted[M](NamedTuple):
         """The module with jax arrays for leaves, in the template's dtypes.
 
         Raises:
-          ValueError: the checkpoint is broken, or of another model.
+          Refusal: the checkpoint is broken, or of another model.
         """
         slots = parameter_shapes(self.template)
         path = (self.folder / FOLDER).resolve()
@@ -54,7 +55,7 @@ class Converted[M](NamedTuple):
         try:
             stores = {name: _open(path / name, context) for name in sorted(names)}
         except ValueError as error:
-            raise ValueError(_broken(path, error)) from error
+            raise Refusal(_broken(path, error)) from error
         wrong = [
             f"{name}: expected {list(slots[name].shape) if name in slots else 'nothing'}, got "
             f"{list(stores[name].shape) if name in stores else 'nothing'}"
@@ -62,14 +63,14 @@ class Converted[M](NamedTuple):
             if name not in slots or name not in stores or stores[name].shape != slots[name].shape
         ]
         if wrong:
-            raise ValueError(
+            raise Refusal(
                 f"{path} does not fit this model: {len(wrong)} wrong; convert it again\n  "
                 + "\n  ".join(wrong[:20])
             )
         try:
             leaves = [jax.device_put(_read(stores[name], slot)) for name, slot in slots.items()]
         except ValueError as error:
-            raise ValueError(_broken(path, error)) from error
+            raise Refusal(_broken(path, error)) from error
         return jax.tree.unflatten(jax.tree.structure(self.template), leaves)
 
 

@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
 
@@ -43,7 +44,7 @@ def save_parameters(
       dtype: of what is written: "bfloat16", "float32" or "float16".
 
     Raises:
-      ValueError: the source is no checkpoint of such a module, or the disk is full.
+      Refusal: the source is no checkpoint of such a module, or the disk is full.
     """
     found = checkpoint_tensors(source)
     slots = checkpoints.parameter_shapes(module)
@@ -85,7 +86,7 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes safetensors; the file is there whole or not at all.
 
     Raises:
-      ValueError: the disk is full or can't be written to.
+      Refusal: the disk is full or can't be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -93,7 +94,7 @@ def write_tensors(path: pathlib.Path, arrays: Mapping[str, np.ndarray]) -> None:
             contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
             save_file(contiguous, partial, metadata={"format": "pt"})
     except Exception as error:  # the library's own error says "No space left" in words only
-        raise ValueError(f"{path} could not be written ({error}): make room there") from error
+        raise Refusal(f"{path} could not be written ({error}): make room there") from error
 
 
 def copy_model(

@@ -1,11 +1,13 @@
 """Where a model lies: a local folder or the hub, its JSON configs and the files of its weights."""
 
-import json
 import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
+
+from astraea_jax import files
+from astraea_jax.checks import Refusal
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -21,7 +23,7 @@ def model_folder(
       weights: patterns of the files of weights to fetch.
 
     Raises:
-      ValueError: it is neither, or the hub has no such model or can't be reached.
+      Refusal: it is neither, or the hub has no such model or can't be reached.
     """
     folder = Path(source).expanduser()
     if folder.is_dir():
@@ -29,7 +31,7 @@ def model_folder(
     name = str(source)
     if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
         what = "a file" if folder.exists() else "no such folder"
-        raise ValueError(
+        raise Refusal(
             f"expected the folder of a model or a hub id `owner/name`, got {name!r} ({what})"
         )
     import huggingface_hub  # slow to import, and most models are local
@@ -42,7 +44,7 @@ def model_folder(
         )
     except Exception as error:  # a dozen classes of several libraries: for the user all one
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
+        raise Refusal(
             f"{name!r} is no folder here and could not be fetched from the hub ({reason}); check "
             "the name and the network, or download it and pass its folder"
         ) from error
@@ -63,14 +65,14 @@ def read_config(
         several of which it must have one.
 
     Raises:
-      ValueError: the file is missing or broken, or describes another kind of model.
+      Refusal: the file is missing or broken, or describes another kind of model.
     """
     path = Path(folder) / name
     config = _read_json(path)
     allowed = (expected,) if isinstance(expected, str) else tuple(expected or ())
     got = config.get("_class_name", config.get("model_type"))
     if allowed and got not in allowed:
-        raise ValueError(
+        raise Refusal(
             f"expected {path} to describe {' or '.join(allowed)} (`_class_name` or `model_type`), "
             f"got {got!r}; point to the folder of such a model"
         )
@@ -81,24 +83,24 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
     """The safetensors files of a checkpoint: one, or the shards that its index names.
 
     Raises:
-      ValueError: there is none, or the index is broken or names a file outside the folder.
+      Refusal: there is none, or the index is broken or names a file outside the folder.
     """
     folder = Path(source)
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise ValueError(f"expected a .safetensors file or a folder with one; {folder} is neither")
+        raise Refusal(f"expected a .safetensors file or a folder with one; {folder} is neither")
     single = [folder / name for name in SINGLE_FILES if (folder / name).is_file()]
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     if len(single) + len(indexes) > 1:
         found = ", ".join(path.name for path in (*single, *indexes))
-        raise ValueError(f"expected one checkpoint in {folder}, got {found}; name the file to load")
+        raise Refusal(f"expected one checkpoint in {folder}, got {found}; name the file to load")
     if single:
         return single
     if indexes:
         return _shards(indexes[0])
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
-    raise ValueError(
+    raise Refusal(
         f"expected {' or '.join(SINGLE_FILES)} or an index of shards (*.safetensors.index.json) in "
         f"{folder}, got {found}; convert other formats (.bin, .pth) to safetensors first, or name "
         "the .pth file"
@@ -108,7 +110,7 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
 def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise ValueError(
+        raise Refusal(
             f"expected {index} to hold a `weight_map` of key -> file name; fetch it again"
         )
     root = index.parent.resolve()
@@ -117,32 +119,25 @@ def _shards(index: Path) -> list[Path]:
     snapshots = next((p for p in (root, *root.parents) if p.name == "snapshots"), None)
     if snapshots is not None and (snapshots.parent / "blobs").is_dir():
         roots.append(snapshots.parent / "blobs")
-    files = []
+    found = []
     for name in dict.fromkeys(weight_map.values()):
         file = index.parent / name
         plain = not Path(name).is_absolute() and ".." not in Path(name).parts
         if not plain or not any(file.resolve().is_relative_to(allowed) for allowed in roots):
-            raise ValueError(
+            raise Refusal(
                 f"{index} names {name!r}, which lies outside its folder; expected files of that "
                 "folder only: do not trust this checkpoint"
             )
         if not file.is_file():
-            raise ValueError(f"{index} names {name}, which is not there; fetch the missing shard")
-        files.append(file)
-    if not files:
-        raise ValueError(f"{index} names no file at all; fetch it again")
-    return files
+            raise Refusal(f"{index} names {name}, which is not there; fetch the missing shard")
+        found.append(file)
+    if not found:
+        raise Refusal(f"{index} names no file at all; fetch it again")
+    return found
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(
-            f"expected the file {path}, got {error.strerror}; check the folder"
-        ) from error
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); fetch it again") from error
+    config = files.read_json(path)
     if not isinstance(config, dict):
-        raise ValueError(f"expected a JSON object in {path}, got a {type(config).__name__}")
+        raise Refusal(f"expected a JSON object in {path}, got a {type(config).__name__}")
     return config

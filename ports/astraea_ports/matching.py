@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from astraea_jax.checks import Refusal
 from astraea_ports.tensor_files import Tensor
 
 FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
@@ -92,7 +93,7 @@ def match_tensors(
     """Sends every tensor to its parameter; reads nothing but the headers.
 
     Raises:
-      ValueError: they don't fit one to one; all problems in one error, under `name`.
+      Refusal: they don't fit one to one; all problems in one error, under `name`.
     """
     compiled = [(re.compile(entry.pattern), entry) for entry in table]
     matches: dict[str, list[Match]] = defaultdict(list)
@@ -117,7 +118,7 @@ def match_tensors(
             matches[path].append(match)
     problems += _missing(matches, slots, table)
     if problems:
-        raise ValueError(_report(name, problems))
+        raise Refusal(_report(name, problems))
     return matches
 
 

@@ -18,6 +18,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
 
@@ -94,15 +95,15 @@ class T5Config:
         """Reads a config.json.
 
         Raises:
-          ValueError: a size is missing or no positive integer, or the kind of model or of MLP is
+          Refusal: a size is missing or no positive integer, or the kind of model or of MLP is
             another than this file's.
         """
         kind = config.get("model_type", "umt5")
         if kind not in ("t5", "umt5"):
-            raise ValueError(f"model_type must be t5 or umt5, got {kind!r}; this is no T5 encoder")
+            raise Refusal(f"model_type must be t5 or umt5, got {kind!r}; this is no T5 encoder")
         mlp = config.get("feed_forward_proj", "gated-gelu")
         if mlp != "gated-gelu":
-            raise ValueError(
+            raise Refusal(
                 f"feed_forward_proj must be gated-gelu (T5 v1.1, UMT5), got {mlp!r}; "
                 "use a v1.1 or UMT5 checkpoint"
             )
@@ -114,7 +115,7 @@ class T5Config:
             name: value for name, value in given.items() if type(value) is not int or value < 1
         }
         if wrong:
-            raise ValueError(
+            raise Refusal(
                 f"expected positive integers, got {wrong} (None: missing); check the text "
                 "encoder's config.json"
             )
@@ -248,10 +249,10 @@ class T5Encoder(nnx.Module):
           The final hidden states of all rows; those of padding are not zeroed.
 
         Raises:
-          ValueError: the shapes are not [B, L] twice.
+          Refusal: the shapes are not [B, L] twice.
         """
         if ids.ndim != 2 or ids.shape != mask.shape:
-            raise ValueError(
+            raise Refusal(
                 f"expected ids and mask of one shape [prompts, tokens], got {list(ids.shape)} and "
                 f"{list(mask.shape)}; pass what the tokenizer gives"
             )
@@ -313,6 +314,6 @@ def load_text_encoder(
       dtype: of the parameters and of the computation; None is float32.
 
     Raises:
-      ValueError: the config or the weights are missing, broken, or don't fit.
+      Refusal: the config or the weights are missing, broken, or don't fit.
     """
     return open_text_encoder(source, config=config, dtype=dtype).load()

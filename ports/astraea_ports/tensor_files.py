@@ -15,6 +15,8 @@ import numpy as np
 from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 
+from astraea_jax.checks import Refusal
+
 PICKLES = (".pth", ".pt")
 """Suffixes of PyTorch's own format, which holds code as well as numbers."""
 
@@ -40,7 +42,7 @@ class TensorFiles:
         """Every tensor of every file, by the headers.
 
         Raises:
-          ValueError: a file is truncated, corrupt or of another format.
+          Refusal: a file is truncated, corrupt or of another format.
         """
         found = []
         for file in self.files:
@@ -76,7 +78,7 @@ def _open(file: Path) -> Any:
     try:
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError, ValueError) as error:
-        raise ValueError(
+        raise Refusal(
             f"{file} is not a readable safetensors file ({error}); it is truncated, corrupt or of "
             "another format: fetch or convert it again"
         ) from error
@@ -88,7 +90,7 @@ def _unpickle(file: Path) -> Mapping[str, Any]:
         # By name: torch is no dependency, and no file of ours may need it to be imported.
         torch = importlib.import_module("torch")
     except ImportError as error:
-        raise ValueError(
+        raise Refusal(
             f"{file.name} is a PyTorch pickle, which only torch can read: install the extra `pth` "
             "(pip install 'astraea-jax[pth]'), or convert it to .safetensors beside it"
         ) from error
@@ -97,13 +99,13 @@ def _unpickle(file: Path) -> Mapping[str, Any]:
     except Exception as error:  # pickle, zip and torch each have errors of their own
         # The first sentence: torch's next ones advise to load it without this safety.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0]
-        raise ValueError(
+        raise Refusal(
             f"{file} is no file of weights alone ({reason}): do not trust it, or fetch it again"
         ) from error
     if not isinstance(state, Mapping) or not all(
         hasattr(value, "dtype") for value in state.values()
     ):
-        raise ValueError(f"expected {file} to hold tensors by name; got a {type(state).__name__}")
+        raise Refusal(f"expected {file} to hold tensors by name; got a {type(state).__name__}")
     return state
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from astraea_jax import files, report
+from astraea_jax.checks import Refusal
 
 KEPT = 2
 """Checkpoints that are kept."""
@@ -23,7 +24,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
     """Holds a run's folder; the hold ends with the process, even one that is killed.
 
     Raises:
-      ValueError: another process holds it, or it can't be made or written to.
+      Refusal: another process holds it, or it can't be made or written to.
     """
     with files.held(folder / "run.lock", choose="another --output"):
         yield
@@ -33,7 +34,7 @@ def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     """What the run in a folder trains, or None where there is none.
 
     Raises:
-      ValueError: a run.json that can't be read.
+      Refusal: a run.json that can't be read.
     """
     path = folder / "run.json"
     if not path.is_file():
@@ -41,14 +42,14 @@ def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise ValueError(f"{path} can't be read ({error}): choose another --output") from error
+        raise Refusal(f"{path} can't be read ({error}): choose another --output") from error
 
 
 def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     """Writes run.json, or holds it against what is asked for.
 
     Raises:
-      ValueError: the folder's run trains another model, or in another way.
+      Refusal: the folder's run trains another model, or in another way.
     """
     asked = json.loads(json.dumps(settings))
     found = saved_settings(folder)
@@ -61,7 +62,7 @@ def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
         if found.get(name) != asked.get(name)
     ]
     if other:
-        raise ValueError(
+        raise Refusal(
             f"{folder} holds a run of another kind ({'; '.join(other)}): ask for the same to take "
             "it up again, or choose another --output"
         )
@@ -89,7 +90,7 @@ class Checkpoints:
         """Writes a state.
 
         Raises:
-          ValueError: the disk is full or can't be written to; what was there before is kept.
+          Refusal: the disk is full or can't be written to; what was there before is kept.
         """
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         free = shutil.disk_usage(self._folder).free
@@ -100,7 +101,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:  # tensorstore's own say ENOSPC in words only
             kept = self.latest()
-            raise ValueError(
+            raise Refusal(
                 f"the checkpoint of step {step} could not be written to {self._folder} "
                 f"({_reason(error)}; it takes {report.human_bytes(needed)}, "
                 f"{report.human_bytes(free)} are free); "
@@ -112,7 +113,7 @@ class Checkpoints:
         """The last state, placed as the template's arrays are.
 
         Raises:
-          ValueError: it can't be read, or its arrays are not the template's.
+          Refusal: it can't be read, or its arrays are not the template's.
         """
         step = self.latest()
         named = _named(template)
@@ -122,7 +123,7 @@ class Checkpoints:
         try:
             found = self._manager.restore(step, args=self._ocp.args.StandardRestore(abstract))
         except Exception as error:  # of many classes; for the user all one
-            raise ValueError(
+            raise Refusal(
                 f"the checkpoint of step {step} in {self._folder} does not fit this run or is "
                 f"broken ({_reason(error)}): delete it to go back to the one before, or choose "
                 "another --output"

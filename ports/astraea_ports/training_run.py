@@ -24,6 +24,7 @@ import jax
 import numpy as np
 
 from astraea_jax import files, video
+from astraea_jax.checks import Refusal
 from astraea_ports.training_folder import Checkpoints, check_settings
 
 LONGEST_MINUTES = 60 * 24 * 14
@@ -98,10 +99,10 @@ def check_minutes(minutes: float, name: str = "minutes") -> float:
     """Returns the minutes if a run may take so long.
 
     Raises:
-      ValueError: zero, negative, not a number, or more than two weeks.
+      Refusal: zero, negative, not a number, or more than two weeks.
     """
     if not 0 < minutes <= LONGEST_MINUTES:
-        raise ValueError(
+        raise Refusal(
             f"{name} must be above 0 and at most {LONGEST_MINUTES} (two weeks); got {minutes:g}"
         )
     return minutes
@@ -148,7 +149,7 @@ def run(
       How far it came.
 
     Raises:
-      ValueError: the folder's run is another one, the loss is no number, or the disk is full.
+      Refusal: the folder's run is another one, the loss is no number, or the disk is full.
     """
     began = time.monotonic()
     check_settings(folder, trainee.settings)
@@ -223,7 +224,7 @@ class _Loop:
             value = float(self.pending.pop(0))
             if not math.isfinite(value):
                 kept = self.checkpoints.latest()
-                raise ValueError(
+                raise Refusal(
                     f"the loss at step {len(self.losses)} is not a number; "
                     + (f"the checkpoint of step {kept} is kept" if kept else "nothing was saved")
                     + ": start another run with lower rates (--rate), from its model/ if it has one"

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from astraea_jax.checks import Refusal
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
 from astraea_ports.wan.latent_pool import Examples
@@ -38,11 +39,11 @@ class Lessons:
     def __post_init__(self):
         """Refuses what is out of range."""
         if not 0 <= self.two <= 1:
-            raise ValueError(f"the share of clips with two objects must be in 0..1; got {self.two}")
+            raise Refusal(f"the share of clips with two objects must be in 0..1; got {self.two}")
         if not 0 <= self.spin <= 1:
-            raise ValueError(f"the share of objects made to spin must be in 0..1; got {self.spin}")
+            raise Refusal(f"the share of objects made to spin must be in 0..1; got {self.spin}")
         if not 0 <= self.seed < HELD_OUT_SEED:
-            raise ValueError(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
+            raise Refusal(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scenes import Scene
 
@@ -134,10 +135,10 @@ def looks(frames: int) -> np.ndarray:
     """Which frames of a video the reader looks at.
 
     Raises:
-      ValueError: a video of fewer than nine frames.
+      Refusal: a video of fewer than nine frames.
     """
     if frames < NUM_LOOKS:
-        raise ValueError(f"expected a video of at least {NUM_LOOKS} frames; got {frames}")
+        raise Refusal(f"expected a video of at least {NUM_LOOKS} frames; got {frames}")
     return np.rint(np.linspace(0, frames - 1, NUM_LOOKS)).astype(int)
 
 
@@ -151,21 +152,21 @@ def load_reader(path: Path) -> Reader:
     """Reads weights that `save_reader` wrote.
 
     Raises:
-      ValueError: a file that is missing or broken, or holds another network.
+      Refusal: a file that is missing or broken, or holds another network.
     """
     model = jax.eval_shape(lambda: Reader(nnx.Rngs(0)))
     leaves, tree = jax.tree_util.tree_flatten_with_path(model)
     try:
         arrays = load_file(path)
     except Exception as error:  # of several classes; for the user all one
-        raise ValueError(
+        raise Refusal(
             f"expected a reader's weights at {path} ({error}); make them with "
             "`astraea train-tiny --part reader`"
         ) from error
     expected = {_name(key): leaf.shape for key, leaf in leaves}
     got = {name: array.shape for name, array in arrays.items()}
     if expected != got:
-        raise ValueError(
+        raise Refusal(
             f"expected weights {expected} in {path}, got {got}; train a reader again with "
             "`astraea train-tiny --part reader`"
         )
@@ -200,10 +201,10 @@ def read(video: Float[Array, "B F height width 3"], model: Reader | None = None)
       For each video; `count` is 0 for one object and 1 for two.
 
     Raises:
-      ValueError: videos of another size, or of fewer than nine frames.
+      Refusal: videos of another size, or of fewer than nine frames.
     """
     if video.shape[2:] != (scenes.SIDE, scenes.SIDE, 3):
-        raise ValueError(
+        raise Refusal(
             f"expected videos of {scenes.SIDE}x{scenes.SIDE} pixels, as the small model makes; "
             f"got {tuple(video.shape)}"
         )

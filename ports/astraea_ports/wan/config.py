@@ -3,6 +3,8 @@
 import dataclasses
 from collections.abc import Mapping
 
+from astraea_jax.checks import Refusal
+
 _ORIGINAL = {
     "num_heads": "num_attention_heads",
     "in_dim": "in_channels",
@@ -55,7 +57,7 @@ class TransformerConfig:
         """Reads a config.json of Diffusers or of the original (`dim`, `num_heads`, ...).
 
         Raises:
-          ValueError: a key that is missing, or a variant of Wan that is not text-to-video.
+          Refusal: a key that is missing, or a variant of Wan that is not text-to-video.
         """
         if "dim" in values:
             values = _from_original(values)
@@ -63,12 +65,12 @@ class TransformerConfig:
         required = [n for n, f in fields.items() if f.default is dataclasses.MISSING]
         missing = [name for name in required if values.get(name) is None]
         if missing:
-            raise ValueError(f"expected a WanTransformer3DModel config; it lacks {missing}")
+            raise Refusal(f"expected a WanTransformer3DModel config; it lacks {missing}")
         expected = {"image_dim": None, "added_kv_proj_dim": None, "pos_embed_seq_len": None}
         expected |= {"cross_attn_norm": True, "qk_norm": "rms_norm_across_heads"}
         for name, value in expected.items():
             if values.get(name, value) != value:
-                raise ValueError(f"{name} must be {value} (text-to-video); got {values[name]}")
+                raise Refusal(f"{name} must be {value} (text-to-video); got {values[name]}")
         chosen = {name: values[name] for name in fields if values.get(name) is not None}
         chosen["patch_size"] = tuple(chosen.get("patch_size", cls.patch_size))
         return cls(**chosen)
@@ -78,9 +80,9 @@ def _from_original(values: Mapping) -> dict:
     """The original's config under Diffusers' names."""
     kind, dim, heads = values.get("model_type", "t2v"), values["dim"], values.get("num_heads")
     if kind != "t2v":
-        raise ValueError(f"model_type must be t2v (text-to-video); got {kind!r}")
+        raise Refusal(f"model_type must be t2v (text-to-video); got {kind!r}")
     if not isinstance(heads, int) or heads < 1 or dim % heads:
-        raise ValueError(f"expected num_heads that divide dim ({dim}); got {heads!r}")
+        raise Refusal(f"expected num_heads that divide dim ({dim}); got {heads!r}")
     named = {new: values[old] for old, new in _ORIGINAL.items() if old in values}
     named |= {"attention_head_dim": dim // heads, "text_dim": values.get("text_dim", 4096)}
     return named

@@ -11,6 +11,7 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
+from astraea_jax.checks import Refusal
 from astraea_ports import converted
 from astraea_ports.wan import parts
 from astraea_ports.wan.lora import Lora
@@ -36,7 +37,7 @@ def convert_model(
       stage: a context for each part, by its name: to show progress.
 
     Raises:
-      ValueError: no such model, or a target that exists or can't be written.
+      Refusal: no such model, or a target that exists or can't be written.
     """
     target = _check_target(target)
     found = parts.open_parts(source, dtype=dtype, precision="reference", lora=lora)
@@ -69,9 +70,9 @@ def _config(name: str, config: Any) -> dict[str, Any]:
 def _check_target(target: str | os.PathLike[str]) -> Path:
     path = Path(target).expanduser()
     if path.exists():
-        raise ValueError(f"expected a folder that does not exist yet; {path} does: name another")
+        raise Refusal(f"expected a folder that does not exist yet; {path} does: name another")
     if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"can't make {path}: {path.parent} is no folder that can be written to")
+        raise Refusal(f"can't make {path}: {path.parent} is no folder that can be written to")
     return path
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.checks import Refusal
 from astraea_ports.wan.text import TokenIds, Tokenizer
 from astraea_ports.wan.vae import VAE
 
@@ -86,17 +87,17 @@ class LatentPool:
             the default device.
 
         Raises:
-          ValueError: a size that is not a multiple of the block, or not positive; a block that
+          Refusal: a size that is not a multiple of the block, or not positive; a block that
             the devices can't share.
         """
         if block < 1 or size < block or size % block:
-            raise ValueError(
+            raise Refusal(
                 f"the pool's size must be a positive multiple of {block} (the clips that are "
                 f"encoded at once); got {size}"
             )
         mesh = Mesh(np.array(jax.devices()[:1]), ("batch",)) if mesh is None else mesh
         if block % mesh.size:
-            raise ValueError(
+            raise Refusal(
                 f"the clips that are encoded at once must be a multiple of {mesh.size}, the "
                 f"devices that share them; got {block}"
             )
@@ -219,10 +220,10 @@ def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[s
       captions: one a clip.
 
     Raises:
-      ValueError: another number of captions, or no clip.
+      Refusal: another number of captions, or no clip.
     """
     if not len(videos) or len(videos) != len(captions):
-        raise ValueError(
+        raise Refusal(
             f"expected a caption for each clip, and at least one; got {len(videos)} clips and "
             f"{len(captions)} captions"
         )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from astraea_jax.checks import Refusal
 from astraea_ports import matching
 from astraea_ports.matching import Entry
 from astraea_ports.tensor_files import Tensor, TensorFiles
@@ -66,7 +67,7 @@ def read_deltas(
     """What the files add to each parameter (path, layer), as functions that compute it.
 
     Raises:
-      ValueError: a tensor that belongs to no weight of this model, of the wrong shape or rank, or
+      Refusal: a tensor that belongs to no weight of this model, of the wrong shape or rank, or
         without its partner; all problems of a file in one error.
     """
     added = defaultdict(list)
@@ -82,7 +83,7 @@ def read_deltas(
             added[place].append(functools.partial(_delta, files, change, entry, strength))
         if problems:
             shown = "\n  ".join(problems[: matching.SHOWN_PER_KIND])
-            raise ValueError(
+            raise Refusal(
                 f"{file} does not fit this model: {len(problems)} problems; use a LoRA of this size"
                 f" of Wan\n  {shown}"
             )
@@ -92,7 +93,7 @@ def read_deltas(
 def _checked(file: str | os.PathLike[str]) -> Path:
     path = Path(file)
     if path.suffix != ".safetensors" or not path.is_file():
-        raise ValueError(f"expected a LoRA as an existing .safetensors file; got {str(file)!r}")
+        raise Refusal(f"expected a LoRA as an existing .safetensors file; got {str(file)!r}")
     return path
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax import report
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, export
 from astraea_ports.checkpoints import Entry
 from astraea_ports.wan.parts import SHIPPED
@@ -30,11 +31,11 @@ class PartTraining:
           batch: clips a step.
 
         Raises:
-          ValueError: no such model, or a batch that the devices can't share.
+          Refusal: no such model, or a batch that the devices can't share.
         """
         devices = jax.devices()
         if batch % len(devices):
-            raise ValueError(
+            raise Refusal(
                 f"the batch must be a multiple of {len(devices)}, the devices that share it; got "
                 f"{batch}"
             )

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, t5, tiny
 from astraea_ports.checkpoints import Loadable
 from astraea_ports.wan import lora as lora_files
@@ -84,7 +85,7 @@ def open_parts(
     """Finds the parts of a model in either layout and holds their headers against their configs.
 
     Raises:
-      ValueError: no such model, or a part that is missing, broken, or of another kind.
+      Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
     folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
     original = _is_original(folder)
@@ -120,10 +121,10 @@ def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int
     """A model of a real size with random weights; its text encoder is a small stand-in.
 
     Raises:
-      ValueError: an unknown size.
+      Refusal: an unknown size.
     """
     if size not in CONFIGS:
-        raise ValueError(f"size must be one of {', '.join(CONFIGS)}; got {size!r}")
+        raise Refusal(f"size must be one of {', '.join(CONFIGS)}; got {size!r}")
     config = CONFIGS[size]
     small = t5.T5Config.from_dict(
         {"vocab_size": 1024, "d_model": config.text_dim, "d_kv": 64, "d_ff": 64}

@@ -83,7 +83,7 @@ class Pipeline:
           text_cache: folder that keeps embeddings, by a hash of tokens and encoder.
 
         Raises:
-          ValueError: no such model, or a part that is missing, broken, or of another kind.
+          Refusal: no such model, or a part that is missing, broken, or of another kind.
         """
         found = parts.open_parts(source, dtype=dtype, precision=precision, lora=lora)
         return cls._of(found, staged=staged, text_cache=text_cache)
@@ -101,7 +101,7 @@ class Pipeline:
         """A model of a real size with random weights, for timing; it reads text with a stand-in.
 
         Raises:
-          ValueError: an unknown size or policy.
+          Refusal: an unknown size or policy.
         """
         made = parts.random_parts(size, dtype=dtype, precision=precision, seed=seed)
         return cls._of(made, staged=staged, text_cache=None)
@@ -174,7 +174,7 @@ class Pipeline:
           The videos, latents, and seconds of each stage.
 
         Raises:
-          ValueError: any of these out of range, before any long work.
+          Refusal: any of these out of range, before any long work.
         """
         shape = self.latents_shape(*self.size(frames, height, width))
         if steps is None:
@@ -304,7 +304,7 @@ class Pipeline:
         """A video's frames, height and width, defaults filled in.
 
         Raises:
-          ValueError: a size that the model can't do; the message says the nearest one.
+          Refusal: a size that the model can't do; the message says the nearest one.
         """
         default = self.defaults
         size = (

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import Dense, Method
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
@@ -64,17 +65,17 @@ def make(
     """Checks a call; `shape` is that of one video's latents, the rest as of the call.
 
     Raises:
-      ValueError: anything out of range.
+      Refusal: anything out of range.
     """
     check_prompts(prompts, tokenizer)
     table = solvers.make(solver, steps, shift=shift, grid=grid)
     schedule = Schedule.dense(steps) if schedule is None else schedule
     if schedule.steps != steps:
-        raise ValueError(
+        raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
         )
     if not math.isfinite(guidance):
-        raise ValueError(f"guidance must be a finite number, 1 or less for none; got {guidance}")
+        raise Refusal(f"guidance must be a finite number, 1 or less for none; got {guidance}")
     return Plan(
         prompts=list(prompts),
         negative_prompt=negative_prompt if guidance > 1 else None,
@@ -95,14 +96,14 @@ def check_size(
     pixels = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
     for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):
         if not isinstance(value, int) or value < unit or value % unit:
-            raise ValueError(
+            raise Refusal(
                 f"{name} must be a multiple of {unit} pixels; got {value!r}: the nearest is "
                 f"{max(unit, unit * round(float(value) / unit))}"
             )
     time = image.temporal_factor
     if not isinstance(size[0], int) or size[0] < 1 or (size[0] - 1) % time:
         nearest = max(1, time * round((float(size[0]) - 1) / time) + 1)
-        raise ValueError(
+        raise Refusal(
             f"frames must be a multiple of {time} plus 1; got {size[0]!r}: the nearest is {nearest}"
         )
 
@@ -114,10 +115,10 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
       UserWarning: words that the model can only spell.
     """
     if not prompts:
-        raise ValueError("expected at least one prompt; got none")
+        raise Refusal("expected at least one prompt; got none")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(
+            raise Refusal(
                 f"a prompt must say something; got {prompt!r}: describe the video to make"
             )
     unknown = [word for prompt in prompts for word in tokenizer.unknown_words(prompt)]
@@ -138,11 +139,11 @@ def make_noise(
     """Noise of `count` videos; that of video i depends on the seed and i alone."""
     if latents is not None:
         if tuple(latents.shape) != (count, *shape):
-            raise ValueError(
+            raise Refusal(
                 f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
             )
         return jnp.asarray(latents, jnp.float32)
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be an integer in 0..2^32-1; got {seed!r}")
+        raise Refusal(f"seed must be an integer in 0..2^32-1; got {seed!r}")
     keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
     return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from astraea_jax.checks import Refusal
 from astraea_jax.methods import Trace
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
@@ -64,12 +65,12 @@ def resident(
       seconds: gets those of loading.
 
     Raises:
-      ValueError: shapes alone, and no way to load them.
+      Refusal: shapes alone, and no way to load them.
     """
     if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(module)):
         return module
     if loadable is None:
-        raise ValueError(
+        raise Refusal(
             f"expected {type(module).__name__} with weights, or with a loader among the "
             "pipeline's loaders; got shapes alone"
         )

@@ -18,6 +18,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 
 LONGEST = 1 << 20  # "no limit" is written as 10^30 in tokenizer_config.json
@@ -27,10 +28,10 @@ def clean_prompt(text: str) -> str:
     """Mends broken Unicode, undoes HTML escapes (twice), makes runs of white space one space.
 
     Raises:
-      ValueError: the text is no string.
+      Refusal: the text is no string.
     """
     if not isinstance(text, str):
-        raise ValueError(f"expected a prompt as a string, got {text!r}")
+        raise Refusal(f"expected a prompt as a string, got {text!r}")
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -62,7 +63,7 @@ class Tokenizer:
           unknown: the token for what the vocabulary can't spell, if there is one.
 
         Raises:
-          ValueError: a token is not in the vocabulary, or the backend doesn't end a prompt with
+          Refusal: a token is not in the vocabulary, or the backend doesn't end a prompt with
             `end`.
         """
         backend.no_padding()
@@ -70,9 +71,9 @@ class Tokenizer:
         ids = {token: backend.token_to_id(token) for token in (pad, end)}
         lacking = [token for token, token_id in ids.items() if token_id is None]
         if lacking:
-            raise ValueError(f"the vocabulary has no {lacking}; check tokenizer_config.json")
+            raise Refusal(f"the vocabulary has no {lacking}; check tokenizer_config.json")
         if backend.encode("").ids[-1:] != [ids[end]]:
-            raise ValueError(
+            raise Refusal(
                 f"expected the tokenizer to end every prompt with {end}, got "
                 f"{backend.encode('').tokens} for an empty one; check tokenizer.json"
             )
@@ -94,25 +95,25 @@ class Tokenizer:
             takes part in its attention.
 
         Raises:
-          ValueError: a file is missing or broken, or nothing says the length.
+          Refusal: a file is missing or broken, or nothing says the length.
         """
         config = checkpoints.read_config(folder, "tokenizer_config.json")
         length = config.get("model_max_length") if length is None else length
         if not isinstance(length, int) or not 2 <= length <= LONGEST:
-            raise ValueError(
+            raise Refusal(
                 f"expected model_max_length in 2..{LONGEST} in "
                 f"{Path(folder)}/tokenizer_config.json, got {length}; pass length="
             )
         path = Path(folder) / "tokenizer.json"
         if not path.is_file():
-            raise ValueError(
+            raise Refusal(
                 f"expected the file {path}; make it from other formats with transformers' "
                 "AutoTokenizer(...).save_pretrained"
             )
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{path} is no tokenizer ({error}); fetch it again") from error
+            raise Refusal(f"{path} is no tokenizer ({error}); fetch it again") from error
         return cls(
             backend,
             length=length,
@@ -128,10 +129,10 @@ class Tokenizer:
           UserWarning: a prompt is too long; its last words are dropped, the end token is kept.
 
         Raises:
-          ValueError: the prompts are no sequence of strings.
+          Refusal: the prompts are no sequence of strings.
         """
         if isinstance(prompts, str):
-            raise ValueError("expected a sequence of prompts, got one string; pass [prompt]")
+            raise Refusal("expected a sequence of prompts, got one string; pass [prompt]")
         ids = np.full((len(prompts), self.length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(map(clean_prompt, prompts)):

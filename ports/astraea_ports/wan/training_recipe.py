@@ -10,6 +10,7 @@ import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from astraea_jax.checks import Refusal
 from astraea_ports.t5 import T5Encoder
 from astraea_ports.wan.transformer import Transformer
 
@@ -81,10 +82,10 @@ class Recipe:
         for name, (low, high) in ranges.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise ValueError(f"{name} must be in {low}..{high}; got {value}")
+                raise Refusal(f"{name} must be in {low}..{high}; got {value}")
         first, last = self.span
         if not 0 <= first < last <= 1:
-            raise ValueError(f"span must rise within 0..1; got {self.span}")
+            raise Refusal(f"span must rise within 0..1; got {self.span}")
 
 
 class Networks(NamedTuple):

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
+from astraea_jax.checks import Refusal
 from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
@@ -88,23 +89,23 @@ class Transformer(nnx.Module):
         """Token grid for latents [B, F, H, W, C].
 
         Raises:
-          ValueError: not five axes, other channels, or sizes that patches do not divide.
+          Refusal: not five axes, other channels, or sizes that patches do not divide.
         """
         config = self.config
         if len(latents_shape) != 5 or latents_shape[-1] != config.in_channels:
-            raise ValueError(
+            raise Refusal(
                 f"expected latents [B,F,H,W,{config.in_channels}]; got {tuple(latents_shape)}"
             )
         grid = []
         for size, patch in zip(latents_shape[1:4], config.patch_size, strict=True):
             if size % patch or not size:
-                raise ValueError(
+                raise Refusal(
                     f"expected latent frames, height and width in multiples of "
                     f"{config.patch_size}; got {tuple(latents_shape[1:4])}"
                 )
             grid.append(size // patch)
         if max(grid) > config.rope_max_seq_len:
-            raise ValueError(f"expected at most {config.rope_max_seq_len} an axis; got {grid}")
+            raise Refusal(f"expected at most {config.rope_max_seq_len} an axis; got {grid}")
         patch_values = int(np.prod(config.patch_size)) * config.out_channels
         frames, height, width = grid
         return core.Geometry(

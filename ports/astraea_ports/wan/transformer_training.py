@@ -78,7 +78,7 @@ class TransformerTraining(PartTraining):
           data: what to write of the source into run.json.
 
         Raises:
-          ValueError: no such model, or a batch that the devices can't share.
+          Refusal: no such model, or a batch that the devices can't share.
         """
         super().__init__(model, recipe, recipe.batch)
         self.layout = layout

@@ -11,6 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
 from astraea_ports.wan import lora as lora_files
@@ -82,11 +83,11 @@ def transformer_template(
     """A transformer of shapes alone, each parameter in the dtype that the policy gives it.
 
     Raises:
-      ValueError: an unknown policy.
+      Refusal: an unknown policy.
     """
     if precision not in get_args(Precision):
         known = " or ".join(get_args(Precision))
-        raise ValueError(f"precision must be {known}; got {precision!r}")
+        raise Refusal(f"precision must be {known}; got {precision!r}")
     template = jax.eval_shape(lambda: Transformer(config, nnx.Rngs(0), precision=precision))
     return with_policy(template, dtype)
 
@@ -131,7 +132,7 @@ def load_transformer(
       lora: files of low-rank changes and their strengths, merged while the weights are read.
 
     Raises:
-      ValueError: the config or the weights are missing, broken, or don't fit.
+      Refusal: the config or the weights are missing, broken, or don't fit.
     """
     return open_transformer(
         source, config=config, dtype=dtype, precision=precision, lora=lora

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
+from astraea_jax.checks import Refusal
 from astraea_ports.wan.vae_layers import (
     Convolution,
     Down,
@@ -76,39 +77,37 @@ class VAEConfig:
         """Reads a config.json.
 
         Raises:
-          ValueError: a key is missing or out of range, or asks for what this file doesn't have
+          Refusal: a key is missing or out of range, or asks for what this file doesn't have
             (Wan 2.2's residual or patched VAE, attention at other scales).
         """
         for key, supported in (("is_residual", False), ("patch_size", None), ("attn_scales", [])):
             got = config.get(key, supported)
             if got != supported:
-                raise ValueError(
+                raise Refusal(
                     f"{key} must be {supported!r}, got {got!r}; only Wan 2.1's VAE is supported"
                 )
         if config.get("in_channels", 3) != config.get("out_channels", 3):
-            raise ValueError("in_channels and out_channels must be equal; check the VAE's config")
+            raise Refusal("in_channels and out_channels must be equal; check the VAE's config")
         missing = [key for key in _KINDS if key not in config]
         if missing:
-            raise ValueError(f"expected the keys {missing} too; check the VAE's config.json")
+            raise Refusal(f"expected the keys {missing} too; check the VAE's config.json")
         for key, (kind, what) in _KINDS.items():
             is_list = isinstance(config[key], list | tuple)
             values = config[key] if is_list else [config[key]]
             if is_list != ("list" in what) or not all(isinstance(v, kind) for v in values):
-                raise ValueError(
-                    f"{key} must be {what}, got {config[key]!r}; check the config.json"
-                )
+                raise Refusal(f"{key} must be {what}, got {config[key]!r}; check the config.json")
         channels = config["z_dim"]
         lengths = {"latents_mean": channels, "latents_std": channels}
         lengths["temperal_downsample"] = len(config["dim_mult"]) - 1
         for name, length in lengths.items():
             if len(config[name]) != length:
-                raise ValueError(
+                raise Refusal(
                     f"{name} must have {length} values, got {len(config[name])}; "
                     "check the VAE's config.json"
                 )
         sizes = (config["base_dim"], channels, config["num_res_blocks"], *config["dim_mult"])
         if min(sizes) < 1 or min(config["latents_std"]) <= 0:
-            raise ValueError(
+            raise Refusal(
                 f"sizes and latents_std must be positive, got {sizes} and {config['latents_std']}; "
                 "check the VAE's config.json"
             )
@@ -249,7 +248,7 @@ class VAE(nnx.Module):
           A float32 video in -1..1, of 4f-3 frames of 8h x 8w pixels.
 
         Raises:
-          ValueError: the shape is not that of latents.
+          Refusal: the shape is not that of latents.
         """
         past = Past()
         video = self.decode_leave(self.decode_enter(latents, past), past)
@@ -265,7 +264,7 @@ class VAE(nnx.Module):
           k+1 frames of normalised latents, float32.
 
         Raises:
-          ValueError: the shape is not that of such a video.
+          Refusal: the shape is not that of such a video.
         """
         self.check_video(video)
         past = Past()
@@ -304,7 +303,7 @@ class VAE(nnx.Module):
         """Refuses what are no latents."""
         channels = self.config.latent_channels
         if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
-            raise ValueError(
+            raise Refusal(
                 f"expected latents of shape [batch, frames, height, width, {channels}], got "
                 f"{list(latents.shape)}; put the channels last"
             )
@@ -314,13 +313,13 @@ class VAE(nnx.Module):
         config = self.config
         space, time = config.spatial_factor, config.temporal_factor
         if video.ndim != 5 or video.shape[-1] != config.image_channels or 0 in video.shape:
-            raise ValueError(
+            raise Refusal(
                 "expected a video of shape [batch, frames, height, width, "
                 f"{config.image_channels}], got {list(video.shape)}; put the channels last"
             )
         frames, height, width = video.shape[1:4]
         if (frames - 1) % time or height % space or width % space:
-            raise ValueError(
+            raise Refusal(
                 f"expected {time}k+1 frames and a height and width that are multiples of {space}, "
                 f"got {frames} frames of {height}x{width}; cut or pad the video"
             )

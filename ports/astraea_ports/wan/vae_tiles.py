@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from astraea_jax.checks import Refusal
 from astraea_jax.timing import timed_jit
 from astraea_ports.wan.vae import VAE, VAEConfig
 from astraea_ports.wan.vae_layers import Past
@@ -186,7 +187,7 @@ def _tiles(
     if tile is None:
         tile = grid
     if min(tile) < 1:
-        raise ValueError(f"a tile must have at least one row and column; got {tile}")
+        raise Refusal(f"a tile must have at least one row and column; got {tile}")
     for y in _cut(grid[0], tile[0], rim):
         for x in _cut(grid[1], tile[1], rim):
             yield y, x

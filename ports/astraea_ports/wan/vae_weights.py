@@ -155,6 +155,6 @@ def load_vae(
       dtype: of the parameters and of the computation; None is float32, as upstream runs it.
 
     Raises:
-      ValueError: the config or the weights are missing, broken, or don't fit.
+      Refusal: the config or the weights are missing, broken, or don't fit.
     """
     return open_vae(source, config=config, dtype=dtype).load()
