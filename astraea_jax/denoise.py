@@ -7,6 +7,7 @@ jitted, donated step for each level that the schedule uses, with big tiles.
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
@@ -23,7 +24,7 @@ from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.schedule import Schedule
 from astraea_jax.solvers import Solver, SolverState
-from astraea_jax.timing import timed_jit
+from astraea_jax.timing import timed_jit, tracing
 
 Driver = Literal["dynamic", "static"]
 
@@ -99,7 +100,8 @@ def denoise(
       guidance: scale of classifier-free guidance, or None for none. Each branch has a cache.
       key: for methods that draw; None is key 0.
       driver: "dynamic" or "static".
-      progress: called with the number of finished steps, 1..T, after each.
+      progress: called with the number of finished steps, 1..T, after each; not from a program of
+        which the run is a part.
       trace: whether to return which tokens were computed.
 
     Returns:
@@ -110,39 +112,51 @@ def denoise(
     """
     method = Dense() if method is None else method
     settings = _check(model, latents, context, solver, schedule, method, guidance, trace)
+    if driver not in ("dynamic", "static"):
+        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
+    if progress is not None and tracing():
+        raise Refusal(
+            "progress expects to be called while this call runs; got a call that is traced, as a "
+            "part of a program that runs later, or many times: leave progress out, or call "
+            "denoise outside of jit, vmap and grad"
+        )
     levels = np.full(solver.steps, 10, np.int8) if schedule is None else schedule
     levels = levels.array() if isinstance(levels, Schedule) else levels
-    key = jax.random.key(0) if key is None else key
-    scale = jnp.float32(1.0 if guidance is None else guidance)
-    latents = jnp.asarray(latents, jnp.float32)
+    key = _first_key() if key is None else key
+    scale = _as_float32(1.0 if guidance is None else guidance)
+    latents, context = _as_float32(latents), _placed(context)
     if driver == "static":
         return _static(model, latents, context, solver, levels, scale, key, settings, progress)
-    if driver != "dynamic":
-        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
-    with _listening(progress):
-        denoised = dynamic_loop(
-            model, latents, context, solver, levels, scale, key,
-            settings=settings, report=progress is not None,
-        )  # fmt: skip
-        if progress is not None:
-            jax.block_until_ready(denoised)
-            jax.effects_barrier()
+    solver, levels = _placed((solver, levels))
+    run = functools.partial(
+        dynamic_loop, model, latents, context, solver, levels, scale, key, settings=settings
+    )
+    if progress is None:
+        return run()
+    with _listening(progress) as listener:
+        denoised = jax.block_until_ready(run(listener=_placed(listener)))
+        jax.effects_barrier()
     return denoised
 
 
-@timed_jit(static=("settings", "report"))
-def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, settings, report):
-    """The whole loop as one program; levels, solver, guidance and key are data."""
+@timed_jit(static=("settings",))
+def dynamic_loop(
+    model, latents, context, solver, levels, guidance, key, *, settings, listener=None
+):
+    """The whole loop as one program; levels, solver, guidance, key and listener are data."""
     prepared = model.prepare(context, settings.geometry)
-    step = loop_step(model, prepared, guidance, key, settings=settings, report=report)
+    step = loop_step(model, prepared, guidance, key, settings=settings, listener=listener)
     indices = jnp.arange(solver.steps, dtype=jnp.int32)
-    state = start(model, latents, settings)
+    state = start(model, latents, settings, (prepared, solver, levels, guidance, key))
     state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
     return Denoised(state.latents, traces)
 
 
-def loop_step(model, prepared, guidance, key, *, settings: Settings, report: bool = False):
-    """The body of a scan over (solver row, level, index of the step), level being data."""
+def loop_step(model, prepared, guidance, key, *, settings: Settings, listener=None):
+    """The body of a scan over (solver row, level, index of the step), level being data.
+
+    `listener` is the number under which `_listening` keeps whom to tell; None tells nobody.
+    """
     method = settings.method
 
     def step(state: LoopState, xs):
@@ -156,10 +170,11 @@ def loop_step(model, prepared, guidance, key, *, settings: Settings, report: boo
             choice = (inputs.level >= 0).astype(jnp.int32)
         else:
             choice = method.decide(state.method, inputs)
+        runs = [functools.partial(_alike, run, _varying_axes(state)) for run in runs]
         forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
         state = advance(model, state, forward, solver_row, guidance, settings)
-        if report:
-            jax.debug.callback(_report_step, index + 1, ordered=False)
+        if listener is not None:
+            jax.debug.callback(_report_step, listener, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
 
     return step
@@ -167,18 +182,20 @@ def loop_step(model, prepared, guidance, key, *, settings: Settings, report: boo
 
 def _static(model, latents, context, solver, levels, guidance, key, settings, progress):
     """A host loop over compiled steps, one for each mode that the schedule uses."""
-    levels = [int(level) for level in np.asarray(levels)]
+    levels = [int(level) for level in jax.device_get(levels)]
     modes = [settings.method.static_mode(level) for level in levels]
     prepared, state = start_static(model, latents, context, settings=settings)
     traces = []
-    # Numbers of the host's: a small model's step is shorter than it takes to put them on a device.
-    table = jax.tree.map(np.asarray, solver)
-    for index, (mode, level) in enumerate(zip(modes, levels, strict=True)):
-        row = jax.tree.map(lambda leaf, i=index: leaf[i], table)
+    # Cut on the host and sent at once: a small model's step is shorter than to cut on a device.
+    table = jax.device_get(solver)
+    numbers = [
+        (jax.tree.map(lambda leaf, i=index: leaf[i], table), np.int8(level), np.int32(index))
+        for index, level in enumerate(levels)
+    ]
+    for index, (mode, number) in enumerate(zip(modes, _placed(numbers), strict=True)):
         state, step_trace = static_step(
-            model, prepared, state, row, np.int8(level), np.int32(index), guidance, key,
-            settings=settings, mode=mode,
-        )  # fmt: skip
+            model, prepared, state, *number, guidance, key, settings=settings, mode=mode
+        )
         traces.append(step_trace)
         if progress is not None:
             jax.block_until_ready(state.latents)
@@ -190,7 +207,8 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
 @timed_jit(static=("settings",))
 def start_static(model, latents, context, *, settings) -> tuple[Prepared, LoopState]:
     """What the static driver starts from."""
-    return model.prepare(context, settings.geometry), start(model, latents, settings)
+    prepared = model.prepare(context, settings.geometry)
+    return prepared, start(model, latents, settings, prepared)
 
 
 @timed_jit(static=("settings", "mode"), donate=("state",))
@@ -204,14 +222,15 @@ def static_step(
     return state, forward.trace if settings.trace else ()
 
 
-def start(model, latents, settings: Settings) -> LoopState:
-    """The state before the first step."""
+def start(model, latents, settings: Settings, others=()) -> LoopState:
+    """The state before the first step; `others` is what the steps are given beside it."""
     batch = latents.shape[0] * settings.num_branches
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
     method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
     gap = solvers.no_gap(latents) if settings.correct else ()
-    return LoopState(latents, solvers.init(latents), method_state, gap)
+    state = LoopState(latents, solvers.init(latents), method_state, gap)
+    return _varying(state, _varying_axes((model, latents, others)))
 
 
 def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
@@ -284,20 +303,60 @@ def _check(model, latents, context, solver, schedule, method, guidance, trace) -
     return Settings(method, geometry, branches, trace)
 
 
-_listener: Callable[[int], None] | None = None
+def _varying_axes(tree) -> frozenset[str]:
+    """Axes of a mesh that any leaf differs over, inside a `shard_map` that checks it."""
+    types = (jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(tree))
+    return frozenset[str]().union(*(each.varying for each in types))
 
 
-def _report_step(done) -> None:
-    """Called by the running program; the listener is looked up late, so it causes no retrace."""
-    if _listener is not None:
-        _listener(int(done))
+def _varying(tree, axes: frozenset[str]):
+    """The same numbers, typed as if all of them differed over the axes: what a loop carries."""
+
+    def cast(leaf):
+        missing = axes - jax.typeof(leaf).manual_axis_type.varying
+        return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _alike(forward, axes: frozenset[str], *operands):
+    """`forward` with results that differ over the same axes, whichever mode it runs."""
+    return _varying(forward(*operands), axes)
+
+
+def _placed(tree):
+    """Numbers of the host's sent to the device by name, as a transfer guard asks."""
+    return tree if tracing() else jax.device_put(tree)
+
+
+def _as_float32(values):
+    """Values as a float32 array of the device's."""
+    if isinstance(values, jax.Array):
+        return values.astype(jnp.float32)
+    return _placed(np.asarray(values, np.float32))
+
+
+_first_key = jax.jit(lambda: jax.random.key(0))
+
+_listeners: dict[int, Callable[[int], None]] = {}
+"""Whom to tell, by the number that a running program has as data: another one causes no retrace."""
+
+_numbers = itertools.count()
+
+
+def _report_step(listener, done) -> None:
+    """Called by the running program, also of a run that has ended in an error."""
+    tell = _listeners.get(int(listener))
+    if tell is not None:
+        tell(int(done))
 
 
 @contextlib.contextmanager
-def _listening(progress: Callable[[int], None] | None) -> Iterator[None]:
-    global _listener
-    before, _listener = _listener, progress
+def _listening(progress: Callable[[int], None]) -> Iterator[np.int32]:
+    """A number of this run's own, under which `_report_step` finds whom to tell."""
+    number = next(_numbers) % 2**31
+    _listeners[number] = progress
     try:
-        yield
+        yield np.int32(number)
     finally:
-        _listener = before
+        del _listeners[number]

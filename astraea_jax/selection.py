@@ -179,7 +179,7 @@ def random_score(
 ) -> Float[Array, "B N"]:
     """Uniform scores in [0, 1); branches alike when they share a selection."""
     copies = num_branches if config.branches == "shared" else 1
-    drawn = jax.random.uniform(key, (shape[0] // copies, shape[1]))
+    drawn = jax.random.uniform(key, (shape[0] // copies, shape[1]), jnp.float32)
     return jnp.tile(drawn, (copies, 1))
 
 

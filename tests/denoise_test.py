@@ -296,7 +296,7 @@ def compiled_steps(method):
     levels, scale = np.array([10, 5, 0, 3], np.int8), jnp.float32(GUIDANCE)
     dynamic = loop.dynamic_loop.lower(
         model, inputs.latents, inputs.context, solver, levels, scale, key,
-        settings=settings, report=False,
+        settings=settings,
     ).compile()  # fmt: skip
     prepared, state = loop.start_static(model, inputs.latents, inputs.context, settings=settings)
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)

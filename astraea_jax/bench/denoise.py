@@ -243,7 +243,7 @@ _programs: dict[Any, Any] = {}
 def _dynamic_program(arguments, settings):
     """One program for all levels of a method, which is what the driver is for."""
     if settings not in _programs:
-        lowered = loop.dynamic_loop.lower(*arguments, settings=settings, report=False)
+        lowered = loop.dynamic_loop.lower(*arguments, settings=settings)
         _programs[settings] = lowered.compile()
     return _programs[settings]
 

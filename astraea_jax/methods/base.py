@@ -157,12 +157,12 @@ def dense_tokens(model, prepared: Prepared, modulation: Modulation, geometry: Ge
 
 def full_trace(batch: int, num_tokens: int) -> Trace:
     """The trace of a dense step."""
-    return Trace(jnp.ones((batch, num_tokens)), jnp.ones((batch,)))
+    return Trace(jnp.ones((batch, num_tokens), jnp.float32), jnp.ones((batch,), jnp.float32))
 
 
 def empty_trace(batch: int, num_tokens: int) -> Trace:
     """The trace of a skipped step."""
-    return Trace(jnp.zeros((batch, num_tokens)), jnp.ones((batch,)))
+    return Trace(jnp.zeros((batch, num_tokens), jnp.float32), jnp.ones((batch,), jnp.float32))
 
 
 def no_level(name: str, level: int, allowed: str) -> Refusal:

@@ -1,6 +1,7 @@
 """One evaluation of a model with some of its tokens computed: what `astraea.Astraea` runs."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -207,7 +208,7 @@ class Run:
 
         rows = gather_rows(carry.tokens, indices)
         left = entry.Left(carry.tokens, cache.out, rows, jnp.zeros_like(rows))
-        left, lse = self._scan(step, (left, jnp.zeros(indices.shape)))
+        left, lse = self._scan(step, (left, jnp.zeros_like(indices, jnp.float32)))
         blocks = self.geometry.num_blocks
         entered = entry.merged(left, indices, blocks, residual=residual)
         lse = scatter_rows(cache.lse[0], indices, lse)
@@ -216,7 +217,7 @@ class Run:
             cache=cache._replace(out=entered.stack, lse=lse[None]),
             previous=whole.fresh,
             computed=blocks * whole.fresh.astype(jnp.float32),
-            overlap=jnp.full(carry.overlap.shape, blocks - 1.0),
+            overlap=jnp.full_like(carry.overlap, blocks - 1.0),
         )
         return self.finish(carry, state)
 
@@ -233,16 +234,18 @@ class Run:
             whole = self._choose(tokens, cache.reference[0], cache, first, groups, level)
             reference = self._merge_reference(cache.reference[0], tokens, whole.fresh)
             cache = self._with_reference(cache, reference)
-        before = cache.reference[0] if config.chained else jnp.zeros((batch, num_tokens, 0))
+        # Like the tokens also in how they differ over devices, where a `shard_map` checks it.
+        zeros = functools.partial(jnp.zeros_like, tokens, jnp.float32)
+        before = cache.reference[0] if config.chained else zeros((batch, num_tokens, 0))
         if config.chained:
             cache = self._with_reference(cache, tokens)
         carry = Carry(
             tokens,
             before,
             cache,
-            previous=jnp.zeros((batch, num_tokens), bool),
-            computed=jnp.zeros((batch, num_tokens)),
-            overlap=jnp.zeros((batch,)),
+            previous=jnp.zeros_like(tokens, bool, (batch, num_tokens)),
+            computed=zeros((batch, num_tokens)),
+            overlap=zeros((batch,)),
         )
         return whole, carry
 

@@ -183,14 +183,14 @@ def uniform_crossover(
     key: Key[Array, ""], first: Int[Array, "T"], second: Int[Array, "T"]
 ) -> Int[Array, "T"]:
     """Each gene from either parent with equal probability."""
-    return jnp.where(jax.random.bernoulli(key, shape=first.shape), first, second)
+    return jnp.where(jax.random.bernoulli(key, jnp.float32(0.5), first.shape), first, second)
 
 
 def block_crossover(
     key: Key[Array, ""], first: Int[Array, "T"], second: Int[Array, "T"]
 ) -> Int[Array, "T"]:
     """One run of steps from one parent, the rest from the other."""
-    ends = jax.random.randint(key, (2,), 0, first.shape[0] + 1)
+    ends = jax.random.randint(key, (2,), 0, first.shape[0] + 1, jnp.int32)
     index = jnp.arange(first.shape[0])
     return jnp.where((index >= ends.min()) & (index < ends.max()), first, second)
 
@@ -228,7 +228,7 @@ def repair(
         key, use = jax.random.split(key)
         down = costs[genes].sum() > band[1]
         movable = free & jnp.where(down, genes > 0, genes < top)
-        weight = jnp.where(movable, jax.random.uniform(use, genes.shape), -1.0)
+        weight = jnp.where(movable, jax.random.uniform(use, genes.shape, jnp.float32), -1.0)
         change = jnp.where(down, -1, 1).astype(genes.dtype)
         return key, genes.at[jnp.argmax(weight)].add(change), turn + 1
 
@@ -303,7 +303,7 @@ def _children(space: Space, population: int, band, key, parents, fitness, probab
         pair, kind, cross, change, mend = jax.random.split(key, 5)
         first, second = jax.random.choice(pair, parents.shape[0], (2,), replace=False, p=weights)
         crossed = jnp.where(
-            jax.random.bernoulli(kind),
+            jax.random.bernoulli(kind, jnp.float32(0.5)),
             uniform_crossover(cross, parents[first], parents[second]),
             block_crossover(cross, parents[first], parents[second]),
         )

@@ -182,18 +182,18 @@ class T5Block(nnx.Module):
         """Random weights of a trainable scale."""
 
         def matrix(rows: int, columns: int, scale: float = 1.0) -> nnx.Param:
-            values = jax.random.normal(rngs.params(), (rows, columns))
+            values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32)
             return nnx.Param(values * (scale * rows**-0.5))
 
         inner = config.num_heads * config.d_kv
         self.config = config
-        self.attention_norm = nnx.Param(jnp.ones(config.d_model))
+        self.attention_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         # The scores are not divided by sqrt(d_kv), so the first queries are.
         self.q = matrix(config.d_model, inner, config.d_kv**-0.5)
         self.k = matrix(config.d_model, inner)
         self.v = matrix(config.d_model, inner)
         self.o = matrix(inner, config.d_model)
-        self.mlp_norm = nnx.Param(jnp.ones(config.d_model))
+        self.mlp_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.wi_0 = matrix(config.d_model, config.d_ff)
         self.wi_1 = matrix(config.d_model, config.d_ff)
         self.wo = matrix(config.d_ff, config.d_model)
@@ -229,14 +229,14 @@ class T5Encoder(nnx.Module):
         """Random weights of a trainable scale."""
         self.config = config
         self.embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (config.vocab_size, config.d_model))
+            jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32)
         )
         num_tables = 1 if config.shared_position_bias else config.num_layers
         table = (num_tables, config.relative_attention_num_buckets, config.num_heads)
-        self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table) * 0.1)
+        self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table, jnp.float32) * 0.1)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: T5Block(config, nnx.Rngs(key)))(keys)
-        self.final_norm = nnx.Param(jnp.ones(config.d_model))
+        self.final_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
 
     def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L H"]:
         """Encodes token ids.

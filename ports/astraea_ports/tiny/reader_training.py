@@ -75,10 +75,10 @@ def disturb(
     """Another contrast and tint for each clip, and grain of 4x4 pixels."""
     keys = jax.random.split(key, 4)
     batch, looks, height, width, _ = frames.shape
-    gain = 1 + 0.1 * jax.random.normal(keys[0], (batch, 1, 1, 1, 1))
-    tint = 0.03 * jax.random.normal(keys[1], (batch, 1, 1, 1, 3))
-    amount = 0.03 * jax.random.uniform(keys[2], (batch, 1, 1, 1, 1))
-    grain = jax.random.normal(keys[3], (batch, looks, height // 4, width // 4, 1))
+    gain = 1 + 0.1 * jax.random.normal(keys[0], (batch, 1, 1, 1, 1), jnp.float32)
+    tint = 0.03 * jax.random.normal(keys[1], (batch, 1, 1, 1, 3), jnp.float32)
+    amount = 0.03 * jax.random.uniform(keys[2], (batch, 1, 1, 1, 1), jnp.float32)
+    grain = jax.random.normal(keys[3], (batch, looks, height // 4, width // 4, 1), jnp.float32)
     return frames * gain + tint + amount * grain.repeat(4, 2).repeat(4, 3)
 
 

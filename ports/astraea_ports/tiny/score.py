@@ -78,8 +78,8 @@ class Reader(nnx.Module):
         self.early = kernel(3, 3, 3 * 48, 64)
         self.late = kernel(3, 3, 3 * 64, 48)
         self.all = kernel(3 * 4 * 4 * 48, 128)
-        self.out = nnx.Param(jnp.zeros((128, NUM_LOGITS)))
-        self.out_bias = nnx.Param(jnp.zeros(NUM_LOGITS))
+        self.out = nnx.Param(jnp.zeros((128, NUM_LOGITS), jnp.float32))
+        self.out_bias = nnx.Param(jnp.zeros(NUM_LOGITS, jnp.float32))
 
     def __call__(self, frames: Float[Array, "B 9 128 128 3"]) -> dict[str, Array]:
         """Logits of each head."""

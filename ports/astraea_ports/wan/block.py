@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over all channels, statistics in float32."""
 
     def __init__(self, width: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((width,)))
+        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:
@@ -111,7 +111,7 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(width, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
         self.ffn_in = nnx.Linear(width, config.ffn_dim, rngs=rngs)
         self.ffn_out = nnx.Linear(config.ffn_dim, width, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (6, width)) / width**0.5
+        table = jax.random.normal(rngs.params(), (6, width), jnp.float32) / width**0.5
         self.scale_shift_table = nnx.Param(table)
         self.eps = config.eps
 

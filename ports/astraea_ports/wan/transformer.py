@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
         num_out = patch * config.out_channels
         self.proj_out = nnx.Linear(width, num_out, precision=exact, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (2, width)) / width**0.5
+        table = jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5
         self.scale_shift_table = nnx.Param(table)
 
     def __call__(

@@ -155,7 +155,7 @@ class Encoder(nnx.Module):
                 layers.append(Down(width, config.temporal[i], rngs))
         self.layers = nnx.List(layers)
         self.mid = Middle(widths[-1], rngs)
-        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.norm_out = nnx.Param(jnp.ones(widths[-1], jnp.float32))
         self.conv_out = Convolution((3, 3, 3, widths[-1], 2 * config.latent_channels), rngs)
 
     def enter(self, x: Float[Array, "B F height width 3"], past: Past) -> Float[Array, "B f h w C"]:
@@ -205,7 +205,7 @@ class Decoder(nnx.Module):
                 for num_in, width, up in zip(inputs, widths, ups, strict=True)
             ]
         )
-        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.norm_out = nnx.Param(jnp.ones(widths[-1], jnp.float32))
         self.conv_out = Convolution((3, 3, 3, widths[-1], config.image_channels), rngs)
 
     def enter(self, x: Float[Array, "B f h w C"], past: Past) -> Float[Array, "B f h w D"]:

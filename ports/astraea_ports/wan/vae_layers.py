@@ -106,7 +106,7 @@ class Convolution(nnx.Module):
         """Random kernel, zero bias."""
         initialise = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(initialise(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(shape[-1]))
+        self.bias = nnx.Param(jnp.zeros(shape[-1], jnp.float32))
 
     def causal(self, x: Array, past: Past) -> Array:
         """As a causal 3x3x3 convolution."""
@@ -122,9 +122,9 @@ class Residual(nnx.Module):
 
     def __init__(self, num_in: int, num_out: int, rngs: nnx.Rngs):
         """Random weights."""
-        self.norm1 = nnx.Param(jnp.ones(num_in))
+        self.norm1 = nnx.Param(jnp.ones(num_in, jnp.float32))
         self.conv1 = Convolution((3, 3, 3, num_in, num_out), rngs)
-        self.norm2 = nnx.Param(jnp.ones(num_out))
+        self.norm2 = nnx.Param(jnp.ones(num_out, jnp.float32))
         self.conv2 = Convolution((3, 3, 3, num_out, num_out), rngs)
         self.shortcut = Convolution((num_in, num_out), rngs) if num_in != num_out else None
 
@@ -142,7 +142,7 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         """Random weights."""
-        self.norm = nnx.Param(jnp.ones(width))
+        self.norm = nnx.Param(jnp.ones(width, jnp.float32))
         self.qkv = Convolution((width, 3 * width), rngs)
         self.out = Convolution((width, width), rngs)
 

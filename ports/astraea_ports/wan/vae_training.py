@@ -169,7 +169,7 @@ def cut(key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe) -> Drawn:
     """Crops at random places; those of one number lie alike in all clips."""
     frames, side = drawn.cover.shape[1:3]
     length, size = min(CROP_FRAMES, frames), min(CROP_SIDE, side)
-    places = jax.random.uniform(key, (recipe.crops, 3))
+    places = jax.random.uniform(key, (recipe.crops, 3), jnp.float32)
     parts = []
     for place in places:
         # Encoders see time in fours after the first frame: a crop starts at either end.
@@ -198,7 +198,7 @@ def train_step(
     over = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
     drawn = draw(keys[0], recipe.clips)
     drawn = drawn if whole else cut(keys[1], drawn, recipe)
-    noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn))
+    noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn), jnp.float32)
     batch = jax.lax.with_sharding_constraint((noise, drawn), over)
     share = functools.partial(loss, recipe=recipe)
     value, gradients = loss_and_gradients(share, state.vae, batch, mesh)
