@@ -248,6 +248,6 @@ def selected_mask(
 
 def overlap(first: Bool[Array, "B N"], second: Bool[Array, "B N"]) -> Float[Array, "B"]:
     """Jaccard index of two selections, in 0..1; 1 where both are empty."""
-    both = (first & second).sum(axis=-1)
-    either = (first | second).sum(axis=-1)
+    both = (first & second).sum(axis=-1, dtype=jnp.float32)
+    either = (first | second).sum(axis=-1, dtype=jnp.float32)
     return jnp.where(either == 0, 1.0, both / jnp.maximum(either, 1))

@@ -297,7 +297,7 @@ class Run:
             before=opened.before,
             cache=cache,
             previous=choice.fresh,
-            computed=carry.computed + choice.fresh,
+            computed=carry.computed + choice.fresh.astype(jnp.float32),
             overlap=carry.overlap + jnp.where(index == 0, 0.0, same),
         )
 

@@ -216,7 +216,7 @@ class Batch:
         done = carry.index >= self.steps
         place = jnp.where(done & (carry.candidate < self.number), carry.candidate, self.number)
         latents = carry.latents.at[place].set(carry.state.latents, mode="drop")
-        rank = jnp.cumsum(done) - 1
+        rank = jnp.cumsum(done, dtype=jnp.int32) - 1
         following = jnp.minimum(carry.started + rank, self.number)
         candidate = jnp.where(done, following, carry.candidate)
         fresh = done & (candidate < self.number)
@@ -224,9 +224,9 @@ class Batch:
 
         def choose(shared, old):
             mask = fresh.reshape(-1, *[1] * (old.ndim - 1))
-            return jnp.where(mask, shared, old)
+            return jnp.where(mask, shared[None], old)
 
-        started = jnp.minimum(carry.started + done.sum(), self.number)
+        started = jnp.minimum(carry.started + done.sum(dtype=jnp.int32), self.number)
         refilled = jax.tree.map(choose, self.shared, carry.state)
         return Lanes(candidate, index, refilled, started, latents)
 
@@ -240,7 +240,7 @@ class Batch:
         def once(carry):
             mask, at = waiting(carry), jnp.minimum(carry.index, self.steps - 1)
             state = jax.vmap(self.each.skip)(carry.state, at, mask)
-            return carry._replace(index=carry.index + mask, state=state)
+            return carry._replace(index=carry.index + mask.astype(jnp.int32), state=state)
 
         return lax.while_loop(lambda carry: waiting(carry).any(), once, carry)
 
@@ -253,7 +253,7 @@ class Batch:
         result = self.forward(self.each, inputs, carry.state.method)
         state = jax.vmap(self.each.advance)(carry.state, result, at)
         # A lane with nothing left to do repeats its last step, which nobody reads.
-        return carry._replace(index=carry.index + active, state=state)
+        return carry._replace(index=carry.index + active.astype(jnp.int32), state=state)
 
 
 def can_run_in_lanes(method: Method) -> bool:

@@ -133,14 +133,14 @@ class SparseStep:
     def rows(self, layer, kind: int, index, opened: Opened) -> Filled:
         """The selected rows of all lanes, one list of tiles, some of them at a time."""
         each, levels, geometry = self.each, self.inputs.level, self.each.settings.geometry
-        ends = jnp.cumsum(levels)
+        ends = jnp.cumsum(levels, dtype=jnp.int32)
 
         def compute_tile(modulation, rows, indices, keys_values) -> Filled:
             block = each.model.bind(layer, each.prepared, modulation)[kind]
             return compute_rows(self.config, block, rows, indices, keys_values)
 
         def compute(turn, filled: Filled) -> Filled:
-            place = turn * self.tiles + jnp.arange(self.tiles)
+            place = turn * self.tiles + jnp.arange(self.tiles, dtype=jnp.int32)
             lane = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(levels) - 1)
             tenth = place - (ends[lane] - levels[lane])
             pick = lambda tree: jax.tree.map(lambda leaf: leaf[lane], tree)  # noqa: E731
@@ -165,7 +165,7 @@ class SparseStep:
 def _tenths(indices: Int[Array, "W B M"], lane, tenth, used, geometry) -> Int[Array, "V B K"]:
     """The tiles' token positions; those of a tile that is not used lie past the tokens."""
     rows = indices.shape[2] // LEVELS
-    columns = tenth[:, None] * rows + jnp.arange(rows)
+    columns = tenth[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)[None]
     picked = jax.vmap(lambda lane, columns: indices[lane][:, columns])(
         lane, jnp.clip(columns, 0, indices.shape[2] - 1)
     )

@@ -172,7 +172,7 @@ def rms_norm(x: Float[Array, "*rows H"], weight: Float[Array, " H"], epsilon: fl
     """Root-mean-square norm; statistics in float32, result in the weight's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + epsilon)
-    return weight * wide.astype(weight.dtype)
+    return jax.lax.broadcast_to_rank(weight, x.ndim) * wide.astype(weight.dtype)
 
 
 class T5Block(nnx.Module):
@@ -215,7 +215,7 @@ class T5Block(nnx.Module):
     def _attend(self, x: Array, bias: Array, mask: Array) -> Array:
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
         q, k, v = ((x @ weight[...]).reshape(heads) for weight in (self.q, self.k, self.v))
-        scores = jnp.einsum("bqad,bkad->baqk", q, k).astype(jnp.float32) + bias
+        scores = jnp.einsum("bqad,bkad->baqk", q, k).astype(jnp.float32) + bias[None]
         scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         out = jnp.einsum("baqk,bkad->bqad", weights, v)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -275,7 +276,7 @@ class VAE(nnx.Module):
     ) -> Float[Array, "B f h w D"]:
         """The first part of `decode`, for a piece of a clip in time."""
         self.check_latents(latents)
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        mean, std = self._statistics(latents.ndim)
         scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
         return self.decoder.enter(self.post_quant.pointwise(scaled), past)
 
@@ -296,7 +297,7 @@ class VAE(nnx.Module):
     ) -> Float[Array, "B f h w C"]:
         """The rest of `encode`, for a piece of a clip in time."""
         encoded = self.quant.pointwise(self.encoder.leave(features, past))
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        mean, std = self._statistics(encoded.ndim)
         return (encoded[..., : self.config.latent_channels].astype(jnp.float32) - mean) / std
 
     def check_latents(self, latents: Float[Array, "..."]) -> None:
@@ -324,5 +325,7 @@ class VAE(nnx.Module):
                 f"got {frames} frames of {height}x{width}; cut or pad the video"
             )
 
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.config.latents_mean, self.config.latents_std
+    def _statistics(self, rank: int) -> tuple[Array, Array]:
+        both = (self.config.latents_mean, self.config.latents_std)
+        mean, std = (np.asarray(x, np.float32).reshape((1,) * (rank - 1) + (-1,)) for x in both)
+        return jnp.asarray(mean), jnp.asarray(std)
