@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
-from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold
+from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold, seeded
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
 from astraea_jax.schedule import Schedule
@@ -122,7 +122,7 @@ def denoise(
         )
     levels = np.full(solver.steps, 10, np.int8) if schedule is None else schedule
     levels = levels.array() if isinstance(levels, Schedule) else levels
-    key = _first_key() if key is None else key
+    key = seeded(0) if key is None else key
     scale = _as_float32(1.0 if guidance is None else guidance)
     latents, context = _as_float32(latents), _placed(context)
     if driver == "static":
@@ -335,8 +335,6 @@ def _as_float32(values):
         return values.astype(jnp.float32)
     return _placed(np.asarray(values, np.float32))
 
-
-_first_key = jax.jit(lambda: jax.random.key(0))
 
 _listeners: dict[int, Callable[[int], None]] = {}
 """Whom to tell, by the number that a running program has as data: another one causes no retrace."""

@@ -177,6 +177,19 @@ def is_dense(level: Int[Array, ""]) -> Bool[Array, ""]:
     return level >= 10
 
 
+def seeded(*numbers: int) -> Key[Array, ""]:
+    """The key of a seed in 0..2^32-1, and of a place in what is drawn from it; see `fold`.
+
+    The numbers are sent to the device by name, as a transfer guard asks; `jax.random.key` does not.
+    """
+    return _seeded(*jax.device_put([np.uint32(number) for number in numbers]))
+
+
+@jax.jit
+def _seeded(seed, *numbers):
+    return fold(jax.random.key(seed), *numbers)
+
+
 def fold(key: Key[Array, ""], *numbers: int | np.integer | Int[Array, ""]) -> Key[Array, ""]:
     """A key for a place in the computation."""
     for number in numbers:

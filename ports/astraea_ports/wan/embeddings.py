@@ -37,7 +37,7 @@ def read(path: Path, shape: tuple[int, int]) -> Float[Array, "M D"] | None:
         embedding = load_file(path)["embedding"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return jnp.asarray(embedding) if embedding.shape == shape else None
+    return jax.device_put(embedding) if embedding.shape == shape else None
 
 
 def write(path: Path, embedding: Float[Array, "M D"]) -> None:
@@ -52,9 +52,9 @@ def write(path: Path, embedding: Float[Array, "M D"]) -> None:
 
 @timed_jit()
 def _encode(encoder: t5.T5Encoder, ids, mask):
-    """Embeddings with every row past the text's end set to zero, as Wan was trained."""
-    embeddings = encoder(ids, mask)
-    return embeddings * mask[..., None].astype(embeddings.dtype)
+    """A text's embedding with every row past the text's end set to zero, as Wan was trained."""
+    embeddings = encoder(ids[None], mask[None])[0]
+    return embeddings * mask[:, None].astype(embeddings.dtype)
 
 
 def encode(
@@ -82,9 +82,7 @@ def encode(
         embedding = None if path is None else read(path, (tokenizer.length, width))
         if embedding is None:
             module = encoder() if module is None else module
-            embedding = jax.block_until_ready(
-                _encode(module, jnp.asarray(ids[None]), jnp.asarray(mask[None]))
-            )[0]
+            embedding = jax.block_until_ready(_encode(module, *jax.device_put((ids, mask))))
             if path is not None:
                 write(path, embedding)
         found[text] = embedding

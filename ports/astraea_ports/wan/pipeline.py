@@ -15,6 +15,7 @@ from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.flops import Workload
 from astraea_jax.methods import Method
+from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch
 from astraea_ports import t5
@@ -220,7 +221,7 @@ class Pipeline:
                     schedule=plan.schedule,
                     method=plan.method,
                     guidance=plan.guidance,
-                    key=jax.random.key(plan.seed),
+                    key=seeded(plan.seed),
                     driver=driver,
                     progress=lambda done: report("denoise", done, steps),
                     trace=trace,

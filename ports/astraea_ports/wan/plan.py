@@ -8,11 +8,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Dense, Method
+from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.text import Tokenizer
@@ -142,8 +144,10 @@ def make_noise(
             raise Refusal(
                 f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
             )
-        return jnp.asarray(latents, jnp.float32)
+        if isinstance(latents, jax.Array):
+            return latents.astype(jnp.float32)
+        return jax.device_put(np.asarray(latents, np.float32))
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
         raise Refusal(f"seed must be an integer in 0..2^32-1; got {seed!r}")
-    keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
+    keys = [seeded(seed, index) for index in range(count)]
     return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])

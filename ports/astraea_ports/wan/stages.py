@@ -98,12 +98,12 @@ def decode(
     report("decode", 0, len(latents))
     videos = []
     for index in range(len(latents)):
-        one = latents[index : index + 1]
+        one = jax.lax.slice_in_dim(latents, index, index + 1)
         if cut is None:
             video = _decode(model, one)
         else:
             whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
-            video = (jnp.asarray(whole) + 1) / 2
+            video = jax.device_put((whole + 1) / 2)
         videos.append(jax.block_until_ready(video))
         report("decode", index + 1, len(latents))
     return jnp.concatenate(videos)
