@@ -9,7 +9,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -329,7 +329,7 @@ def _placed(tree):
     return tree if tracing() else jax.device_put(tree)
 
 
-def _as_float32(values):
+def _as_float32(values) -> Any:
     """Values as a float32 array of the device's."""
     if isinstance(values, jax.Array):
         return values.astype(jnp.float32)

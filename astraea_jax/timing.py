@@ -32,9 +32,9 @@ class _Compiled(threading.local):
 _compiled = _Compiled()
 
 
-def _count(event: str, seconds: float, **_: Any) -> None:
+def _count(event: str, duration_secs: float, **_: Any) -> None:
     if event.startswith(_COMPILING):
-        _compiled.seconds += seconds
+        _compiled.seconds += duration_secs
 
 
 jax.monitoring.register_event_duration_secs_listener(_count)
@@ -85,13 +85,17 @@ class TimedJit:
 
     Which program a call runs is left to `jax.jit`: whatever of JAX's context decides it (precision,
     x64, mesh, `disable_jit`, `debug_nans`, ...) does so here too.
+
+    Attributes:
+      jitted: the function as a part of other programs.
+      num_executables: for how many kinds of arguments and settings it was traced by itself.
     """
 
     def __init__(self, function: Callable, static: tuple[str, ...], donate: tuple[str, ...]):
         functools.update_wrapper(self, function)
-        self._jit = functools.partial(jax.jit, static_argnames=static, donate_argnames=donate)
-        self._function = function
-        self.jitted = self._jit(function)
+        self.jitted = jax.jit(function, static_argnames=static, donate_argnames=donate)
+        self.num_executables = 0
+        self._function, self._static, self._donate = function, static, donate
         self._outermost: dict[tuple, Any] = {}
 
     def __call__(self, *args, **kwargs):
@@ -108,25 +112,37 @@ class TimedJit:
         """The function lowered for these arguments, as `jax.jit` does it, to be compiled."""
         return self._program().lower(*args, **kwargs)
 
-    @property
-    def num_executables(self) -> int:
-        """How many kinds of arguments and of settings it was called with."""
-        return sum(program._cache_size() for program in self._outermost.values())
-
     def _program(self):
         """The function as an outermost program: only such a one may say how it is compiled."""
-        # They change what XLA compiles, but `jax.jit` does not compile anew for them.
+        # Whoever looks for a NaN runs the function again, on arguments that must be there still.
+        looking = jax.config.jax_debug_nans or jax.config.jax_debug_infs
+        # What else changes the compiled program, without `jax.jit` compiling anew for it.
         flags = (
+            looking,
             jax.config.read("jax_disable_most_optimizations"),
             jax.config.jax_compiler_enable_remat_pass,
         )
         program = self._outermost.get(flags)
         if program is None:
-            # A function of its own, or JAX would know it by its trace and take the old program.
-            apart = functools.wraps(self._function)(_apart(self._function))
-            program = self._jit(apart, compiler_options=GPU_OPTIONS)
+            program = jax.jit(
+                self._apart(),
+                static_argnames=self._static,
+                donate_argnames=() if looking else self._donate,
+                compiler_options=GPU_OPTIONS,
+            )
             program = self._outermost.setdefault(flags, program)
         return program
+
+    def _apart(self) -> Callable:
+        """The function anew: JAX knows a program by the function that was traced."""
+
+        @functools.wraps(self._function)
+        def apart(*args, **kwargs):
+            result = self._function(*args, **kwargs)
+            self.num_executables += 1
+            return result
+
+        return apart
 
 
 def tracing() -> bool:
@@ -136,7 +152,3 @@ def tracing() -> bool:
 
 with jax.core.eval_context():
     _EAGER = get_opaque_trace_state()
-
-
-def _apart(function: Callable) -> Callable:
-    return lambda *args, **kwargs: function(*args, **kwargs)
