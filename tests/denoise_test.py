@@ -3,6 +3,7 @@
 import dataclasses
 import re
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ import numpy as np
 import oracle
 import pytest
 from helpers import grouped_inputs, random_levels, small_inputs, small_model
+from jax.sharding import Mesh, PartitionSpec
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, token_wise
 from astraea_jax.model import dense_forward
@@ -344,6 +347,99 @@ def test_progress_reports_every_step(driver):
     seen = []
     run(Astraea(), (10, 5, 0, 5), driver=driver, progress=seen.append)
     assert sorted(seen) == [1, 2, 3, 4]
+
+
+def test_another_listener_is_no_other_program():
+    levels = (10, 5, 0, 5)
+    run(Astraea(), levels, progress=lambda done: None)
+    before, seen = loop.dynamic_loop.num_executables, []
+    run(Astraea(), levels, progress=seen.append)
+    assert loop.dynamic_loop.num_executables == before and sorted(seen) == [1, 2, 3, 4]
+    assert not loop._listeners
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_runs_of_two_threads_each_tell_their_own_listener(driver):
+    told, levels = {0: [], 1: []}, (10, 5, 0, 5)
+
+    def work(index):
+        for _ in range(3):
+            run(Astraea(), levels, driver=driver, progress=told[index].append)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in told]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == {0: [1, 2, 3, 4] * 3, 1: [1, 2, 3, 4] * 3}
+    assert not loop._listeners
+
+
+def test_overlapping_listeners_keep_apart_and_none_stays():
+    first, second = [], []
+    one, two = loop._listening(first.append), loop._listening(second.append)
+    a, b = one.__enter__(), two.__enter__()
+    loop._report_step(a, np.int32(1))
+    one.__exit__(None, None, None)
+    loop._report_step(b, np.int32(2))
+    loop._report_step(a, np.int32(3))  # of a run that has ended
+    two.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (first, second) == ([1], [2]) and not loop._listeners
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+@pytest.mark.parametrize("transform", [jax.make_jaxpr, jax.vmap, jax.grad])
+def test_progress_inside_another_program_is_refused(driver, transform):
+    latents = jnp.broadcast_to(small_inputs().latents, (1, *small_inputs().latents.shape))
+
+    def total(latents):
+        latents = latents if latents.ndim == 5 else latents[0]
+        inputs = small_inputs()._replace(latents=latents)
+        return run(Astraea(), (10, 5), driver=driver, inputs=inputs, progress=print).latents.sum()
+
+    with pytest.raises(Refusal, match=r"progress expects .*outside of jit, vmap and grad"):
+        transform(total)(latents)
+
+
+def over_devices(method, levels, driver, *, context_too=False):
+    """`denoise` of a mesh's videos inside a `shard_map` that checks what differs over it."""
+    model, inputs, mesh = small_model(), small_inputs(), Mesh(jax.devices()[:1], ("data",))
+    whole, split = PartitionSpec(), PartitionSpec("data")
+
+    def local(latents, context):
+        mine = type(inputs)(latents, context)
+        return run(method, levels, driver=driver, inputs=mine, model=model).latents
+
+    places = (split, split if context_too else whole)
+    return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=split), inputs
+
+
+FAST = {("astraea", "dynamic"), ("astraea-published", "dynamic"), ("step-level", "static")}
+SHARDED = METHODS | {name: Astraea(config) for name, config in CONFIGS.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "driver"),
+    [
+        pytest.param(method, driver, id=f"{name}-{driver}", marks=[pytest.mark.slow] * slow)
+        for name, method in SHARDED.items()
+        for driver in ("dynamic", "static")
+        for slow in [(name, driver) not in FAST]
+    ],
+)
+def test_a_checked_shard_map_is_traced(method, driver):
+    levels = (10, 0) if isinstance(method, StepLevel) else (10, 5)
+    mapped, inputs = over_devices(method, levels, driver)
+    assert jax.eval_shape(mapped, *inputs).shape == inputs.latents.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_a_checked_shard_map_gives_the_same(driver):
+    levels = (10, 4, 0, 7)
+    mapped, inputs = over_devices(Astraea(), levels, driver, context_too=True)
+    alone = run(Astraea(), levels, driver=driver, inputs=inputs).latents
+    np.testing.assert_allclose(jax.jit(mapped)(*inputs), alone, atol=1e-5)
 
 
 @pytest.mark.parametrize("driver", ["dynamic", "static"])
