@@ -72,7 +72,7 @@ class Subject(NamedTuple):
         size = pipeline.size(*size)
         shape = pipeline.latents_shape(*size)
         keys = [jax.random.fold_in(jax.random.key(0), skip + index) for index in range(count)]
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
+        noise = jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
         guided = pipeline.defaults.guidance > 1
         context = pipeline.encode_text(lines, "" if guided else None)
         steps = pipeline.defaults.steps if steps is None else steps

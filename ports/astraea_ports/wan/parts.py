@@ -173,7 +173,9 @@ def _random(key, path: str, slot: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 _normal = jax.jit(
-    lambda key, shape, dtype, scale: (jax.random.normal(key, shape) * scale).astype(dtype),
+    lambda key, shape, dtype, scale: (jax.random.normal(key, shape, jnp.float32) * scale).astype(
+        dtype
+    ),
     static_argnums=(1, 2),
 )
 
