@@ -23,7 +23,7 @@ from astraea_jax.bench import profile as kernels
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, Dense, Method
-from astraea_jax.schedule import LEVELS, rows_at
+from astraea_jax.schedule import LEVELS
 
 PROJECTED_STEPS = 50
 """Steps of the projection: the first dense, the rest at the level, all guidance branches."""
@@ -307,7 +307,7 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
                 "driver": case.driver,
                 "method": case.method.name,
                 "level": case.level,
-                "rows": rows_at(case.level, workload.num_tokens),
+                "rows": workload.rows_at(case.level),
                 "milliseconds": 1e3 * float(step),
                 "projected": float(dense + (PROJECTED_STEPS - 1) * step),
                 "speedup": speedup,
