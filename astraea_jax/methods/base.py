@@ -10,7 +10,8 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from astraea_jax import model as core
 from astraea_jax.checks import Refusal
-from astraea_jax.model import Geometry, Modulation, Prepared, VideoDiT
+from astraea_jax.model import Geometry, Groups, Modulation, Prepared, VideoDiT
+from astraea_jax.schedule import rows_per_level
 
 
 class Mode(NamedTuple):
@@ -64,7 +65,8 @@ class Forward(NamedTuple):
       velocity: patches.
       state: for the next step.
       trace: what was done.
-      fresh: tokens whose velocity was computed now; only of methods with a true `correct`.
+      fresh: tokens whose velocity was computed now; only of methods with a true `correct`. The
+        guidance branches' may differ, unless the method has a true `fresh_alike`.
     """
 
     velocity: Float[Array, "B N P"]
@@ -79,7 +81,7 @@ class Method(Protocol):
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """What tables call it; of the registry's methods, its name there."""
         ...
 
     @property
@@ -111,6 +113,33 @@ class Method(Protocol):
     ) -> Forward:
         """One evaluation of the model, or what stands in for it."""
         ...
+
+
+def splits(geometry: Geometry) -> tuple[Groups, ...]:
+    """The ways of splitting the tokens into groups for which a step needs a selection each.
+
+    Mostly one: a selection with equally many rows in each of some groups has them in coarser
+    groups too.
+    """
+    kept: list[Groups] = []
+    for groups in geometry.groups:
+        if not any(_serves(each, groups, geometry.num_tokens) for each in kept):
+            kept = [each for each in kept if not _serves(groups, each, geometry.num_tokens)]
+            kept.append(groups)
+    return tuple(kept)
+
+
+def split_of(geometry: Geometry, groups: Groups) -> int:
+    """Which of the `splits` serves a kind of block that has these groups."""
+    serving = [_serves(each, groups, geometry.num_tokens) for each in splits(geometry)]
+    return serving.index(True)
+
+
+def _serves(split: Groups, groups: Groups, num_tokens: int) -> bool:
+    """Whether equal rows in each group of `split` are as many, and equal, in each of `groups`."""
+    one, other = (rows_per_level(num_tokens, each.number) for each in (split, groups))
+    alike = split.contiguous == groups.contiguous and split.number % groups.number == 0
+    return one == other and (alike or groups.number == 1)
 
 
 def scan_blocks(model, prepared: Prepared, modulation: Modulation, geometry: Geometry, step, carry):

@@ -67,13 +67,13 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
     """
     model, geometry = each.model, each.settings.geometry
     step = SparseStep(each, inputs, jax.vmap(model.modulation)(inputs.timestep), tiles)
-    wholes, carries = step.mapped(lambda run, state: run.begin(state, run.inputs.level), state)
+    choices, carries = step.mapped(lambda run, state: run.begin(state, run.inputs.level), state)
 
     def layer_step(carries, xs):
         layer, layer_index = xs
         for kind in range(len(geometry.groups)):
             index = layer_index * len(geometry.groups) + kind
-            carries = step.block(layer, kind, index, wholes, carries)
+            carries = step.block(layer, kind, index, choices, carries)
         return carries, None
 
     numbers = jnp.arange(geometry.num_layers, dtype=jnp.int32)
@@ -116,18 +116,18 @@ class SparseStep:
 
         return jax.vmap(one)(self.modulations, self.inputs, *operands)
 
-    def block(self, layer, kind: int, index, wholes, carries):
+    def block(self, layer, kind: int, index, choices, carries):
         """A block of every lane: opened, its selected rows computed, closed."""
         each, groups = self.each, self.each.settings.geometry.groups[kind]
 
-        def open_block(run: Run, carry, whole):
+        def open_block(run: Run, carry, choices):
             block = each.model.bind(layer, each.prepared, run.modulation)[kind]
-            return run.open_block(carry, block, index, groups, whole, run.inputs.level)
+            return run.open_block(carry, block, index, groups, choices, run.inputs.level)
 
         def close_block(run: Run, opened, filled):
-            return run.close_block(opened, filled, index)
+            return run.close_block(opened, filled, index, groups)
 
-        opened = self.mapped(open_block, carries, wholes)
+        opened = self.mapped(open_block, carries, choices)
         return self.mapped(close_block, opened, self.rows(layer, kind, index, opened))
 
     def rows(self, layer, kind: int, index, opened: Opened) -> Filled:
