@@ -37,7 +37,7 @@ def quality(results: Row) -> str:
         members = sorted(groups[pattern].items(), key=lambda each: -each[1]["unipc 50"]["psnr"])
         for name, cells in members:
             line = dict(zip(named, name, strict=True))
-            line["method"] = line["method"].split(",")[0]  # its reuse has a column
+            line["method"] = line["method"].removesuffix("-residual")  # it has a column
             line |= {share: _quality_cell(cells[share]) for share in cells}
             lines.append(line)
     columns = {"method": "method", "reuse": "reuse", "scope": "selection per"}
