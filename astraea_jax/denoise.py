@@ -7,21 +7,22 @@ jitted, donated step for each level that the schedule uses, with big tiles.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
-from astraea_jax.schedule import Schedule
+from astraea_jax.schedule import LEVELS, Schedule, check_levels
 from astraea_jax.solvers import Solver, SolverState
 from astraea_jax.timing import timed_jit
 
@@ -70,6 +71,11 @@ class Settings(NamedTuple):
         """Whether steps that reused a velocity are corrected once the next one is known."""
         return getattr(self.method, "correct", False)
 
+    @property
+    def apart(self) -> bool:
+        """Whether a token's velocity may be computed in one guidance branch and not in another."""
+        return self.num_branches > 1 and not getattr(self.method, "fresh_alike", False)
+
 
 def denoise(
     model: VideoDiT,
@@ -77,7 +83,7 @@ def denoise(
     context: Float[Array, "B M D"],
     *,
     solver: Solver,
-    schedule: Schedule | Int[Array, "T"] | None = None,
+    schedule: Schedule | Sequence[int] | Integer[Array, "T"] | np.ndarray | None = None,
     method: Method | None = None,
     guidance: float | Float[Array, ""] | None = None,
     key: Key[Array, ""] | None = None,
@@ -93,8 +99,8 @@ def denoise(
       context: text embeddings padded to the model's text length; with guidance the P conditional
         rows first, then the P unconditional ones.
       solver: of `solvers.unipc` or `solvers.euler`, T steps.
-      schedule: a level for each step; None is dense. An int array of levels 0..10 (its first 10)
-        may be traced.
+      schedule: a level for each step; None is dense. A list, tuple or array of levels 0..10 (its
+        first 10) does too, and with the dynamic driver may be traced: it is then not checked.
       method: None is the plain model.
       guidance: scale of classifier-free guidance, or None for none. Each branch has a cache.
       key: for methods that draw; None is key 0.
@@ -106,12 +112,12 @@ def denoise(
       The denoised latents, and the trace.
 
     Raises:
-      Refusal: shapes, schedule and solver that do not fit, before anything is computed.
+      Refusal: shapes, schedule and solver that do not fit, or levels that the method can't do,
+        before anything is computed.
     """
     method = Dense() if method is None else method
-    settings = _check(model, latents, context, solver, schedule, method, guidance, trace)
-    levels = np.full(solver.steps, 10, np.int8) if schedule is None else schedule
-    levels = levels.array() if isinstance(levels, Schedule) else levels
+    settings = check(model, latents, context, method, guidance, trace)
+    levels = _levels(schedule, solver, method, driver)
     key = jax.random.key(0) if key is None else key
     scale = jnp.float32(1.0 if guidance is None else guidance)
     latents = jnp.asarray(latents, jnp.float32)
@@ -210,7 +216,8 @@ def start(model, latents, settings: Settings) -> LoopState:
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
     method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
-    gap = solvers.no_gap(latents) if settings.correct else ()
+    parts = settings.num_branches if settings.apart else 1
+    gap = solvers.no_gap(latents, parts) if settings.correct else ()
     return LoopState(latents, solvers.init(latents), method_state, gap)
 
 
@@ -240,15 +247,20 @@ def advance(model, state, forward, solver_row, guidance, settings: Settings) -> 
     # guidance would be fused with the head here and not there, and differ in the last bit.
     velocity = lax.optimization_barrier(forward.velocity)
     velocity = model.unpatchify(velocity, settings.geometry)
-    if settings.num_branches == 2:
-        conditional, unconditional = jnp.split(velocity, 2)
+    branches = jnp.split(velocity, settings.num_branches)
+    if len(branches) == 2:
+        conditional, unconditional = branches
         velocity = unconditional + guidance * (conditional - unconditional)
     latents, history, gap = state.latents, state.solver, state.gap
     if settings.correct:
-        fresh = _fresh(model, forward, settings)
+        # The guided velocity is a sum of the branches': what each adds to the gap is its share.
+        parts, shares = velocity[None], (1.0,)
+        if settings.apart:
+            parts, shares = jnp.stack(branches), (guidance, 1 - guidance)
         latents, history, gap = solvers.close_gap(
-            gap, history, latents, velocity, fresh, jnp.asarray(solver_row.sigma)
-        )
+            gap, history, latents, parts, _fresh(model, forward, settings),
+            jnp.asarray(solver_row.sigma), shares=shares,
+        )  # fmt: skip
         latents, history = lax.optimization_barrier((latents, history))
         gap = solvers.widen_gap(solver_row, gap)
     latents, history = solvers.step(solver_row, history, latents, velocity)
@@ -256,14 +268,15 @@ def advance(model, state, forward, solver_row, guidance, settings: Settings) -> 
 
 
 def _fresh(model, forward, settings: Settings):
-    """Which latents' velocities were computed at this step, in every guidance branch."""
+    """Which latents' velocities were computed at this step: in each branch, where these differ."""
     patches = (*forward.velocity.shape[:2], settings.geometry.patch_values)
     fresh = jnp.broadcast_to(forward.fresh[..., None].astype(jnp.float32), patches)
     fresh = model.unpatchify(fresh, settings.geometry)
-    return jnp.stack(jnp.split(fresh, settings.num_branches)).min(axis=0) > 0
+    branches = jnp.stack(jnp.split(fresh, settings.num_branches)) > 0
+    return branches if settings.apart else branches[:1]
 
 
-def _check(model, latents, context, solver, schedule, method, guidance, trace) -> Settings:
+def check(model, latents, context, method, guidance, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2
@@ -272,16 +285,35 @@ def _check(model, latents, context, solver, schedule, method, guidance, trace) -
             f"expected context of {branches * latents.shape[0]} rows ({branches} guidance "
             f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
         )
-    if isinstance(schedule, Schedule):
-        for level in sorted(set(schedule.levels)):
-            method.static_mode(level)
-    if schedule is not None:
-        length = schedule.steps if isinstance(schedule, Schedule) else schedule.shape[0]
-        if length != solver.steps:
-            raise Refusal(
-                f"expected a schedule of {solver.steps} levels, one a solver step; got {length}"
-            )
     return Settings(method, geometry, branches, trace)
+
+
+def _levels(schedule, solver: Solver, method: Method, driver: Driver):
+    """The schedule as data, int8 [T]; as it is where it is traced."""
+    if isinstance(schedule, jax.core.Tracer):
+        if driver == "static":
+            raise Refusal(
+                'driver "static" needs levels that are known; use "dynamic" in jitted code'
+            )
+        if schedule.shape != (solver.steps,) or not jnp.issubdtype(schedule.dtype, jnp.integer):
+            raise Refusal(
+                f"levels must be integers in 0..{LEVELS}, one per step ({solver.steps}); "
+                f"got traced {schedule.dtype} of shape {schedule.shape}"
+            )
+        return schedule
+    if isinstance(schedule, jax.Array):
+        schedule = jax.device_get(schedule)
+    return np.asarray(known_levels(schedule, solver.steps, method), np.int8)
+
+
+def known_levels(schedule, steps: int, method: Method, *, dense_start: int = 1) -> tuple[int, ...]:
+    """Levels that are known (None is dense), refused where they are none or the method's none."""
+    if schedule is None:
+        schedule = (LEVELS,) * steps
+    levels = check_levels(schedule, steps=steps, dense_start=dense_start)
+    for level in sorted(set(levels)):
+        method.static_mode(level)
+    return levels
 
 
 _listener: Callable[[int], None] | None = None

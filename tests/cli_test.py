@@ -122,10 +122,10 @@ def test_plan_takes_what_measured_best():
     ("arguments", "words"),
     [
         (["generate", ""], "prompt must say something"),
-        (["generate", PROMPT, "--budget", "0"], "budget must be a number above 0"),
-        (["generate", PROMPT, "--budget", "1.5"], "budget must be a number above 0"),
+        (["generate", PROMPT, "--budget", "0"], "budget must be a number at least 0.0001"),
+        (["generate", PROMPT, "--budget", "1.5"], "budget must be a number at least 0.0001"),
         (["generate", PROMPT, "--budget", "half"], "half"),
-        (["generate", PROMPT, "--steps", "0"], "steps must be an integer of at least 1"),
+        (["generate", PROMPT, "--steps", "0"], "steps must be an integer in 1..10000"),
         (["generate", PROMPT, "--frames", "32"], "the nearest is 33"),
         (["generate", PROMPT, "--height", "100"], "multiple of 16"),
         (["generate", PROMPT, "-o", "nowhere/out.mp4"], "nowhere is none"),

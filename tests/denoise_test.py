@@ -3,20 +3,28 @@
 import dataclasses
 import re
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import grouped_inputs, random_levels, small_inputs, small_model
+from helpers import (
+    grouped_inputs,
+    random_levels,
+    small_inputs,
+    small_model,
+    twice_grouped_inputs,
+)
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
-from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, token_wise
-from astraea_jax.model import dense_forward
-from astraea_jax.schedule import Schedule
+from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, base, token_wise
+from astraea_jax.model import Geometry, Groups, dense_forward
+from astraea_jax.schedule import Schedule, rows_at
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
 GUIDANCE = 3.0
@@ -199,6 +207,51 @@ def test_grouped_model_equals_masked_oracle(name):
         np.testing.assert_allclose(got.latents, expected, atol=2e-5 * scale)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "block residual", "step sketch"])
+def test_a_model_of_two_splits_equals_masked_oracle(name):
+    model, inputs = twice_grouped_inputs()
+    levels, key = (10, 1, 0, 2, 3), jax.random.key(1)
+    expected = oracle.denoise(
+        model, inputs.latents, inputs.context, solver=solvers.euler(5), levels=levels,
+        config=CONFIGS[name], guidance=GUIDANCE, key=key,
+    )  # fmt: skip
+    booked = Schedule(levels).realised_budget(52, (4, 13))
+    for driver in ("dynamic", "static"):
+        got = run(
+            Astraea(CONFIGS[name]), levels, model=model, inputs=inputs, key=key, driver=driver,
+            solver=solvers.euler(5), trace=True,
+        )  # fmt: skip
+        scale = np.abs(np.asarray(expected)).max()
+        np.testing.assert_allclose(got.latents, expected, atol=2e-5 * scale)
+        np.testing.assert_allclose(got.trace.computed.mean(), booked, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["default", pytest.param("block residual", marks=pytest.mark.slow)]
+)
+def test_each_kind_of_block_computes_equal_rows_of_its_groups(name):
+    """What a step at level 2 changes in the cache, against what is booked for it."""
+    model, inputs = twice_grouped_inputs()
+    geometry = model.geometry(inputs.latents.shape)
+    settings = loop.Settings(Astraea(CONFIGS[name]), geometry, 2, False)
+    prepared, state = loop.start_static(model, *inputs, settings=settings)
+    caches, solver = [], solvers.euler(2)
+    for index, level in enumerate((10, 2)):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        state, _ = loop.static_step(
+            model, prepared, state, row, np.int8(level), np.int32(index), jnp.float32(GUIDANCE),
+            jax.random.key(0), settings=settings, mode=settings.method.static_mode(level),
+        )  # fmt: skip
+        caches.append(np.asarray(state.method.cache.out))  # the next step takes it
+    computed = (caches[0] != caches[1]).any(axis=-1)
+    for block, rows in enumerate(computed):
+        frames = rows.reshape(2, 4, 13)
+        of_groups = frames.sum(axis=1 + (block % 2 == 0))
+        groups = geometry.groups[block % 2].number
+        assert (of_groups == rows_at(2, 52, groups) // groups).all()
+
+
 @pytest.mark.parametrize("reuse", ["velocity", "residual"])
 @pytest.mark.core
 def test_step_level_drivers_agree(reuse):
@@ -228,6 +281,73 @@ def test_a_schedule_of_whole_steps_needs_no_token_wise_method():
         for method in ("astraea-corrected", "step-level-corrected", "step-level")
     )
     assert np.array_equal(of_tokens, of_steps) and not np.allclose(of_steps, plain)
+
+
+def corrected_run(solver, velocities, fresh, *, branches, guidance=GUIDANCE):
+    """The loop's steps with velocities [T, branch, N] that are given, reused where not fresh."""
+    method = Astraea(SelectionConfig(branches=branches), correct=True)
+    count = velocities.shape[2]
+    settings = loop.Settings(method, Geometry((1, 1, count), 1, 1, 1, (Groups(),)), 2, False)
+    model = types.SimpleNamespace(
+        unpatchify=lambda patches, geometry: patches[:, None, None],
+        cache_dtype=jnp.dtype(jnp.float32),
+    )
+    state = loop.start(model, jnp.ones((1, 1, 1, count, 1)), settings)
+
+    @jax.jit
+    def step(state, row, velocity, fresh):
+        forward = base.Forward(velocity[..., None], (), (), fresh)
+        return loop.advance(model, state, forward, row, jnp.float32(guidance), settings)
+
+    state = state._replace(method=())
+    for index, (velocity, now) in enumerate(zip(velocities, fresh, strict=True)):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        state = step(state, row, velocity, now)
+    return np.asarray(state.latents)[0, 0, 0, :, 0]
+
+
+def test_correction_of_a_scalar_whose_branches_are_computed_apart():
+    """Three steps; at the second the conditional branch alone is computed."""
+    solver = solvers.euler(3)
+    s0, s1, s2 = (float(sigma) for sigma in solver.sigma)
+    conditional, unconditional = np.float32([0.5, 1.1, 0.3]), np.float32([0.1, 0.1, 0.9])
+    velocities = np.stack([conditional, unconditional], axis=1)[..., None]
+    fresh = np.array([[True, True], [True, False], [True, True]])[..., None]
+    # Taken again: the unconditional velocity of the second step lies on the line to the third's.
+    line = 0.1 + (0.9 - 0.1) * (s0 - s1) / (s0 - s2)
+    guided = [u + 3 * (c - u) for c, u in ((0.5, 0.1), (1.1, line), (0.3, 0.9))]
+    retaken = 1 - guided[0] * (s0 - s1) - guided[1] * (s1 - s2) - guided[2] * s2
+    found = corrected_run(solver, velocities, fresh, branches="separate")
+    np.testing.assert_allclose(found, [retaken], rtol=1e-5)
+
+
+@pytest.mark.parametrize("branches", ["separate", "shared"])
+@pytest.mark.parametrize("make", [solvers.euler, solvers.unipc])
+def test_correction_is_the_run_again_token_by_token(make, branches):
+    """Any pattern of tokens computed: the run taken again along each branch's own lines."""
+    steps, count = 8, 60
+    rng, solver = np.random.default_rng(4), make(steps)
+    fresh = rng.random((steps, 2, count)) < 0.4
+    fresh[0] = True
+    if branches == "shared":
+        fresh[:, 1] = fresh[:, 0]
+    given = rng.normal(size=(steps, 2, count)).astype(np.float32)
+    lines = given.copy()
+    for place in np.ndindex(2, count):
+        at = np.flatnonzero(fresh[:, *place])
+        for first, last in zip(at, [*at[1:], steps], strict=True):
+            given[first:last, *place] = given[first, *place]
+            sigma = solver.sigma[first:last]
+            share = 0 if last == steps else (sigma[0] - sigma) / (sigma[0] - solver.sigma[last])
+            towards = given[first if last == steps else last, *place]
+            lines[first:last, *place] = given[first, *place] * (1 - share) + towards * share
+    found = corrected_run(solver, given, fresh, branches=branches)
+    guided = lines[:, 1] + GUIDANCE * (lines[:, 0] - lines[:, 1])
+    latents, history = jnp.ones(count), solvers.init(jnp.ones(count))
+    for index, velocity in enumerate(guided):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        latents, history = solvers.step(row, history, latents, jnp.asarray(velocity))
+    np.testing.assert_allclose(found, latents, atol=2e-5 * np.abs(latents).max())
 
 
 @pytest.mark.parametrize("method", [Astraea(), Astraea(PUBLISHED), StepLevel("residual")])
@@ -286,6 +406,62 @@ def test_levels_may_be_traced_in_jitted_code():
         expected = run(Astraea(), levels).latents
         np.testing.assert_allclose(total(jnp.array(levels, jnp.int8)), expected, atol=1e-5)
     assert len(traces) == 1
+
+
+@pytest.mark.core
+def test_levels_in_any_form_are_one_program():
+    inputs, levels = small_inputs(), (10, 5, 0)
+    expected = run(Astraea(), levels).latents
+    before = loop.dynamic_loop.num_executables
+    for form in (list(levels), np.array(levels), jnp.array(levels), np.array(levels, np.uint8)):
+        found = denoise(
+            small_model(), *inputs, solver=solvers.unipc(3), schedule=form,
+            method=in_a_loop(Astraea()), guidance=GUIDANCE,
+        )  # fmt: skip
+        assert np.array_equal(found.latents, expected)
+    assert loop.dynamic_loop.num_executables == before
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+@pytest.mark.parametrize("form", [list, np.array, jnp.array])
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([0, 12, -3, 10], r"levels must be integers in 0\.\.10, one per step \(4\); level 2 is 12"),
+        ([10, 5, 10], r"levels must be .* one per step \(4\); got 3 values"),
+        ([5, 10, 10, 10], "the first level must be 10 .* got 5"),
+        ([10.0, 5.0, 0.0, 1.0], r"levels must be integers in 0\.\.10, .*; level 1 is 10\.0"),
+        ([10, 10, 5, 0], "step-level computes whole steps, .* asks for level 5"),
+    ],
+)
+def test_levels_that_are_known_are_checked(levels, message, form, driver):
+    with pytest.raises(Refusal, match=message):
+        denoise(
+            small_model(), *small_inputs(), solver=solvers.unipc(4), schedule=form(levels),
+            method=StepLevel(), guidance=GUIDANCE, driver=driver,
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    ("levels", "driver", "message"),
+    [
+        ([10, 5, 0], "static", 'driver "static" needs levels that are known'),
+        ([10, 5], "dynamic", r"one per step \(3\); got traced int32 of shape \(2,\)"),
+        ([10.0, 5.0, 0.0], "dynamic", r"one per step \(3\); got traced float32"),
+    ],
+)
+def test_what_is_known_of_traced_levels_is_checked(levels, driver, message):
+    @jax.jit
+    def total(levels):
+        return denoise(
+            small_model(), *small_inputs(), solver=solvers.unipc(3), schedule=levels,
+            method=Astraea(), guidance=GUIDANCE, driver=driver,
+        ).latents  # fmt: skip
+
+    with pytest.raises(Refusal, match=message):
+        total(jnp.array(levels))
 
 
 def compiled_steps(method):
@@ -384,7 +560,7 @@ def test_stale_tokens_keep_their_velocity_when_asked():
 def test_bad_input_is_refused_before_anything_runs():
     inputs, model = small_inputs(), small_model()
     call = {"solver": solvers.unipc(3), "guidance": GUIDANCE}
-    with pytest.raises(ValueError, match=r"expected a schedule of 3 levels.*got 2"):
+    with pytest.raises(ValueError, match=r"levels must be .*one per step \(3\); got 2 values"):
         denoise(model, inputs.latents, inputs.context, schedule=Schedule((10, 5)), **call)
     with pytest.raises(ValueError, match=r"whole steps, levels 0 and 10.*level 5"):
         denoise(
