@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
-from astraea_jax.methods import Astraea, Method, base
+from astraea_jax.methods import Astraea, Method, StepLevel, base
 from astraea_jax.model import VideoDiT
 from astraea_jax.population.sparse import Lane, sparse_forward
 from astraea_jax.schedule import LEVELS
@@ -131,6 +131,8 @@ def _denoise_many(
     if plan == "lanes":
         each = Lane(model, prepared, solver, guidance, key, settings)
         forward = _many_forward(settings.method, tiles)
+        if isinstance(settings.method, StepLevel):
+            levels = jnp.where(levels >= LEVELS, levels, 0)  # as it decides
         return Batch.of(each, forward, state, levels, dense_start).denoise(lanes)
     if plan == "masked" and isinstance(settings.method, Astraea):
         masked = dataclasses.replace(settings.method, pieces="masked")
@@ -257,8 +259,15 @@ class Batch:
 
 
 def can_run_in_lanes(method: Method) -> bool:
-    """Whether "lanes" knows how to lay out the method's steps."""
-    return isinstance(method, Astraea) or method.modes == (base.SKIP, base.DENSE)
+    """Whether "lanes" gives what the method's own `decide` and `forward` give.
+
+    Lanes read the levels themselves, and lay out the rows of ASTRAEA's steps in a way of their own:
+    they do not fit a method that decides or computes otherwise, by a class of its own say.
+    """
+    for known, own in ((Astraea, ("modes", "decide", "forward")), (StepLevel, ("modes", "decide"))):
+        if isinstance(method, known):
+            return all(getattr(type(method), name) is getattr(known, name) for name in own)
+    return False
 
 
 def _many_forward(method: Method, tiles: int):
