@@ -339,7 +339,17 @@ def read_rows(path: pathlib.Path) -> list[dict]:
         checks.fields(row, _ROW, name=name, required=("what", "method", "solver"), others=True)
         missing = [key for key in ("budget", "levels") if key not in row]
         checks.refuse(name, [f"{key} is missing" for key in missing], "make the file again")
-    return rows
+    return [{key: _number(key, value) for key, value in row.items()} for row in rows]
+
+
+def _number(key: str, value: Any) -> Any:
+    """A PSNR as a number: that of equal videos is infinite, for which JSON has only a word."""
+    if not key.startswith("psnr"):
+        return value
+    return [float(each) for each in value] if isinstance(value, list) else float(value)
+
+
+_PSNR = checks.EitherOf((checks.Number(-1e6, 1e6), checks.OneOf(("inf",))))
 
 
 _RESULTS = {"rows": checks.ListOf(checks.Anything(), 0, 100_000)}
@@ -348,9 +358,10 @@ _ROW = {
     **dict.fromkeys(("what", "method", "solver"), checks.Text()),
     "budget": checks.OrNone(checks.Number(0, 1)),
     "levels": checks.ListOf(checks.Whole(0, 10), 1, 10_000),
-    "psnr_each": checks.ListOf(checks.Number(-1e6, 1e6), 1, 10_000),
+    "psnr_each": checks.ListOf(_PSNR, 1, 10_000),
     "prompts": checks.ListOf(checks.Whole(0, 10_000), 1, 10_000),
-    **dict.fromkeys(("psnr", "psnr_worst"), checks.Number(-1e6, 1e6)),
+    **dict.fromkeys(("psnr", "psnr_worst"), _PSNR),
+    "psnr_half_width": checks.EitherOf((checks.Number(0, 1e6), checks.OneOf(("nan", "inf")))),
     **dict.fromkeys(("ssim", "mse"), checks.Number(-1e39, 1e39)),
 }
 """What a row says that is read again."""
