@@ -83,6 +83,19 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
 
 
 @pytest.mark.slow
+def test_another_reduction_of_the_same_errors_has_a_fitness_of_its_own(capsys):
+    def fitness(*more):
+        assert cli.main([*BUDGET, *SMALL, "--count", "2", "--budget", "0.6", *more]) == 0
+        said = capsys.readouterr().out
+        return [line.split()[3] for line in said.splitlines() if line.startswith("generation")]
+
+    first = fitness("--reduce", "log")
+    shared = fitness("--reduce", "mean")
+    assert shared == fitness("--reduce", "mean", "--folder", "alone")
+    assert shared and shared[0] != first[0]
+
+
+@pytest.mark.slow
 def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
     pipeline = wan.Pipeline.from_pretrained()
     asked = dict.fromkeys(Request.__dataclass_fields__) | {"solver": "euler", "budget": 0.4}
