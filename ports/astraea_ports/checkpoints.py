@@ -6,7 +6,9 @@ holds more than the parameters and a copy or two of one tensor.
 """
 
 import hashlib
+import math
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -17,7 +19,9 @@ from jax.typing import DTypeLike
 
 from astraea_jax.checks import Refusal
 from astraea_ports import converted
-from astraea_ports.folders import checkpoint_files
+from astraea_ports.folders import ModelFolder, checkpoint_files
+from astraea_ports.folders import Source as Source
+from astraea_ports.folders import find_model as find_model
 from astraea_ports.folders import model_folder as model_folder
 from astraea_ports.folders import read_config as read_config
 from astraea_ports.matching import Entry as Entry
@@ -162,22 +166,72 @@ def with_dtype[M](template: M, dtype: DTypeLike) -> M:
 
 
 class Place(NamedTuple):
-    """Where one part of a model lies, and what its config says."""
+    """Where one part of a model lies, and what its config says.
 
-    weights: Path
+    Attributes:
+      config: of the part.
+      model: the folder that it is part of.
+      folder: the part's own in it, "" where that is the same.
+      single: names that the part's file may have instead, the first that is there counts.
+    """
+
     config: Mapping[str, Any]
+    model: ModelFolder
+    folder: str = ""
+    single: Sequence[str] = ()
+
+    def weights(self) -> Path:
+        """The part's folder or file; fetched now where the model is on the hub.
+
+        Raises:
+          Refusal: it can't be fetched, or none of the files is there.
+        """
+        if not self.single:
+            self.model.fetch_weights(self.folder)
+            return self.model.path / self.folder
+        for name in self.single:
+            self.model.fetch(name)
+            if (self.model.path / name).is_file():
+                return self.model.path / name
+        raise Refusal(
+            f"expected {' or '.join(self.single)} in {self.model.name or self.model.path}, got "
+            "neither; point to the folder of a whole model"
+        )
+
+
+class Part[M](NamedTuple):
+    """A part of a model whose config fits; its weights are neither fetched nor looked at.
+
+    Attributes:
+      place: where it lies.
+      template: the module built under `jax.eval_shape`; its leaves say shapes and dtypes.
+      tables: of each layout that its weights may have.
+      deltas: reads what is added to the weights.
+    """
+
+    place: Place
+    template: M
+    tables: Sequence[Table]
+    deltas: ReadDeltas | None = None
+
+    def open(self) -> Loadable[M]:
+        """Holds the weights against the config, by their headers; see `open_checkpoint`."""
+        return open_checkpoint(
+            self.place.weights(), self.template, *self.tables, deltas=self.deltas
+        )
 
 
 def find_part(
-    source: str | os.PathLike[str],
+    source: Source,
     *,
     folder: str,
     kinds: Sequence[str],
     config: Mapping[str, Any] | None,
     single: Sequence[str] = (),
     single_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Place:
-    """Finds a part of a model: its weights and its config.
+    """Finds a part of a model and its config; weights are not fetched yet.
 
     Args:
       source: a file of weights; the part's folder; the model's folder or hub id.
@@ -186,24 +240,56 @@ def find_part(
       config: what config.json would hold; None reads it.
       single: names of the part's file in a model's folder of the original layout.
       single_config: the config of such a file, which has none beside it.
+      revision: of a hub id.
 
     Raises:
       Refusal: there is no such part, or a file comes without a config.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if config is None and path.name in single:
-            config = single_config
-        if config is None:
-            raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
-        return Place(path, config)
-    path = model_folder(source, [f"{folder}/*.safetensors", "diffusion_pytorch_model*", *single])
-    if (path / "model_index.json").is_file():
-        path = path / folder
-    named = next((path / name for name in single if (path / name).is_file()), None)
-    if named is not None and single_config is not None:
-        return Place(named, single_config if config is None else config)
-    return Place(path, read_config(path, expected=kinds) if config is None else config)
+    if not isinstance(source, ModelFolder):
+        path = Path(os.path.expanduser(source))
+        if os.path.isfile(path):
+            if config is None and path.name in single:
+                config = single_config
+            if config is None:
+                raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
+            return Place(config, ModelFolder(path.parent), single=(path.name,))
+    model = find_model(source, revision=revision)
+    if (model.path / "model_index.json").is_file():
+        found = read_config(model.path / folder, expected=kinds) if config is None else config
+        return Place(found, model, folder)
+    if single_config is not None and _is_single(model, kinds, single):
+        return Place(single_config if config is None else config, model, single=tuple(single))
+    found = read_config(model.path, expected=kinds) if config is None else config
+    return Place(found, model)
+
+
+def _is_single(model: ModelFolder, kinds: Sequence[str], single: Sequence[str]) -> bool:
+    """Whether a part is one file in a model's folder of the original layout."""
+    if any((model.path / name).is_file() for name in single):
+        return True
+    # On the hub it may be there and not fetched; the config beside it is the transformer's.
+    described = read_config(model.path) if model.name is not None else {}
+    return bool(described) and described.get("_class_name", described.get("model_type")) not in kinds
+
+
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Names of dtypes in files, and NumPy's."""
+
+
+def stored_dtype(weights: Path) -> str:
+    """The dtype that most bytes of a checkpoint have, by the headers; NumPy's name or the file's.
+
+    Raises:
+      Refusal: it is no readable checkpoint.
+    """
+    if converted.is_converted(weights):
+        return converted.stored_dtype(weights)
+    held: dict[str, int] = {}
+    for tensor in TensorFiles(checkpoint_files(weights)).tensors():
+        width = int(re.sub(r"^\D+(\d+).*|.*", r"\1", tensor.dtype) or 8)
+        held[tensor.dtype] = held.get(tensor.dtype, 0) + math.prod(tensor.shape) * width
+    most = max(held, key=held.__getitem__, default="F32")
+    return STORED.get(most, most)
 
 
 def fingerprint(loadable: Loadable) -> str:

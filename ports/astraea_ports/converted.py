@@ -115,6 +115,16 @@ def save(module: Any, folder: str | os.PathLike[str]) -> None:
         )
 
 
+def stored_dtype(folder: Path) -> str:
+    """The dtype that most bytes of converted weights have, by NumPy's name."""
+    held: dict[str, int] = {}
+    for marker in sorted((folder / FOLDER).glob(f"*/{MARKER}")):
+        header = read_json(marker)
+        name = {"<f4": "float32"}.get(header.get("dtype"), header.get("dtype"))
+        held[name] = held.get(name, 0) + math.prod(header["shape"]) * (4 if name == "float32" else 2)
+    return max(held, key=held.__getitem__, default="float32")
+
+
 def files(loadable: Any) -> list[Path]:
     """The files of a converted module's numbers."""
     return [path for path in (loadable.folder / FOLDER).rglob("*") if path.is_file()]
