@@ -194,6 +194,8 @@ def find_part(
     if path.is_file():
         if config is None and path.name in single:
             config = single_config
+        if config is None and os.path.lexists(path.with_name("config.json")):
+            config = read_config(path.parent, expected=kinds)
         if config is None:
             raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
         return Place(path, config)

@@ -6,8 +6,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from astraea_jax import files
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, files
+from astraea_jax.checks import Refusal, shown
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -68,13 +68,15 @@ def read_config(
       Refusal: the file is missing or broken, or describes another kind of model.
     """
     path = Path(folder) / name
+    if not os.path.lexists(path):
+        raise Refusal(f"expected the file {path}, which is not there; check the folder")
     config = _read_json(path)
     allowed = (expected,) if isinstance(expected, str) else tuple(expected or ())
     got = config.get("_class_name", config.get("model_type"))
     if allowed and got not in allowed:
         raise Refusal(
             f"expected {path} to describe {' or '.join(allowed)} (`_class_name` or `model_type`), "
-            f"got {got!r}; point to the folder of such a model"
+            f"got {shown(got)}; point to the folder of such a model"
         )
     return config
 
@@ -108,11 +110,6 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise Refusal(
-            f"expected {index} to hold a `weight_map` of key -> file name; fetch it again"
-        )
     root = index.parent.resolve()
     roots = [root]
     # The hub's cache keeps a snapshot as links into the blobs folder of the same model.
@@ -120,7 +117,7 @@ def _shards(index: Path) -> list[Path]:
     if snapshots is not None and (snapshots.parent / "blobs").is_dir():
         roots.append(snapshots.parent / "blobs")
     found = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in shard_names(index):
         file = index.parent / name
         plain = not Path(name).is_absolute() and ".." not in Path(name).parts
         if not plain or not any(file.resolve().is_relative_to(allowed) for allowed in roots):
@@ -131,9 +128,46 @@ def _shards(index: Path) -> list[Path]:
         if not file.is_file():
             raise Refusal(f"{index} names {name}, which is not there; fetch the missing shard")
         found.append(file)
-    if not found:
-        raise Refusal(f"{index} names no file at all; fetch it again")
     return found
+
+
+SHARDS = 10_000
+"""Files of one checkpoint: ten times those of the largest."""
+
+
+class _FileName:
+    """A file's name that every system takes."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `checks.Rule`."""
+        problem = checks.Text(255).problem(value)
+        if problem is None and not value.isprintable():
+            problem = f"must be a file's name; got {shown(value)}"
+        return problem
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, each once.
+
+    Raises:
+      Refusal: the index is broken, or names none or far too many.
+    """
+    try:
+        weight_map = checks.fields(
+            _read_json(index),
+            {"weight_map": checks.ByName(_FileName(), most=1_000_000)},
+            name=str(index),
+            required=["weight_map"],
+            others=True,
+        )["weight_map"]
+    except Refusal as error:
+        raise Refusal(f"expected a `weight_map` of key -> file name: {error}") from error
+    names = list(dict.fromkeys(weight_map.values()))
+    if not names:
+        raise Refusal(f"{index} names no file at all; fetch it again")
+    if len(names) > SHARDS:
+        raise Refusal(f"{index} names {len(names)} files; at most {SHARDS} are read")
+    return names
 
 
 def _read_json(path: Path) -> dict[str, Any]:

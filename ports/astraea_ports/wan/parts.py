@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,15 @@ from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, t5, tiny
 from astraea_ports.checkpoints import Loadable
+from astraea_ports.wan import contents, transformer_weights, vae, vae_weights
 from astraea_ports.wan import lora as lora_files
-from astraea_ports.wan import transformer_weights, vae, vae_weights
 from astraea_ports.wan.config import CONFIGS
-from astraea_ports.wan.text import LONGEST, Tokenizer
+from astraea_ports.wan.contents import ORIGINAL_SHIFT, TEXT_LENGTH, Defaults
+from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.transformer import Precision, Transformer
 
 SHIPPED = {"tiny": tiny.FOLDER}
 """Models inside the package, by name."""
-
-TEXT_LENGTH = 512
-"""Tokens that Wan reads; its tokenizer's own files may state no limit."""
-
-ORIGINAL_SHIFT = 5.0
-"""The original's flow shift for text-to-video; its advice for the 1.3B at 480p is 8."""
-
-
-class Defaults(NamedTuple):
-    """What a call uses where it is not told; a folder's astraea.json may say otherwise.
-
-    Attributes:
-      frames: of the video, 4k + 1.
-      height: pixels, a multiple of 16.
-      width: pixels, a multiple of 16.
-      steps: denoising steps.
-      guidance: scale of classifier-free guidance.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    steps: int = 50
-    guidance: float = 5.0
 
 
 class Parts(NamedTuple):
@@ -88,30 +65,23 @@ def open_parts(
       Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
     folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
-    original = _is_original(folder)
-    if original and not Path(source).expanduser().is_dir():
+    found = contents.read(folder)
+    if contents.is_original(folder) and not Path(source).expanduser().is_dir():
         # From the hub, where the original's text encoder and VAE are pickles: fetched only now.
         folder = checkpoints.model_folder(source, ["*.safetensors", "*.pth", "google/*"])
-    if original:
-        grid, shift = "original", ORIGINAL_SHIFT
-        tokenizer = folder / "google/umt5-xxl"
-    else:
-        checkpoints.read_config(folder, "model_index.json", expected="WanPipeline")
-        scheduler = checkpoints.read_config(folder / "scheduler", "scheduler_config.json")
-        grid = _settings(folder).get("grid", "diffusers")
-        shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-        tokenizer = folder / "tokenizer"
+    tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
     text_encoder = t5.open_text_encoder(folder, dtype=dtype)
+    _check_vocabulary(tokenizer, text_encoder.template.config)
     return Parts(
-        tokenizer=_tokenizer(tokenizer),
+        tokenizer=tokenizer,
         text_encoder=text_encoder,
         transformer=transformer_weights.open_transformer(
             folder, dtype=dtype, precision=precision, lora=lora
         ),
         vae=vae_weights.open_vae(folder),
-        shift=shift,
-        grid=grid,
-        defaults=_defaults(folder),
+        shift=found.shift,
+        grid=found.grid,
+        defaults=found.defaults,
         text_name=checkpoints.fingerprint(text_encoder),
         folder=folder,
     )
@@ -178,27 +148,10 @@ _normal = jax.jit(
 )
 
 
-def _is_original(folder: Path) -> bool:
-    """Whether a model's folder has the original layout."""
-    if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
-        return False
-    return checkpoints.read_config(folder).get("_class_name") == "WanModel"
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer with the length that the model was trained with."""
-    stated = checkpoints.read_config(folder, "tokenizer_config.json").get("model_max_length")
-    known = isinstance(stated, int) and 2 <= stated <= LONGEST
-    return Tokenizer.from_pretrained(folder, length=None if known else TEXT_LENGTH)
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """What a folder's astraea.json says, if it is there."""
-    path = folder / "astraea.json"
-    return checkpoints.read_config(folder, path.name) if path.is_file() else {}
-
-
-def _defaults(folder: Path) -> Defaults:
-    """Wan's own, or what the folder's settings say."""
-    values = _settings(folder)
-    return Defaults(**{name: values[name] for name in Defaults._fields if name in values})
+def _check_vocabulary(tokenizer: Tokenizer, config: t5.T5Config) -> None:
+    """Refuses a tokenizer that gives ids of which the text encoder has no row."""
+    if tokenizer.num_tokens > config.vocab_size:
+        raise Refusal(
+            f"the text encoder's vocab_size must be at least the tokenizer's "
+            f"{tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of different models"
+        )

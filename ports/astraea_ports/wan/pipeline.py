@@ -312,6 +312,6 @@ class Pipeline:
             default.height if height is None else height,
             default.width if width is None else width,
         )
-        plans.check_size(size, self.vae.config, self.transformer.config)
+        size = plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size
