@@ -5,10 +5,11 @@ it together, before a single weight is read. Weights then come one tensor at a t
 holds more than the parameters and a copy or two of one tensor.
 """
 
+import collections
 import hashlib
+import itertools
 import math
 import os
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -160,6 +161,28 @@ def load_parameters[M](
     return open_checkpoint(source, template, *tables).load()
 
 
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Names of dtypes in files, and NumPy's."""
+
+
+def stored_dtype(loadable: Loadable) -> str:
+    """The dtype that most bytes of a checkpoint have, by the headers; NumPy's name of it."""
+    if isinstance(loadable, converted.Converted):
+        return converted.stored_dtype(loadable.folder)
+    assert isinstance(loadable, Checkpoint)
+    held = collections.Counter[str]()
+    for match in itertools.chain.from_iterable(loadable.matches.values()):
+        name = STORED[match.tensor.dtype]
+        held[name] += math.prod(match.tensor.shape) * np.dtype(name).itemsize
+    return max(held, key=held.__getitem__)
+
+
+def retyped[M](loadable: Loadable[M], template: M) -> Loadable[M]:
+    """What loads the same weights in the dtypes of another template of the same shapes."""
+    assert isinstance(loadable, Checkpoint | converted.Converted)
+    return loadable._replace(template=template)
+
+
 def with_dtype[M](template: M, dtype: DTypeLike) -> M:
     """The template with another dtype for every leaf."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
@@ -199,28 +222,6 @@ class Place(NamedTuple):
         )
 
 
-class Part[M](NamedTuple):
-    """A part of a model whose config fits; its weights are neither fetched nor looked at.
-
-    Attributes:
-      place: where it lies.
-      template: the module built under `jax.eval_shape`; its leaves say shapes and dtypes.
-      tables: of each layout that its weights may have.
-      deltas: reads what is added to the weights.
-    """
-
-    place: Place
-    template: M
-    tables: Sequence[Table]
-    deltas: ReadDeltas | None = None
-
-    def open(self) -> Loadable[M]:
-        """Holds the weights against the config, by their headers; see `open_checkpoint`."""
-        return open_checkpoint(
-            self.place.weights(), self.template, *self.tables, deltas=self.deltas
-        )
-
-
 def find_part(
     source: Source,
     *,
@@ -250,8 +251,12 @@ def find_part(
         if os.path.isfile(path):
             if config is None and path.name in single:
                 config = single_config
+            if config is None and os.path.lexists(path.with_name("config.json")):
+                config = read_config(path.parent, expected=kinds)
             if config is None:
-                raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
+                raise Refusal(
+                    f"{path} has no config.json beside it; pass config={{...}} or a folder"
+                )
             return Place(config, ModelFolder(path.parent), single=(path.name,))
     model = find_model(source, revision=revision)
     if (model.path / "model_index.json").is_file():
@@ -269,27 +274,9 @@ def _is_single(model: ModelFolder, kinds: Sequence[str], single: Sequence[str]) 
         return True
     # On the hub it may be there and not fetched; the config beside it is the transformer's.
     described = read_config(model.path) if model.name is not None else {}
-    return bool(described) and described.get("_class_name", described.get("model_type")) not in kinds
-
-
-STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
-"""Names of dtypes in files, and NumPy's."""
-
-
-def stored_dtype(weights: Path) -> str:
-    """The dtype that most bytes of a checkpoint have, by the headers; NumPy's name or the file's.
-
-    Raises:
-      Refusal: it is no readable checkpoint.
-    """
-    if converted.is_converted(weights):
-        return converted.stored_dtype(weights)
-    held: dict[str, int] = {}
-    for tensor in TensorFiles(checkpoint_files(weights)).tensors():
-        width = int(re.sub(r"^\D+(\d+).*|.*", r"\1", tensor.dtype) or 8)
-        held[tensor.dtype] = held.get(tensor.dtype, 0) + math.prod(tensor.shape) * width
-    most = max(held, key=held.__getitem__, default="F32")
-    return STORED.get(most, most)
+    return (
+        bool(described) and described.get("_class_name", described.get("model_type")) not in kinds
+    )
 
 
 def fingerprint(loadable: Loadable) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal, shown
 from astraea_ports import hub
 
@@ -29,6 +29,9 @@ class ModelFolder(NamedTuple):
     name: str | None = None
     revision: str | None = None
 
+    def __str__(self):
+        return self.name or str(self.path)
+
     def fetch(self, *patterns: str) -> None:
         """Fetches more files where the model is on the hub; see `hub.fetch`."""
         if self.name is not None:
@@ -39,7 +42,7 @@ class ModelFolder(NamedTuple):
         if self.name is None:
             return
         index = _index(self.path / part)
-        names = SINGLE_FILES if index is None else tuple(_shard_names(index))
+        names = SINGLE_FILES if index is None else tuple(shard_names(index))
         within = f"{part}/" if part else ""
         self.fetch(*(within + glob.escape(name) for name in names), f"{within}orbax/*")
 
@@ -65,7 +68,9 @@ def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         if revision is not None:
-            raise Refusal(f"a revision is of a model on the hub; {name!r} is a folder: leave it out")
+            raise Refusal(
+                f"a revision is of a model on the hub; {name!r} is a folder: leave it out"
+            )
         return ModelFolder(Path(path))
     if os.path.exists(path) or not hub.NAME.fullmatch(name):
         what = "a file" if os.path.exists(path) else "no such folder"
@@ -104,13 +109,15 @@ def read_config(
       Refusal: the file is missing or broken, or describes another kind of model.
     """
     path = Path(folder) / name
+    if not os.path.lexists(path):
+        raise Refusal(f"expected the file {path}, which is not there; check the folder")
     config = _read_json(path)
     allowed = (expected,) if isinstance(expected, str) else tuple(expected or ())
     got = config.get("_class_name", config.get("model_type"))
     if allowed and got not in allowed:
         raise Refusal(
             f"expected {path} to describe {' or '.join(allowed)} (`_class_name` or `model_type`), "
-            f"got {got!r}; point to the folder of such a model"
+            f"got {shown(got)}; point to the folder of such a model"
         )
     return config
 
@@ -159,22 +166,6 @@ def _index(folder: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _shard_names(index: Path) -> list[str]:
-    """The files that an index names; all lie in its folder."""
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise Refusal(
-            f"expected {index} to hold a `weight_map` of key -> file name; fetch it again"
-        )
-    names = list(dict.fromkeys(weight_map.values()))
-    for name in names:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise Refusal(_outside(index, name))
-    if not names:
-        raise Refusal(f"{index} names no file at all; fetch it again")
-    return names
-
-
 def _shards(index: Path) -> list[Path]:
     root = index.parent.resolve()
     roots = [root]
@@ -183,7 +174,7 @@ def _shards(index: Path) -> list[Path]:
     if snapshots is not None and (snapshots.parent / "blobs").is_dir():
         roots.append(snapshots.parent / "blobs")
     found = []
-    for name in _shard_names(index):
+    for name in shard_names(index):
         file = index.parent / name
         if not any(file.resolve().is_relative_to(allowed) for allowed in roots):
             raise Refusal(_outside(index, name))
@@ -198,6 +189,48 @@ def _outside(index: Path, name: str) -> str:
         f"{index} names {name!r}, which lies outside its folder; expected files of that folder "
         "only: do not trust this checkpoint"
     )
+
+
+SHARDS = 10_000
+"""Files of one checkpoint: ten times those of the largest."""
+
+
+class _FileName:
+    """A file's name that every system takes."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `checks.Rule`."""
+        problem = checks.Text(255).problem(value)
+        if problem is None and not value.isprintable():
+            problem = f"must be a file's name; got {shown(value)}"
+        return problem
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, each once.
+
+    Raises:
+      Refusal: the index is broken, or names none, far too many, or one outside its folder.
+    """
+    try:
+        weight_map = checks.fields(
+            _read_json(index),
+            {"weight_map": checks.ByName(_FileName(), most=1_000_000)},
+            name=str(index),
+            required=["weight_map"],
+            others=True,
+        )["weight_map"]
+    except Refusal as error:
+        raise Refusal(f"expected a `weight_map` of key -> file name: {error}") from error
+    names = list(dict.fromkeys(weight_map.values()))
+    if not names:
+        raise Refusal(f"{index} names no file at all; fetch it again")
+    if len(names) > SHARDS:
+        raise Refusal(f"{index} names {len(names)} files; at most {SHARDS} are read")
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Refusal(_outside(index, name))
+    return names
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ COMMIT = re.compile(r"[0-9a-f]{40}")
 
 JSON = (
     *("model_index.json", "config.json", "*/config.json", "scheduler/scheduler_config.json"),
-    *("*.safetensors.index.json", "astraea.json", "captions.json", "schedules/*.json"),
+    *("*/tokenizer_config.json", "*.safetensors.index.json"),
+    *("astraea.json", "captions.json", "schedules/*.json"),
 )
 """What says which model it is and where its weights are: fetched first."""
 

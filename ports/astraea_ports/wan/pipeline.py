@@ -66,26 +66,33 @@ class Pipeline:
         cls,
         source: str | os.PathLike[str] = "tiny",
         *,
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike | None = None,
         precision: Precision = "reference",
         lora: Sequence[Lora] = (),
-        staged: bool = False,
+        staged: bool | None = None,
         text_cache: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
     ) -> "Pipeline":
         """Opens every part of a model, in Diffusers' layout or the original one.
 
         Args:
           source: a folder, a hub id, or "tiny" for the small model that ships.
-          dtype: of the transformer and the text encoder; the VAE is float32, as upstream.
+          dtype: of the transformer and the text encoder; the VAE is float32, as upstream. None is
+            the folder's own: what its astraea.json says, else that of its transformer's weights,
+            but for a large model in float32, which runs in bfloat16 as the originals do.
           precision: what the transformer leaves in float32; see `transformer.Precision`.
           lora: files of low-rank changes to the transformer.
-          staged: loads each part for its stage and lets go of it after, instead of all now.
+          staged: loads each part for its stage and lets go of it after, instead of all now. None
+            does so with a large model: one of more than 500 million parameters.
           text_cache: folder that keeps embeddings, by a hash of tokens and encoder.
+          revision: of a hub id: a branch, a tag or a commit.
 
         Raises:
           Refusal: no such model, or a part that is missing, broken, or of another kind.
         """
-        found = parts.open_parts(source, dtype=dtype, precision=precision, lora=lora)
+        found = parts.open_parts(
+            source, dtype=dtype, precision=precision, lora=lora, revision=revision
+        )
         return cls._of(found, staged=staged, text_cache=text_cache)
 
     @classmethod
@@ -96,7 +103,7 @@ class Pipeline:
         dtype: DTypeLike = jnp.float32,
         precision: Precision = "reference",
         seed: int = 0,
-        staged: bool = False,
+        staged: bool | None = False,
     ) -> "Pipeline":
         """A model of a real size with random weights, for timing; it reads text with a stand-in.
 
@@ -107,7 +114,8 @@ class Pipeline:
         return cls._of(made, staged=staged, text_cache=None)
 
     @classmethod
-    def _of(cls, found: parts.Parts, *, staged: bool, text_cache) -> "Pipeline":
+    def _of(cls, found: parts.Parts, *, staged: bool | None, text_cache) -> "Pipeline":
+        staged = found.large if staged is None else staged
         loaders: dict[str, Loadable] = {
             "text_encoder": found.text_encoder,
             "transformer": found.transformer,
@@ -127,6 +135,11 @@ class Pipeline:
             folder=found.folder,
             **modules,
         )
+
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of the dtype that most of the transformer's weights have."""
+        return max(jax.tree.leaves(self.transformer), key=lambda leaf: leaf.size).dtype.name
 
     def __call__(
         self,
@@ -312,6 +325,6 @@ class Pipeline:
             default.height if height is None else height,
             default.width if width is None else width,
         )
-        plans.check_size(size, self.vae.config, self.transformer.config)
+        size = plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size

@@ -1,17 +1,19 @@
 """What a pipeline is asked for, checked before any long work."""
 
 import math
+import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from astraea_jax import solvers
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import Number, Refusal, shown
 from astraea_jax.methods import Dense, Method
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
@@ -88,24 +90,52 @@ def make(
     )
 
 
+MOST_TOKENS = 1 << 20
+"""Tokens of a video: a dozen times those of 81 frames at 720x1280, two hundred times the time."""
+
+
 def check_size(
     size: tuple[int, int, int], image: VAEConfig, transformer: TransformerConfig
-) -> None:
-    """Refuses frames, height and width that a model can't do; the message says the nearest."""
-    patch = transformer.patch_size
-    pixels = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
-    for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):
-        if not isinstance(value, int) or value < unit or value % unit:
+) -> tuple[int, int, int]:
+    """Refuses frames, height and width that a model can't do; the message says the nearest.
+
+    Returns:
+      The three as int; NumPy's integers are taken too.
+    """
+    patch, time = transformer.patch_size, image.temporal_factor
+    rows, columns = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
+    for name, value, unit in (("height", size[1], rows), ("width", size[2], columns)):
+        if not _is_whole(value) or value < unit or value % unit:
             raise Refusal(
-                f"{name} must be a multiple of {unit} pixels; got {value!r}: the nearest is "
-                f"{max(unit, unit * round(float(value) / unit))}"
+                f"{name} must be a multiple of {unit} pixels; got {shown(value)}"
+                f"{_nearest(value, unit, unit)}"
             )
-    time = image.temporal_factor
-    if not isinstance(size[0], int) or size[0] < 1 or (size[0] - 1) % time:
-        nearest = max(1, time * round((float(size[0]) - 1) / time) + 1)
+    # Latent frames are one and one for each `time` more; tokens take patch[0] of them.
+    unit, first = time * patch[0], time * (patch[0] - 1) + 1
+    if not _is_whole(size[0]) or size[0] < first or (size[0] - first) % unit:
         raise Refusal(
-            f"frames must be a multiple of {time} plus 1; got {size[0]!r}: the nearest is {nearest}"
+            f"frames must be a multiple of {unit} plus {first}; got {shown(size[0])}"
+            f"{_nearest(size[0], unit, first)}"
         )
+    frames, height, width = (operator.index(value) for value in size)
+    tokens = ((frames - first) // unit + 1) * (height // rows) * (width // columns)
+    if tokens > MOST_TOKENS:
+        raise Refusal(
+            f"{frames} frames of {height} x {width} pixels are {tokens:.3g} tokens; at most "
+            f"{MOST_TOKENS} are made: ask for fewer frames or pixels"
+        )
+    return frames, height, width
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _nearest(value: Any, unit: int, first: int) -> str:
+    """The nearest of `first`, `first + unit`, ... to a number, for a message."""
+    if Number(-(1 << 40), 1 << 40).problem(value) is not None:
+        return ""
+    return f": the nearest is {max(first, first + unit * round((float(value) - first) / unit))}"
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
