@@ -87,6 +87,7 @@ def open_parts(
     Raises:
       Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
+    lora = lora_files.check(lora)  # before a model is fetched
     folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
     original = _is_original(folder)
     if original and not Path(source).expanduser().is_dir():

@@ -101,6 +101,7 @@ def open_transformer(
     lora: Sequence[lora_files.Lora] = (),
 ) -> checkpoints.Loadable[Transformer]:
     """Finds a transformer and holds its headers against its config; see `load_transformer`."""
+    lora = lora_files.check(lora)
     place = checkpoints.find_part(
         source,
         folder="transformer",
