@@ -29,8 +29,6 @@ from astraea_ports.tensor_files import (
 )
 from astraea_ports.wan import lora_names, lora_scale
 
-_NO_PRODUCT = "expected down [rank, in] and up [out, rank], got {} and {}"
-
 STRONGEST = 100.0
 """The largest strength, either way; files in use have one of about 1."""
 
@@ -53,13 +51,11 @@ class _Change(NamedTuple):
     Attributes:
       key: of the weight or bias.
       parts: the tensors, by what they are.
-      rank: of the module's product; 0 where there is none.
-      scale: of the product, unless an alpha among the parts says it.
+      scale: of the product.
     """
 
     key: str
     parts: Mapping[str, Tensor]
-    rank: int
     scale: float
 
 
@@ -71,15 +67,15 @@ def check(loras: Sequence[Lora]) -> list[Lora]:
     """
     checked = []
     # A string is a sequence of strings, and one Lora of its fields: the likely slips.
-    single = isinstance(loras, str | os.PathLike | Lora)
-    for item in [loras] if single else loras:
-        if single or not isinstance(item, tuple) or len(item) != 2:
+    several = isinstance(loras, Sequence) and not isinstance(loras, str | Lora)
+    for item in loras if several else [loras]:
+        if not several or not isinstance(item, tuple) or len(item) != 2:
             raise Refusal(f"expected a list of Lora(file, strength); got {checks.shown(item)}")
         file, strength = item
         name = checks.shown(os.fspath(file) if isinstance(file, os.PathLike) else file)
         if not isinstance(file, str | os.PathLike) or Path(file).suffix != ".safetensors":
             raise Refusal(f"expected a LoRA as an existing .safetensors file; got {name}")
-        path = files.check_input(Path(file).expanduser(), what="LoRA")
+        path = files.check_input(os.path.expanduser(file), what="LoRA")
         strength = checks.number(f"strength of {name}", strength, -STRONGEST, STRONGEST)
         checked.append(Lora(path, strength))
     return checked
@@ -101,6 +97,7 @@ def read_deltas(
     for file, strength in check(loras):
         opened = TensorFiles([Path(file)])
         changes, problems, unknown = _changes(opened, Path(file))
+        places = set()
         for change in changes:
             fitted = _fit(change, slots, tables)
             if isinstance(fitted, str):
@@ -108,6 +105,9 @@ def read_deltas(
                 unknown += [tensor.key for tensor in change.parts.values()]
                 continue
             place, entry = fitted
+            if place in places:
+                problems.append(f"{change.key}: changed twice, under both of its names")
+            places.add(place)
             added[place].append(functools.partial(_delta, opened, change, entry, strength))
         if problems or not changes:
             kind = lora_names.other_kind(unknown)
@@ -143,7 +143,7 @@ def _changes(opened: TensorFiles, file: Path) -> tuple[list[_Change], list[str],
         problems.append(f"expected one adapter, got {names}: save one of them by itself")
     said, changes = lora_scale.sources(file, opened.metadata(file)), []
     for module, parts in modules.items():
-        found = _module_changes(module, parts, said)
+        found = _module_changes(opened, module, parts, said)
         if isinstance(found, str):
             problems.append(found)
         else:
@@ -162,18 +162,22 @@ def _wrong_tensor(tensor: Tensor, kind: str) -> str | None:
 
 
 def _module_changes(
-    module: str, parts: Mapping[str, Tensor], said: Sequence[lora_scale.Source]
+    opened: TensorFiles,
+    module: str,
+    parts: Mapping[str, Tensor],
+    said: Sequence[lora_scale.Source],
 ) -> list[_Change] | str:
     """How a module's weight and bias change, or what is wrong."""
     weight = lora_names.weight_of(module)
     if ("down" in parts) != ("up" in parts) or parts.keys() <= {"alpha", "up_b"}:
         return f"{weight}: expected lora_A and lora_B (down and up), got {list(parts)}"
-    rank, scale = 0, 1.0
+    scale = 1.0
     if "down" in parts:
-        if len(parts["down"].shape) < 2 or len(parts["up"].shape) < 2:
-            return f"{weight}: {_NO_PRODUCT.format(parts['down'].shape, parts['up'].shape)}"
-        rank = parts["down"].shape[0]
-        scale = lora_scale.scale([] if "alpha" in parts else said, module, rank)
+        up, down = parts["up"].shape, parts["down"].shape
+        if min(len(up), len(down)) < 2 or not up[1] == down[0] > 0 or math.prod(up[2:]) != 1:
+            return f"{weight}: expected down [rank, in] and up [out, rank], got {down} and {up}"
+        alpha = opened.read(parts["alpha"]).item() if "alpha" in parts else None
+        scale = lora_scale.scale(said, module, down[0], alpha)
         if isinstance(scale, str):
             return scale
     changes = []
@@ -181,42 +185,29 @@ def _module_changes(
     for key, kinds in ((weight, ("down", "up", "diff")), (f"{module}.bias", ("up_b", "diff_b"))):
         found = {kind: parts[kind] for kind in kinds if kind in parts}
         if found:
-            alpha = {"alpha": parts["alpha"]} if "alpha" in parts else {}
-            changes.append(_Change(key, found | alpha, rank, scale))
+            changes.append(_Change(key, found, scale))
     return changes
 
 
 def _fit(change: _Change, slots, tables) -> tuple[tuple[str, int | None], Entry] | str:
     """The parameter that a change is for, or what is wrong with it."""
-    shapes = _shapes(change.parts)
-    if isinstance(shapes, str):
-        return f"{change.key}: {shapes}"
+    shapes = [t.shape for kind, t in change.parts.items() if kind not in ("down", "up")]
+    if "up" in change.parts:
+        shapes.append((change.parts["up"].shape[0], *change.parts["down"].shape[1:]))
+    if len(set(shapes)) > 1:
+        return f"{change.key}: expected changes of one shape, got {shapes[0]} and {shapes[1]}"
+    tensor = Tensor(change.key, "F32", shapes[0], Path())
     said = f"{change.key}: no such weight in this model"
     for table in tables:
         hits = [(m, e) for e in table if (m := re.fullmatch(e.pattern, change.key))]
         for hit, entry in hits:
             layer = hit.groupdict().get("layer")
             path, number = hit.expand(entry.path), None if layer is None else int(layer)
-            tensors = [Tensor(change.key, "F32", shape, Path()) for shape in shapes]
-            found = [
-                matching.misfit(matching.Match(t, entry, number), path, slots) for t in tensors
-            ]
-            wrong = [misfit for misfit in found if misfit is not None]
-            if not wrong:
+            misfit = matching.misfit(matching.Match(tensor, entry, number), path, slots)
+            if misfit is None:
                 return (path, number), entry
-            said = wrong[0][1]
+            said = misfit[1]
     return said
-
-
-def _shapes(parts: Mapping[str, Tensor]) -> list[tuple[int, ...]] | str:
-    """The shapes of what is added, or why down and up don't multiply."""
-    shapes = [t.shape for kind, t in parts.items() if kind in ("diff", "diff_b", "up_b")]
-    if "up" in parts:
-        up, down = parts["up"].shape, parts["down"].shape
-        if up[1] != down[0] or math.prod(up[2:]) != 1:
-            return _NO_PRODUCT.format(down, up)
-        shapes.append((up[0], *down[1:]))
-    return shapes
 
 
 def _delta(opened: TensorFiles, change: _Change, entry: Entry, strength: float) -> np.ndarray:
@@ -224,13 +215,12 @@ def _delta(opened: TensorFiles, change: _Change, entry: Entry, strength: float) 
     with np.errstate(over="ignore", invalid="ignore"):  # told below, by the name
         parts = {kind: opened.read(t).astype(np.float32) for kind, t in change.parts.items()}
         total = sum(parts[kind] for kind in ("diff", "diff_b") if kind in parts)
-        scale = parts["alpha"].item() / max(change.rank, 1) if "alpha" in parts else change.scale
         if "up" in parts:
             up, down = parts["up"], parts["down"]
-            product = up.reshape(-1, change.rank) @ down.reshape(change.rank, -1)
-            total = total + scale * product.reshape(up.shape[0], *down.shape[1:])
+            product = up.reshape(len(up), len(down)) @ down.reshape(len(down), -1)
+            total = total + change.scale * product.reshape(len(up), *down.shape[1:])
         if "up_b" in parts:
-            total = total + scale * parts["up_b"]
+            total = total + change.scale * parts["up_b"]
         values = np.asarray(total * strength, np.float32)
     if not all_finite(values):
         raise Refusal(

@@ -29,6 +29,7 @@ PEFT = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
 
 _RANK, _ALPHA = checks.Whole(1, 1 << 20), checks.Number(0, 1e6, above=True)
+_ALPHA_TENSOR = checks.Number(-1e6, 1e6)
 _RULES = {
     "r": checks.OrNone(_RANK),
     "lora_alpha": _ALPHA,
@@ -93,7 +94,9 @@ def sources(path: Path, texts: Mapping[str, str]) -> list[Source]:
             content = json.loads(texts[DIFFUSERS])
         except (ValueError, RecursionError) as error:
             raise Refusal(f"{name} is not valid JSON; fetch the file again") from error
-        found.append(_source(name, content))
+        # What it says of a text encoder or of a second transformer is none of this one's.
+        if not isinstance(content, Mapping) or any(_field(key) in _RULES for key in content):
+            found.append(_source(name, content))
     flat = {key: _plain(text) for key, text in texts.items() if _field(key) in _RULES}
     if any(_field(key) == "lora_alpha" for key in flat):
         found.append(_source(f"the header of {path}", flat))
@@ -156,14 +159,18 @@ def _plain(text: str) -> Any:
         return text
 
 
-def scale(found: Sequence[Source], module: str, rank: int) -> float | str:
-    """The scale of a module's change without an alpha of its own, or what is wrong.
+def scale(found: Sequence[Source], module: str, rank: int, alpha: float | None) -> float | str:
+    """The scale of a module's change, or what is wrong.
 
     Args:
-      found: all that is said; 1 if that is nothing.
+      found: all that is said beside the tensors; 1 if that is nothing.
       module: its name in the model.
       rank: of its tensors.
+      alpha: that its own tensor says; it has the last word.
     """
+    if alpha is not None:
+        problem = _ALPHA_TENSOR.problem(alpha)
+        return alpha / rank if problem is None else f"{module}: alpha {problem}"
     said: dict[float, str] = {}
     for source in found:
         value = source.scale(module, rank)
