@@ -173,8 +173,9 @@ def test_converted(tmp_path):
         convert.convert_model("tiny", target, dtype="float32")
     with pytest.raises(ValueError, match="is no folder that can be written to"):
         convert.convert_model("tiny", tmp_path / "none/x", dtype="float32")
+    (tmp_path / "x.safetensors").touch()
     with pytest.raises(ValueError, match="merge a LoRA when converting"):
-        load_transformer(target, lora=[lora.Lora("x.safetensors")])
+        load_transformer(target, lora=[lora.Lora(tmp_path / "x.safetensors")])
     config = json.loads((target / "transformer/config.json").read_text())
     with pytest.raises(ValueError, match=r"ffn_in.bias: expected \[8, 64\], got \[8, 768\]"):
         load_transformer(target, config=config | {"ffn_dim": 64})
@@ -251,6 +252,19 @@ SPELLINGS = {
     "{d}.lora_down.weight": ("{d}.lora_up.weight", "{d}.alpha"),
     "lora_unet_{ko}.lora_down.weight": ("lora_unet_{ko}.lora_up.weight", "lora_unet_{ko}.alpha"),
     "lora_unet_{kd}.lora_down.weight": ("lora_unet_{kd}.lora_up.weight", "lora_unet_{kd}.alpha"),
+    # VideoX-Fun; kohya with the dots left; OneTrainer; LyCORIS' plain one.
+    "lora_unet__{ko}.lora_down.weight": ("lora_unet__{ko}.lora_up.weight", "lora_unet__{ko}.alpha"),
+    "lora_unet_{o}.lora_down.weight": ("lora_unet_{o}.lora_up.weight", "lora_unet_{o}.alpha"),
+    "lora_transformer_{kd}.lora_down.weight": (
+        "lora_transformer_{kd}.lora_up.weight", "lora_transformer_{kd}.alpha",
+    ),
+    "lycoris_{ko}.lora_down.weight": ("lycoris_{ko}.lora_up.weight", "lycoris_{ko}.alpha"),
+    # DiffSynth-Studio; PEFT with an adapter's name; no prefix at all.
+    "pipe.dit.{o}.lora_A.default.weight": ("pipe.dit.{o}.lora_B.default.weight", None),
+    "base_model.model.{o}.lora_A.my_style.weight": (
+        "base_model.model.{o}.lora_B.my_style.weight", None,
+    ),
+    "{o}.lora_A.weight": ("{o}.lora_B.weight", None),
 }  # fmt: skip
 CHANGED = {
     "blocks.1.self_attn.q": "blocks.1.attn1.to_q",

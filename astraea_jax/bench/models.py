@@ -7,9 +7,10 @@ from typing import Literal
 
 import jax.numpy as jnp
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_ports import wan
-from astraea_ports.wan import embeddings
+from astraea_ports.wan import embeddings, lora
 
 SIZES = {"wan": "1.3B", "wan-14b": "14B"}
 """Names of models without weights of their own, and the size that `--random` makes of them."""
@@ -88,9 +89,18 @@ class ModelChoice:
 
 
 def read_lora(text: str) -> wan.Lora:
-    """`file.safetensors` or `file.safetensors:0.8`."""
+    """`file.safetensors` or `file.safetensors:0.8`.
+
+    Raises:
+      Refusal: a strength that is no number in -100..100.
+    """
     file, colon, strength = text.rpartition(":")
-    try:
-        return wan.Lora(file, float(strength)) if colon else wan.Lora(text)
-    except ValueError:
+    # A colon may be the name's own, as in C:\\file.safetensors.
+    if not colon or not file.lower().endswith(".safetensors"):
         return wan.Lora(text)
+    try:
+        value = float(strength)
+    except ValueError:
+        value = strength
+    low, high = -lora.STRONGEST, lora.STRONGEST
+    return wan.Lora(file, checks.number(f"strength of {file}", value, low, high))

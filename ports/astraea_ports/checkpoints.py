@@ -38,7 +38,7 @@ from astraea_ports.matching import parameter_shapes as parameter_shapes
 from astraea_ports.matching import time_conv as time_conv
 from astraea_ports.matching import vector as vector
 from astraea_ports.tensor_files import Tensor as Tensor
-from astraea_ports.tensor_files import TensorFiles
+from astraea_ports.tensor_files import TensorFiles, all_finite
 from astraea_ports.tensor_files import aligned_empty as aligned_empty
 
 Table = Sequence[Entry]
@@ -83,7 +83,8 @@ class Checkpoint[M](NamedTuple):
         """The module with jax arrays for leaves.
 
         Raises:
-          Refusal: a parameter was saved under two names and the two differ.
+          Refusal: a parameter holds NaN, infinity or more than its dtype can; or was saved under
+            two names and the two differ.
         """
         arrays = []
         for path, slot in parameter_shapes(self.template).items():
@@ -99,11 +100,18 @@ class Checkpoint[M](NamedTuple):
         for tensor, entry, layer in self.matches[path]:
             target = out if layer is None else out[layer]
             values = entry.transform(self.files.read(tensor))
-            if (path, layer) in self.deltas:
+            changed = (path, layer) in self.deltas
+            if changed:
                 values = values.astype(np.float32) + self.deltas[path, layer]()
             if layer not in first:
                 first[layer] = tensor.key
-                target[...] = values
+                with np.errstate(over="ignore"):  # told here, by the name
+                    target[...] = values
+                if (changed or values.dtype != slot.dtype) and not all_finite(target):
+                    raise Refusal(
+                        f"{tensor.key}: expected numbers within the range of {slot.dtype}, got "
+                        "larger ones: choose a wider dtype"
+                    )
             elif not np.array_equal(target, values.astype(slot.dtype)):
                 raise Refusal(
                     f"expected one value for {path}, got two that differ: {first[layer]} and "

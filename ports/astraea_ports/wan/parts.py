@@ -77,6 +77,7 @@ def open_parts(
     Raises:
       Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
+    lora = lora_files.check(lora)  # before a model is fetched
     model = checkpoints.find_model(SHIPPED.get(str(source), source), revision=revision)
     found = contents.read(model.path)
     model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/*.json")

@@ -103,6 +103,7 @@ def open_transformer(
     revision: str | None = None,
 ) -> checkpoints.Loadable[Transformer]:
     """Finds a transformer and holds its headers against its config; see `load_transformer`."""
+    lora = lora_files.check(lora)
     if isinstance(config, TransformerConfig):
         config = dataclasses.asdict(config)
     place = checkpoints.find_part(
