@@ -134,6 +134,40 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.
     return path
 
 
+def check_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Returns `path` if it is a folder, or one can be made there; what this tries is undone.
+
+    Raises:
+      Refusal: it is something else, or can't be made or written to.
+    """
+    path, made = pathlib.Path(path), []
+    try:
+        for each in reversed([path, *path.parents]):
+            if not each.is_dir():
+                each.mkdir()
+                made.append(each)
+        probe = _partial(path / "probe")
+        with contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise Refusal(f"can't write to folder {path} ({reason(error)}): choose another") from error
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
+    return path
+
+
+def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
+    """Refuses an output that is one of the inputs: it would be lost."""
+    target = pathlib.Path(output).resolve()
+    for path in inputs:
+        if path is not None and pathlib.Path(path).resolve() == target:
+            raise Refusal(f"{output} would be written over what is read: choose another name")
+
+
 def _target(path: pathlib.Path) -> tuple[pathlib.Path, os.stat_result | None]:
     """The file that a path stands for, links followed, and what is there."""
     try:

@@ -6,16 +6,27 @@ import json
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
 
 LEVELS = 10
 """Levels are tenths: level 10 computes every token, level 0 computes nothing."""
 
 _FORMAT = "astraea-schedule-1"
+
+_LONGEST = 10_000
+"""Levels of a file that is read."""
+
+_FIELDS = {
+    "format": checks.OneOf((_FORMAT,)),
+    "steps": checks.Whole(1, _LONGEST),
+    "levels": checks.ListOf(checks.Whole(0, LEVELS), 1, _LONGEST),
+}
+"""What a schedule file says; others may stand beside."""
 
 
 def rows_per_level(num_tokens: int) -> int:
@@ -147,11 +158,25 @@ class Schedule:
         return cls.uniform(steps, budget, dense_steps=dense_steps)
 
     def save(self, path: str | os.PathLike, **about) -> None:
-        """Writes the schedule as JSON; `about` (JSON values) is stored beside the levels."""
-        path = files.check_output(path, (".json",))
+        """Writes the schedule as JSON; `about` (JSON values) is stored beside the levels.
+
+        Raises:
+          Refusal: a path that can't be written, or `about` that is no JSON or would replace what
+            the file says itself.
+        """
+        taken = [name for name in about if name in _FIELDS]
+        if taken:
+            raise Refusal(f"a schedule file says {', '.join(taken)} itself: choose other names")
         content = {"format": _FORMAT, "steps": self.steps, "levels": list(self.levels), **about}
+        try:
+            text = json.dumps(content, indent=1, allow_nan=False)
+        except (TypeError, ValueError, RecursionError) as error:
+            raise Refusal(
+                f"expected JSON values beside the levels ({files.reason(error)}): convert them"
+            ) from error
+        path = files.check_output(path, (".json",))
         with files.replacing(path) as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+            partial.write_text(text + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "Schedule":
@@ -160,16 +185,28 @@ class Schedule:
         Raises:
           Refusal: no such file, no JSON, another format, or levels that are no schedule.
         """
+        return cls.read(path)[0]
+
+    @classmethod
+    def read(cls, path: str | os.PathLike) -> tuple["Schedule", dict[str, Any]]:
+        """Reads what `save` wrote: the schedule, and what is stored beside it, unchecked.
+
+        Raises:
+          Refusal: as `load`.
+        """
         content = files.read_json(path, what="schedule file (JSON)")
         if not isinstance(content, dict) or content.get("format") != _FORMAT:
             raise Refusal(f'expected {path} to hold "format": "{_FORMAT}"; write it with save')
-        levels = content.get("levels")
-        if not isinstance(levels, list):
-            raise Refusal(f"expected a list of levels in {path}; got {levels!r}")
-        schedule = cls(tuple(levels))
-        if content.get("steps", schedule.steps) != schedule.steps:
-            raise Refusal(f"{path} says {content['steps']} steps but holds {schedule.steps} levels")
-        return schedule
+        known = checks.fields(
+            content, _FIELDS, name=os.fspath(path), required=("levels",), others=True
+        )
+        try:
+            schedule = cls(tuple(known["levels"]))
+        except Refusal as error:
+            raise Refusal(f"{path}: {error}") from error
+        if known.get("steps", schedule.steps) != schedule.steps:
+            raise Refusal(f"{path} says {known['steps']} steps but holds {schedule.steps} levels")
+        return schedule, {name: content[name] for name in content if name not in _FIELDS}
 
 
 def check_steps(steps: int) -> int:

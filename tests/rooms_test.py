@@ -134,6 +134,13 @@ def test_peers_are_imported_nowhere_and_import_nothing_of_ours():
         assert path.parent != PEERS or not ours, path
 
 
+def test_figures_are_made_without_pyplot():
+    # Its backend is the user's, in a notebook say.
+    for path in sources(ROOT / "astraea_jax") + sources(PORTS):
+        assert "matplotlib.pyplot" not in set(imported_modules(path, ROOT)), path
+        assert "matplotlib.use(" not in path.read_text(), path
+
+
 def test_no_init_in_the_source_root_of_the_ports():
     # It would make `import ports` work, and with it a second copy of every class.
     assert not (PORTS / "__init__.py").exists()

@@ -7,7 +7,6 @@ schedule matters more than the selection.
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -123,10 +122,9 @@ class Study:
         shape = pipeline.latents_shape(default.frames, default.height, default.width)
         keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(prompts))]
         noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
-        run = jax.jit(lambda model, latents: (model.decode(latents) + 1) / 2)
 
         def decode(latents) -> list[np.ndarray]:
-            videos = (run(pipeline.vae, latents[i : i + 1])[0] for i in range(len(latents)))
+            videos = (pipeline.decode(latents[i : i + 1])[0] for i in range(len(latents)))
             return [metrics.to_uint8(np.asarray(video)) for video in videos]
 
         context = pipeline.encode_text(list(prompts))
@@ -263,7 +261,7 @@ def _before(path: pathlib.Path | None, about: dict, output: pathlib.Path) -> set
     if path.resolve() == output.resolve():
         raise Refusal(f"--known and --output are one file, {path}: give the new rows their own")
     try:
-        earlier = json.loads(path.read_text())
+        earlier = files.read_json(path)
         found = {key: earlier[key] for key in ("model", "options")}
         names = {name_of(row) for row in earlier["rows"]}
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -94,6 +94,8 @@ def suitable(request: Request, pipeline) -> list[Recipe]:
         "shift": pipeline.shift if request.shift is None else request.shift,
         "grid": pipeline.grid if request.grid is None else request.grid,
         "steps": pipeline.defaults.steps if request.steps is None else request.steps,
+        "guidance": pipeline.defaults.guidance if request.guidance is None else request.guidance,
+        "negative_prompt": request.negative_prompt,
     }
     if isinstance(request.schedule, Recipe):
         run["steps"] = request.schedule.schedule.steps

@@ -13,12 +13,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.space import Space
 
 _ATTEMPTS = 64
+
+MOST_CHILDREN = 10_000
+"""Of a generation: children are compared pair by pair, 200 MB here."""
+
+MOST_GENERATIONS = 100_000
+"""Of a search: a generation takes seconds at best."""
+
+LEAST_MUTATION = 1e-6
+"""Below it no step of a whole search mutates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +58,21 @@ class SearchConfig:
     replacement: Literal["plus", "generational"] = "plus"
 
     def __post_init__(self):
+        checks.whole("population", self.population, 0, MOST_CHILDREN, unit="children")
+        checks.whole("parents", self.parents, 0, MOST_CHILDREN)
         if self.population < 2 or not 2 <= self.parents <= self.population:
             raise Refusal(
                 "expected a population of at least 2, and 2 parents up to the population; "
                 f"got {self.population} and {self.parents}"
             )
-        if self.generations < 0:
-            raise Refusal(f"generations must be at least 0; got {self.generations}")
-        if not 0 <= self.p_final <= self.p0 <= 1:
+        checks.whole("generations", self.generations, 0, MOST_GENERATIONS)
+        for name in ("p0", "p_final"):
+            share = checks.number(name, getattr(self, name), 0, 1)
+            if 0 < share < LEAST_MUTATION:
+                raise Refusal(f"{name} must be 0 or at least {LEAST_MUTATION:g}; got {share:g}")
+        if self.p_final > self.p0:
             raise Refusal(f"expected 0 <= p_final <= p0 <= 1; got {self.p_final} and {self.p0}")
-        if self.replacement not in ("plus", "generational"):
-            raise Refusal(f"replacement must be plus or generational; got {self.replacement!r}")
+        checks.one_of("replacement", self.replacement, ("plus", "generational"))
 
     def mutation(self, generation: Int[Array, ""] | int) -> Float[Array, ""]:
         """Probability that a step mutates in a generation, 1..generations (equation 8)."""
@@ -131,10 +145,7 @@ def initial_population(
     genes, usable = _first(space.without_band(), space.band, key, padded, len(chosen))
     genes = np.asarray(genes)[np.asarray(usable)]
     if len(genes) < 2:
-        raise Refusal(
-            f"the space holds {len(genes)} schedule(s) of {space.steps} steps and cost "
-            f"{space.low}..{space.high}: there is nothing to search; widen the band"
-        )
+        raise Refusal(space.too_small(len(genes)))
     return genes
 
 

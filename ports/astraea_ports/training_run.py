@@ -267,12 +267,11 @@ class _Loop:
 
 def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
     """The loss of every step and its running mean, as a picture."""
-    import matplotlib
+    # Without pyplot, whose backend is the user's. Slow to import.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses, color="0.8", linewidth=0.5)
     window = max(1, len(losses) // 100)
     if len(losses):
@@ -285,4 +284,3 @@ def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
     axes.set_ylabel("loss")
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120)
-    plt.close(figure)
