@@ -4,6 +4,7 @@ Every program is warmed up first, then all are timed in turn, round after round,
 the machine's speed meets all alike; a ratio is the median over rounds of the ratio within a round.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
@@ -20,7 +21,7 @@ from astraea_jax import denoise as loop
 from astraea_jax import files, flops, report, solvers
 from astraea_jax.bench import compile as compiled
 from astraea_jax.bench import profile as kernels
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.bench.models import RESIDENT, Chosen
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS, rows_at
@@ -55,13 +56,13 @@ class Case(NamedTuple):
     cache: int
 
 
+FAST = dataclasses.replace(RESIDENT, precision="fast")
+"""What is timed unless told."""
+
+
 def command(
     *,
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
-    precision: Precision = "fast",
+    model: Chosen = FAST,
     method: str = "astraea",
     levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
     drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
@@ -78,11 +79,7 @@ def command(
     """Times a step, dense and at each level, with both drivers, in one run.
 
     Args:
-      model: "tiny", "wan" or "wan-14b" with --checkpoint or --random, a folder, or a hub id.
-      checkpoint: Folder or hub id of the weights.
-      random: Random weights of the model's real size.
-      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
-      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
+      model: Which model.
       method: A method that computes some of the tokens.
       levels: Tenths of the tokens, 1..10.
       drivers: "static", "dynamic" or both.
@@ -105,9 +102,8 @@ def command(
         raise Refusal(f"steps must be at least 2, as the first one is dense; got {steps}")
     if output is not None:
         files.check_output(output, (".json",))
-    choice = ModelChoice(model, checkpoint, random, dtype, precision)
     began = time.perf_counter()
-    pipeline = choice.open()
+    pipeline = model.open()
     say(f"model ready after {time.perf_counter() - began:.1f} s")
     size = pipeline.size(frames, height, width)
     cases = make_cases(pipeline, size, METHODS[method], levels, drivers, steps)
@@ -117,7 +113,7 @@ def command(
         rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
-    what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
+    what = {"size": size, "dtype": pipeline.dtype, "precision": model.precision}
     what |= {"most memory held": device_peak()}
     content = {"environment": report.environment(), "run": what, "rows": rows}
     if output is not None:

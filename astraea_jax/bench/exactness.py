@@ -103,7 +103,7 @@ class Study:
     ):
         self.labels = {"dtype": dtype, "precision": precision}
         self.products = "highest" if dtype == "float32" else "default"
-        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision).open()
+        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision, staged=False).open()
         shape = self.pipeline.latents_shape(*self.pipeline.size(frames, None, None))
         self.noise = jax.random.normal(jax.random.key(0), (2, *shape))
         self.context = self.pipeline.encode_text(["a red circle moving left", "a blue square"])

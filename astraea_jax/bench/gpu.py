@@ -17,7 +17,7 @@ from typing import NamedTuple
 from astraea_jax import files, report
 from astraea_jax.checks import Refusal
 
-WAN = "bench denoise --model wan --random --no-stages --frames"
+WAN = "bench denoise --random 1.3B --no-stages --frames"
 PEER = pathlib.Path(__file__).parent / "peers" / "diffusers_wan.py"
 FIXTURE_TESTS = ("tests/wan_test.py", "tests/vae_test.py", "tests/t5_test.py")
 FIXTURES = (
@@ -86,7 +86,7 @@ STUDY = {
     "generate-33": Part(
         "prompt to video at 33 frames, half of the tokens, every stage",
         150,
-        "generate circle --model wan --random --precision fast --frames 33 --height 480 --width 832"
+        "generate circle --random 1.3B --precision fast --frames 33 --height 480 --width 832"
         f" --budget 0.5 --method astraea -o {tempfile.gettempdir()}/astraea_study.gif".split(),
         writes=False,
     ),

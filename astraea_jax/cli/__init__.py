@@ -25,7 +25,7 @@ from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import convert, score, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
@@ -51,12 +51,7 @@ def generate(
     *,
     budget: float | None = None,
     compare: bool = False,
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
-    precision: Precision = "reference",
-    lora: tuple[str, ...] = (),
+    model: Chosen = TINY,
     method: MethodName | None = None,
     schedule: pathlib.Path | None = None,
     solver: Literal["unipc", "dpm++", "euler"] = "unipc",
@@ -79,14 +74,7 @@ def generate(
       prompt: What the video shows.
       budget: Mean share of the tokens to compute, above 0 and at most 1. All when left out.
       compare: Also make the dense video, and show both and their difference side by side.
-      model: "tiny" (ships with the package), "wan" or "wan-14b" with --checkpoint or --random, a
-        model's folder, or a hub id.
-      checkpoint: Folder or hub id of the weights, in Diffusers' layout, the original's, or as
-        `astraea convert` wrote it.
-      random: Random weights of the model's real size, for timing; the video is noise.
-      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
-      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
-      lora: Files of low-rank changes to merge, each with ":strength" or without.
+      model: Which model.
       method: How steps are computed; left out, what measured best for the budget or schedule.
       schedule: A schedule file, instead of a budget.
       solver: Solver of the flow.
@@ -107,9 +95,7 @@ def generate(
         keep_compiled_programs()
     request = Request(
         prompt=prompt,
-        model=ModelChoice(
-            model, checkpoint, random, dtype, precision, lora, staged=model != "tiny"
-        ),
+        model=model,
         budget=budget,
         schedule=None if schedule is None else read_schedule(schedule),
         method=None if method is None else METHODS[method],

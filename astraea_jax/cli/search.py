@@ -11,7 +11,7 @@ import numpy as np
 
 import astraea_jax
 from astraea_jax import checks, files, solvers
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import identity
 from astraea_jax.cli.found import Found, costs, draw, measure, report
@@ -41,12 +41,7 @@ def command(
     seconds: float | None = None,
     output: pathlib.Path = pathlib.Path("out.json"),
     folder: pathlib.Path = pathlib.Path("out_search"),
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
-    precision: Precision = "reference",
-    lora: tuple[str, ...] = (),
+    model: Chosen = TINY,
     method: SearchMethod = "step-level-corrected",
     solver: SolverName = "unipc",
     grid: solvers.Grid | None = None,
@@ -83,12 +78,7 @@ def command(
       seconds: or seconds of denoising, both by step times measured on this machine.
       output: The schedule file.
       folder: For the journal, the state and the picture; a search that was stopped goes on there.
-      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
-      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
-      random: or random weights of their size.
-      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
-      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
-      lora: Files of low-rank changes to merge, each with ":strength" or without.
+      model: Which model.
       method: What computes the steps; the step-level ones compute whole steps or skip them.
       solver: Solver of the flow.
       grid: Whose noise levels; left out, those of the checkpoint's layout.
@@ -122,11 +112,8 @@ def command(
     _check(band, count, heldout, swaps, patience, dense_start, lanes, seed, distributed)
     checks.one_of("fitness", fitness, ("latents", "pixels"))
     checks.one_of("reduce", reduce, ("mean", "log"))
-    choice = ModelChoice(
-        model, checkpoint, random, dtype, precision, lora, staged=model != "tiny"
-    )  # fmt: skip
     asked = Asked(
-        choice, prompts, count + heldout, method, solver, steps, (frames, height, width),
+        model, prompts, count + heldout, method, solver, steps, (frames, height, width),
         grid, shift, guidance, negative_prompt,
     )  # fmt: skip
     _check_files(output, folder, prompts)
@@ -134,13 +121,13 @@ def command(
     if distributed:
         _join_processes()
     opened = asked.open()
-    changes = identity.lora_names(lora)
+    changes = identity.lora_names(model.lora)
     space = budget_space(target, opened, dense_start, band)
     # Made now, so that what a file can't hold is refused now.
     recipe = Recipe(
         Schedule.dense(opened.solver.steps), method, solver, opened.shift, opened.grid, "unknown",
         {}, {}, astraea_jax.__version__, opened.guidance or 1.0, negative_prompt, changes,
-        precision=precision,
+        precision=model.precision,
     )  # fmt: skip
     everything = opened.load()
     if fitness == "pixels":
@@ -155,10 +142,10 @@ def command(
         return
     table = None
     if space is None:
-        table = latencies.table(subject, opened.choices, precision=precision, lora=changes)
+        table = latencies.table(subject, opened.choices, precision=model.precision, lora=changes)
         space = timed_space(target, opened, table, dense_start, band)
     header = identity.header(
-        subject, opened, precision=precision, lora=changes, fitness=fitness,
+        subject, opened, precision=model.precision, lora=changes, fitness=fitness,
         dense_start=dense_start,
     )  # fmt: skip
     name = identity.name(

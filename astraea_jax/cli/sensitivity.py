@@ -8,7 +8,7 @@ import numpy as np
 import rich.console
 
 from astraea_jax import checks, files, report
-from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
 from astraea_jax.cli.subject import MOST_LANES, Asked, SearchMethod, SolverName
 from astraea_jax.schedule import LEVELS
@@ -18,10 +18,7 @@ from astraea_jax.search import plots
 def command(
     *,
     output: pathlib.Path = pathlib.Path("out.png"),
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
+    model: Chosen = TINY,
     method: SearchMethod = "step-level",
     solver: SolverName = "unipc",
     steps: int | None = None,
@@ -36,10 +33,7 @@ def command(
 
     Args:
       output: A .png, .svg or .pdf file; the numbers go beside it as .json.
-      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
-      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
-      random: or random weights of their size.
-      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
+      model: Which model.
       method: What is reused at the skipped step.
       solver: Solver of the flow.
       steps: Denoising steps; the model's default when left out.
@@ -51,9 +45,8 @@ def command(
       width: Pixels.
     """
     checks.whole("lanes", lanes, 1, MOST_LANES)
-    choice = ModelChoice(model, checkpoint, random, dtype, staged=model != "tiny")
     size = (frames, height, width)
-    asked = Asked(choice, prompts, count, method, solver, steps, size)
+    asked = Asked(model, prompts, count, method, solver, steps, size)
     numbers = output.with_suffix(".json")
     files.check_output(output, plots.SUFFIXES)
     files.check_output(numbers, (".json",))

@@ -207,11 +207,11 @@ def read_prompts(path: pathlib.Path | None, model: ModelChoice) -> list[str]:
             raise Refusal(f"expected a prompt a line in {path}; it is empty")
         return _checked(lines, f"{path}: prompts", "mend the file")
     asking = "the model carries no prompts: give --prompts, a file of one a line"
-    if model.random:
+    if model.random is not None:
         raise Refusal(asking)
-    source = model.source()
     # From the hub JSON alone is fetched, since it may say that there is nothing to search on.
-    path = checkpoints.model_folder(SHIPPED.get(source, source), ()) / "captions.json"
+    source = SHIPPED.get(model.model, model.model)
+    path = checkpoints.find_model(source, revision=model.revision).path / "captions.json"
     if not path.exists():
         raise Refusal(asking)
     captions = files.read_json(path, what="list of captions (JSON)")

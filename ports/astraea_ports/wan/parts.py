@@ -127,6 +127,11 @@ def own_dtype(stored: str, large: bool) -> str:
     return "bfloat16" if large or stored == "bfloat16" else "float32"
 
 
+def main_dtype(transformer: Transformer) -> str:
+    """NumPy's name of the dtype that the large products of a transformer have."""
+    return max(jax.tree.leaves(transformer), key=lambda leaf: leaf.size).dtype.name
+
+
 def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int) -> Parts:
     """A model of a real size with random weights; its text encoder is a small stand-in.
 

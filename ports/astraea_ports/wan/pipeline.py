@@ -138,8 +138,8 @@ class Pipeline:
 
     @property
     def dtype(self) -> str:
-        """NumPy's name of the dtype that most of the transformer's weights have."""
-        return max(jax.tree.leaves(self.transformer), key=lambda leaf: leaf.size).dtype.name
+        """NumPy's name of the dtype that the transformer's large products have."""
+        return parts.main_dtype(self.transformer)
 
     def __call__(
         self,
