@@ -71,7 +71,6 @@ def open_parts(
         folder = checkpoints.model_folder(source, ["*.safetensors", "*.pth", "google/*"])
     tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
     text_encoder = t5.open_text_encoder(folder, dtype=dtype)
-    _check_vocabulary(tokenizer, text_encoder.template.config)
     return Parts(
         tokenizer=tokenizer,
         text_encoder=text_encoder,
@@ -146,12 +145,3 @@ _normal = jax.jit(
     lambda key, shape, dtype, scale: (jax.random.normal(key, shape) * scale).astype(dtype),
     static_argnums=(1, 2),
 )
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: t5.T5Config) -> None:
-    """Refuses a tokenizer that gives ids of which the text encoder has no row."""
-    if tokenizer.num_tokens > config.vocab_size:
-        raise Refusal(
-            f"the text encoder's vocab_size must be at least the tokenizer's "
-            f"{tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of different models"
-        )
