@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.flops import Workload
 from astraea_jax.methods import Method
 from astraea_jax.schedule import Schedule
