@@ -83,7 +83,6 @@ def open_parts(
     model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/*.json")
     tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
     text_encoder = t5.open_text_encoder(model)
-    _check_vocabulary(tokenizer, text_encoder.template.config)
     transformer = transformer_weights.open_transformer(model, precision=precision, lora=lora)
     image = vae_weights.open_vae(model)
     large = is_large(text_encoder, transformer, image)
@@ -197,12 +196,3 @@ _normal = jax.jit(
     lambda key, shape, dtype, scale: (jax.random.normal(key, shape) * scale).astype(dtype),
     static_argnums=(1, 2),
 )
-
-
-def _check_vocabulary(tokenizer: Tokenizer, config: t5.T5Config) -> None:
-    """Refuses a tokenizer that gives ids of which the text encoder has no row."""
-    if tokenizer.num_tokens > config.vocab_size:
-        raise Refusal(
-            f"the text encoder's vocab_size must be at least the tokenizer's "
-            f"{tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of different models"
-        )

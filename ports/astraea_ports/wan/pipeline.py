@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.flops import Workload
 from astraea_jax.methods import Method
 from astraea_jax.schedule import Schedule
@@ -275,14 +276,24 @@ class Pipeline:
 
         Returns:
           [2 P, M, D] or [P, M, D], padded to the model's text length with zeros.
+
+        Raises:
+          Refusal: the tokenizer has tokens of which the text encoder has no row.
         """
+        config = self.text_encoder.config
+        if self.tokenizer.num_tokens > config.vocab_size:
+            raise Refusal(
+                "the text encoder's vocab_size must be at least the tokenizer's "
+                f"{self.tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of "
+                "different models"
+            )
         texts = list(prompts)
         if negative_prompt is not None:
             texts += [negative_prompt] * len(prompts)
         return embeddings.encode(
             texts,
             self.tokenizer,
-            self.text_encoder.config.d_model,
+            config.d_model,
             lambda: self._resident("text_encoder", quiet, {}),
             cache=None if self.text_cache is None else (self.text_cache, self.text_name),
         )

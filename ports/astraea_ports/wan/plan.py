@@ -120,8 +120,9 @@ def check_size(
     frames, height, width = (operator.index(value) for value in size)
     tokens = ((frames - first) // unit + 1) * (height // rows) * (width // columns)
     if tokens > MOST_TOKENS:
+        frames, height, width, tokens = map(shown, (frames, height, width, tokens))
         raise Refusal(
-            f"{frames} frames of {height} x {width} pixels are {tokens:.3g} tokens; at most "
+            f"{frames} frames of {height} x {width} pixels are {tokens} tokens; at most "
             f"{MOST_TOKENS} are made: ask for fewer frames or pixels"
         )
     return frames, height, width
