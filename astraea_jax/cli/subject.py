@@ -5,7 +5,6 @@ First the options are checked, then prompts and configs are read, and only then 
 
 import dataclasses
 import pathlib
-from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -89,7 +88,10 @@ class Asked:
             raise Refusal(
                 f"expected at least {self.count} prompts; got {len(lines)}: ask for fewer"
             )
-        pipeline = self.model.open()
+        # Staged whatever the model: nothing is loaded for what is refused.
+        pipeline = dataclasses.replace(self.model, staged=True).open()
+        if not self.model.staged:
+            pipeline = dataclasses.replace(pipeline, text_cache=None)
         default = pipeline.defaults
         steps = default.steps if self.steps is None else self.steps
         checks.whole("steps", steps, 1, MOST_STEPS)
@@ -218,7 +220,7 @@ def read_prompts(path: pathlib.Path | None, model: ModelChoice) -> list[str]:
     return _checked(captions, f"{path}: captions", "mend the file, or give --prompts")
 
 
-def _checked(lines: Sequence[str], name: str, advice: str) -> list[str]:
+def _checked(lines: Any, name: str, advice: str) -> list[str]:
     problem = checks.ListOf(_CAPTION, 1, MOST_PROMPTS).problem(lines)
     blank = None if problem else next((i for i, each in enumerate(lines) if not each.strip()), None)
     if blank is not None:
