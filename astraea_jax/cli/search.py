@@ -136,7 +136,7 @@ def command(
         f"on {heldout} held-out prompts: {quality['psnr']:.1f} dB to the dense video, "
         f"SSIM {quality['ssim']:.3f}"
     )
-    console.print(f"written: {output}, {folder / 'pareto.png'}")
+    print(f"written: {output}, {folder / 'pareto.png'}")
 
 
 def _check(band, count: int, heldout: int, swaps: int, patience: float | None) -> None:

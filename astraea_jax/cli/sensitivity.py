@@ -4,7 +4,6 @@ import pathlib
 import time
 
 import numpy as np
-import rich.console
 
 from astraea_jax import files, report
 from astraea_jax.bench.models import Dtype, ModelChoice
@@ -67,8 +66,6 @@ def command(
     report.write_json(output.with_suffix(".json"), {"mse": lines, "solver": solver})
     plots.sensitivity(output, lines)
     shown = [{"step": step + 1, "mse": float(errors[step].mean())} for step in range(1, number)]
-    rich.console.Console().print(
-        report.table(shown, {"step": "skipped step", "mse": "mean squared error"})
-    )
+    report.show(report.table(shown, {"step": "skipped step", "mse": "mean squared error"}))
     print(f"{number - 1} schedules in {time.perf_counter() - began:.1f} s")
     print(f"written: {output}, {output.with_suffix('.json')}")
