@@ -10,6 +10,7 @@ import threading
 from collections.abc import Iterator
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal
 
 ENDING = ("SIGTERM", "SIGHUP")
 """Signals that end a program, beside Ctrl-C; what a platform lacks is passed over."""
@@ -57,24 +58,22 @@ def flush() -> None:
     """Writes what stdout still holds; there is none where it was closed from the start.
 
     Raises:
-      OSError: it is closed or full.
+      Refusal: it is closed or full; it is let go, or Python would fail once more when it ends.
     """
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        raise Refusal(f"can't print what was found ({files.reason(error)})") from error
 
 
 def of_the_system(error: OSError) -> int:
-    """Says in one line what the operating system refused, and about which files.
-
-    Where that was to print, stdout is let go: Python would fail once more when it ends.
-    """
+    """Says in one line what the operating system refused, and about which files."""
     names = [str(name) for name in (error.filename, error.filename2) if name is not None]
-    try:
+    with contextlib.suppress(Refusal):
         flush()
-    except OSError:
-        names = names or ["can't print"]
-        with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
-            os.dup2(nowhere.fileno(), sys.stdout.fileno())
     return say(": ".join([*names, files.reason(error)]))
 
 
