@@ -93,6 +93,20 @@ def reason(error: BaseException) -> str:
     return said.splitlines()[0][:200]
 
 
+def cache_folder(name: str) -> pathlib.Path | None:
+    """The user's own folder `name` for what can be made again; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            home = pathlib.Path.home()
+        except RuntimeError:  # no HOME, and no account to ask for it
+            return None
+        if not home.is_absolute():
+            return None
+        base = home / ".cache"
+    return pathlib.Path(base) / "astraea_jax" / name
+
+
 def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.Path:
     """Returns `path` if a file can be written there; call it before any long work.
 

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from astraea_jax import checks, files
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import Refusal, shown
 
 LEVELS = 10
 """Levels are tenths: level 10 computes every token, level 0 computes nothing."""
+
+MOST_STEPS = 10_000
+"""Far beyond any use: models tell a thousand noise levels apart."""
 
 _FORMAT = "astraea-schedule-1"
 
@@ -210,10 +213,12 @@ class Schedule:
 
 
 def check_steps(steps: int) -> int:
-    """Returns `steps` if it is a number of steps, at least 1; raises Refusal otherwise."""
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise Refusal(f"steps must be an integer of at least 1; got {steps!r}")
-    return steps
+    """Returns `steps` if it is a number of steps, 1..10000; raises Refusal otherwise."""
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 1:
+        raise Refusal(f"steps must be an integer of at least 1; got {shown(steps)}")
+    if steps > MOST_STEPS:
+        raise Refusal(f"steps must be at most {MOST_STEPS}; got {shown(steps)}")
+    return int(steps)
 
 
 def check_budget(budget: float) -> float:

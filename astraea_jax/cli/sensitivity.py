@@ -5,7 +5,6 @@ import time
 from collections.abc import Sequence
 
 import numpy as np
-import rich.console
 
 from astraea_jax import checks, files, report
 from astraea_jax.bench.models import TINY, Chosen
@@ -68,9 +67,7 @@ def command(
     report.write_json(numbers, {"mse": lines, "solver": solver})
     plots.sensitivity(output, lines)
     shown = [{"step": step + 1, "mse": float(errors[step].mean())} for step in range(1, number)]
-    rich.console.Console().print(
-        report.table(shown, {"step": "skipped step", "mse": "mean squared error"})
-    )
+    report.show(report.table(shown, {"step": "skipped step", "mse": "mean squared error"}))
     print(f"{number - 1} schedules in {time.perf_counter() - began:.1f} s")
     print(f"written: {output}, {numbers}")
 

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -13,10 +12,12 @@ SHIPPED = pathlib.Path(__file__).with_name("tilings.json")
 KEYS = ("implementation", "capability", "width", "queries", "keys")
 
 
-def user_table() -> pathlib.Path:
-    """Where `astraea bench attention --tune` writes what it measured on this machine."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "astraea_jax" / "tilings.json"
+def user_table() -> pathlib.Path | None:
+    """Where `astraea bench attention --tune` writes what it measured on this machine.
+
+    None where there is no home.
+    """
+    return files.cache_folder("tilings.json")
 
 
 def find(
@@ -45,8 +46,14 @@ def find(
 
 
 def remember(rows: list[dict[str, Any]]) -> pathlib.Path:
-    """Puts measured rows before what the user's table holds; returns its path."""
+    """Puts measured rows before what the user's table holds; returns its path.
+
+    Raises:
+      Refusal: the user has no home, or the table can't be written.
+    """
     path = user_table()
+    if path is None:
+        raise Refusal("there is no home folder to remember tilings in: set XDG_CACHE_HOME")
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     measured = [[row[key] for key in KEYS] for row in rows]
     old = [row for row in _rows(path) if [row[key] for key in KEYS] not in measured]
@@ -57,10 +64,13 @@ def remember(rows: list[dict[str, Any]]) -> pathlib.Path:
     return path
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, Any]]:
+def _rows(path: pathlib.Path | None) -> list[dict[str, Any]]:
+    """Rows of a table; none where there is none, or the user may not read it."""
+    if path is None:
+        return []
     try:
         return _read(path, path.stat().st_mtime_ns)
-    except FileNotFoundError:
+    except OSError:
         return []
 
 

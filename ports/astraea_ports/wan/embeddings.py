@@ -1,7 +1,6 @@
 """Text embeddings, kept on disk: a prompt that was read once needs no text encoder again."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -18,10 +17,9 @@ from astraea_ports import t5
 from astraea_ports.wan.text import Tokenizer
 
 
-def cache_folder() -> Path:
-    """Where embeddings are kept unless a caller says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "astraea_jax" / "text"
+def cache_folder() -> Path | None:
+    """Where embeddings are kept unless a caller says otherwise; None where there is no home."""
+    return files.cache_folder("text")
 
 
 def file_of(folder: Path, text_name: str, ids: Int[np.ndarray, " M"]) -> Path:
