@@ -18,7 +18,7 @@ from typing import Annotated, Literal
 
 import jax
 import tyro
-from tyro.conf import Positional, UseAppendAction, arg
+from tyro.conf import Positional, arg
 
 from astraea_jax import attention, report, solvers
 from astraea_jax.bench import attention as bench_attention

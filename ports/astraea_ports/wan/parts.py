@@ -80,7 +80,7 @@ def open_parts(
     lora = lora_files.check(lora)  # before a model is fetched
     model = checkpoints.find_model(SHIPPED.get(str(source), source), revision=revision)
     found = contents.read(model.path)
-    model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/*.json")
+    model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
     text_encoder = t5.open_text_encoder(model)
     transformer = transformer_weights.open_transformer(model, precision=precision, lora=lora)
