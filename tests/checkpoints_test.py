@@ -7,7 +7,6 @@ import struct
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -437,23 +436,6 @@ def test_model_folder(tmp_path, monkeypatch):
         if name:
             with pytest.raises(ValueError, match=r"expected the folder .*\(no such folder\)"):
                 model_folder(name)
-
-
-def test_model_from_the_hub(tmp_path, monkeypatch):
-    calls = []
-
-    def fetch(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        if name == "owner/gone":
-            raise ConnectionError("no route\nto host")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert model_folder("owner/model-1.3B") == tmp_path
-    with pytest.raises(ValueError, match=r"'owner/gone' is no folder .*\(no route\); check"):
-        model_folder("owner/gone")
-    assert [name for name, _ in calls] == ["owner/model-1.3B", "owner/gone"]
-    assert not any(pattern.endswith((".bin", ".pth", "*")) for pattern in calls[0][1][:2])
 
 
 if __name__ == "__main__":

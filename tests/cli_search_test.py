@@ -215,7 +215,7 @@ BUDGET = ["search", "--budget", "0.5"]
         ([*BUDGET, "--prompts", "none.txt", *SMALL], "file of prompts"),
         ([*BUDGET, "--prompts", "/dev/zero"], "no regular file"),
         ([*BUDGET, "--prompts", "."], "is a folder"),
-        ([*BUDGET, "--model", "wan", "--random"], "give --prompts"),
+        ([*BUDGET, "--random", "1.3B"], "give --prompts"),
         ([*BUDGET, "--negative-prompt", "noise", "--guidance", "1"], "guidance above 1"),
         (["search", "--budget", "0.45", *SMALL], "0.4 and 0.6"),
         (["search", "--budget", "1", *SMALL], "nothing to search"),

@@ -18,6 +18,7 @@ from astraea_jax.cli.generate import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_ports import tiny
+from astraea_ports.wan import parts
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -48,9 +49,10 @@ def test_schedule_file_and_gif(capsys):
     assert "tokens computed" in capsys.readouterr().out
 
 
-def test_a_checkpoint_by_name(capsys, monkeypatch):
+def test_a_large_model_is_loaded_stage_by_stage(capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-    arguments = [PROMPT, "--model", "wan", "--checkpoint", str(tiny.FOLDER), "--dtype", "float32"]
+    monkeypatch.setattr(parts, "LARGE", 0)
+    arguments = [PROMPT, "--model", str(tiny.FOLDER)]
     arguments += ["--solver", "dpm++", "--grid", "original", "--shift", "5", *SMALL]
     assert cli.main(["generate", *arguments]) == 0
     printed = capsys.readouterr()
@@ -140,10 +142,12 @@ def test_plan_takes_what_measured_best():
         (["bench"], "say what to measure"),
         (["bench", "attention", "--shapes", "moon"], "shapes must be of"),
         (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
-        (["bench", "denoise", "--model", "wan"], "add --checkpoint FOLDER (or a hub id), or"),
-        (["bench", "denoise", "--random"], "it takes no --checkpoint"),
-        (["bench", "compile", "--model", "tiny"], "expected --model wan or wan-14b"),
-        (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint belongs to --model wan"),
+        (["bench", "denoise", "--model", "wan"], "a hub id `owner/name`, got 'wan'"),
+        (["bench", "denoise", "--random", "3B"], "--random"),
+        (["bench", "denoise", "--random", "1.3B", "--model", "x"], "it takes no --model"),
+        (["generate", PROMPT, "--random", "14B", "--revision", "x"], "it takes no --model"),
+        (["bench", "compile", "--size", "2B"], "--size"),
+        (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint"),
         (["bench", "quality", "--only", "nothing like it"], "no row's description"),
         (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
         (["paint"], "paint"),

@@ -49,9 +49,8 @@ class Hub:
     def _content(self, name, file):
         content = CONTENT.get(name.split("/")[1], {}).get(file)
         if file.endswith(".safetensors.index.json"):
-            around = file.rpartition("/")[0]
-            shards = [Path(each).name for each in self.files[name]
-                      if "-of-" in each and each.rpartition("/")[0] == around]  # fmt: skip
+            stem = file.removesuffix(".safetensors.index.json")
+            shards = [Path(each).name for each in self.files[name] if each.startswith(f"{stem}-")]
             content = {"weight_map": {str(i): shard for i, shard in enumerate(shards)}}
         if file.endswith("/tokenizer.json"):
             return (tiny.FOLDER / "tokenizer/tokenizer.json").read_bytes()
@@ -191,6 +190,12 @@ def test_an_index_can_not_ask_for_other_files(hub, monkeypatch):
     assert hub.weights() == set()
 
 
+def test_the_folder_of_a_whole_model(hub):
+    assert checkpoints.model_folder(DIFFUSERS) == hub.folder
+    assert hub.weights() == WHOLE[DIFFUSERS]
+
+
+@pytest.mark.usefixtures("in_an_empty_folder")
 def test_a_revision(hub, tmp_path, capsys):
     Pipeline.from_pretrained(DIFFUSERS, revision="refs/pr/1", staged=True)
     assert hub.calls[0] == (DIFFUSERS, "refs/pr/1")
@@ -199,7 +204,8 @@ def test_a_revision(hub, tmp_path, capsys):
     assert hub.calls[0] == (DIFFUSERS, "dev")
     with pytest.raises(Refusal, match=r"revision is of a model on the hub.*is a folder"):
         load_vae(tmp_path, revision="dev")
-    line = refused(capsys, "generate", "a circle", "--model", str(tmp_path), "--revision", "dev")
+    options = ["--model", str(tmp_path), "--revision", "dev", "--no-compilation-cache"]
+    line = refused(capsys, "generate", "a circle", *options)
     assert "is a folder: leave it out" in line
 
 

@@ -224,7 +224,7 @@ def command(
     ]
     if not variants:
         raise Refusal(f"no row's description holds {only!r}; leave --only out to see them all")
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     about = {
         "environment": report.environment(),
         "model": fingerprint(pipeline.transformer),

@@ -73,7 +73,7 @@ def command(
             f"expected candidates, prompts and rounds of at least 1 and plans among {PLANS}; "
             f"got {candidates}, {prompts}, {rounds} and {plans}"
         )
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     shape = pipeline.latents_shape(*pipeline.size(frames, height, width))
     noise = jax.random.normal(jax.random.key(0), (prompts, *shape))
     context = pipeline.encode_text(["a video"] * prompts)

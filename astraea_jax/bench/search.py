@@ -111,7 +111,7 @@ def command(
         files.check_output(output / RESULTS, (".json",))
     rows_before = read_rows(known) if known else ()
     elsewhere = read_rows(starts) if starts else ()
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     if minutes > 0:
         options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}

@@ -28,7 +28,7 @@ def command(
     captions = tiny.captions()[:count]
     if not 1 <= count <= len(tiny.captions()):
         raise Refusal(f"count must be in 1..{len(tiny.captions())}; got {count}")
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     videos = []
     with report.Progress() as progress, progress.stage("videos", count) as bar:
         for seed, caption in enumerate(captions):

@@ -180,8 +180,9 @@ def stored_dtype(loadable: Loadable) -> str:
     assert isinstance(loadable, Checkpoint)
     held = collections.Counter[str]()
     for match in itertools.chain.from_iterable(loadable.matches.values()):
-        name = STORED[match.tensor.dtype]
-        held[name] += math.prod(match.tensor.shape) * np.dtype(name).itemsize
+        name = STORED.get(match.tensor.dtype, match.tensor.dtype)
+        width = np.dtype(name).itemsize if match.tensor.dtype in STORED else 1  # fp8
+        held[name] += math.prod(match.tensor.shape) * width
     return max(held, key=held.__getitem__)
 
 

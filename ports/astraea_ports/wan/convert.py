@@ -196,10 +196,10 @@ def _whole_folder(target: Path) -> Iterator[Path]:
 def _remove(folder: Path) -> None:
     """Removes a folder that threads may still be writing to: Orbax's do where it is interrupted."""
     for _ in range(100):
-        shutil.rmtree(folder, ignore_errors=True)
         if not os.path.lexists(folder):
             return
-        time.sleep(0.1)
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)  # long enough for such a thread to make it anew
 
 
 @contextlib.contextmanager

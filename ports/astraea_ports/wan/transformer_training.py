@@ -85,7 +85,7 @@ class TransformerTraining(PartTraining):
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._compiled: concurrent.futures.Future | None = None
         self._from_nothing, self._sheet = from_nothing, sheet
-        self.pipeline = Pipeline.from_pretrained(self.folder)
+        self.pipeline = Pipeline.from_pretrained(self.folder, dtype="float32", staged=False)
         empty = self.pipeline.tokenizer([""])
         self._empty = training.EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
         self.pool = LatentPool(
