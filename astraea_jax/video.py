@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from av.codec.codec import UnknownCodecError
 from av.error import FFmpegError
-from av.video.reformatter import ColorRange, Colorspace
+from av.video.reformatter import ColorRange
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
@@ -41,15 +41,8 @@ _HD_ROWS = 720
 _BT709, _BT601 = 1, 6
 """Of matrix, primaries and transfer alike, as H.264 counts them (ITU-T H.273)."""
 
-_MATRICES = {
-    _BT709: Colorspace.ITU709,
-    4: Colorspace.FCC,
-    5: Colorspace.ITU601,  # BT.470 B and G, whose matrix is BT.601's
-    _BT601: Colorspace.ITU601,
-    7: Colorspace.SMPTE240M,
-    9: Colorspace.BT2020,
-}
-"""What a frame's tag says -> the converter's word for it."""
+_MATRICES = {_BT709: 1, 4: 4, 5: 5, _BT601: 5, 7: 7, 9: 9}
+"""A frame's tag (H.273) -> swscale's number of its matrix."""
 
 _GAP = 4
 _BAR = 42
@@ -280,7 +273,10 @@ def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
         return frame.to_ndarray(format="rgb24")
     guess = _BT709 if frame.height >= _HD_ROWS else _BT601
     matrix = _MATRICES.get(frame.colorspace, _MATRICES[guess])
-    return frame.reformat(format="rgb24", src_colorspace=matrix).to_ndarray()
+    # RGB has no matrix, but older PyAV heeds the one before only if another is named after.
+    return frame.reformat(
+        format="rgb24", src_colorspace=matrix, dst_colorspace=_MATRICES[_BT601]
+    ).to_ndarray()
 
 
 def _write_gif(path: pathlib.Path, frames: np.ndarray, rate: fractions.Fraction) -> None:

@@ -168,7 +168,7 @@ def test_scales_that_contradict_each_other(tmp_path, model):
         lora.read_deltas([Lora(file)], *model)
     os.remove(tmp_path / "adapter_config.json")
     saved(tmp_path, pair(), {"lora_alpha": "3", "transformer.lora_alpha": "4"})
-    with pytest.raises(Refusal, match="says lora_alpha twice, 3 and 4"):
+    with pytest.raises(Refusal, match=r"says lora_alpha twice, (3 and 4|4 and 3)"):
         lora.read_deltas([Lora(file)], *model)
     saved(tmp_path, pair(), {"lora_adapter_metadata": "{"})
     with pytest.raises(Refusal, match=r"lora_adapter_metadata in the header .* is not valid JSON"):
