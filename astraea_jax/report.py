@@ -46,19 +46,27 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> rich.table.Table:
     return result
 
 
+class _Console(rich.console.Console):
+    """rich's, without its way to end the program where stdout is closed."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise
+
+
 def show(content: rich.table.Table) -> None:
     """Prints a table on stdout: to a terminal as wide as it is, else with no line broken.
 
     Raises:
-      OSError: stdout is closed or full.
+      Refusal: stdout is closed or full.
     """
-    console = rich.console.Console()
+    console = _Console()
     if not console.is_terminal:
-        console = rich.console.Console(width=_UNBROKEN)
-    # Printed by print: rich ends the program where stdout is closed.
-    with console.capture() as captured:
+        console = _Console(width=_UNBROKEN)
+    try:
         console.print(content)
-    print(captured.get(), end="")
+    except OSError as error:
+        raise Refusal(f"can't print a table ({files.reason(error)})") from error
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:

@@ -60,9 +60,10 @@ def flush() -> None:
     Raises:
       Refusal: it is closed or full; it is let go, or Python would fail once more when it ends.
     """
+    if sys.stdout is None:
+        return
     try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
+        sys.stdout.flush()
     except OSError as error:
         with contextlib.suppress(OSError), open(os.devnull, "w") as nowhere:
             os.dup2(nowhere.fileno(), sys.stdout.fileno())
