@@ -137,8 +137,8 @@ class Pipeline:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        negative_prompt: str = "",
-        seed: int = 0,
+        negative_prompt: str | None = "",
+        seed: int | Sequence[int] = 0,
         latents: Float[Array, "B f h w 16"] | None = None,
         method: Method | None = None,
         schedule: Schedule | None = None,
@@ -157,14 +157,15 @@ class Pipeline:
           height: pixels, a multiple of 16.
           width: pixels, a multiple of 16.
           steps: denoising steps; a schedule's length where one is given.
-          guidance: scale of classifier-free guidance; 1 or less runs no second branch.
-          negative_prompt: what the unconditional branch reads; empty as in Diffusers.
-          seed: of the noise; video i draws from (seed, i), whatever else is in the batch.
+          guidance: scale of classifier-free guidance, 0..1000; 1 or less runs no second branch.
+          negative_prompt: what the unconditional branch reads; empty as in Diffusers, or None.
+          seed: of the noise; video i draws from (seed, i), whatever else is in the batch. Of a
+            seed for each, video i draws as if made alone; a method that draws uses the first.
           latents: noise to start from instead.
           method: how steps are computed; None is the plain model.
           schedule: a level for each step; None is dense.
           solver: "unipc", "dpm++" or "euler".
-          shift: flow shift; None is the model's own.
+          shift: flow shift, above 0 and at most 1000; None is the model's own.
           grid: "diffusers" or "original" noise levels; None is the model's layout's.
           driver: see `astraea_jax.denoise`.
           progress: called as progress(stage, done, total).

@@ -1,22 +1,29 @@
 """What a pipeline is asked for, checked before any long work."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from astraea_jax import solvers
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, solvers
+from astraea_jax.checks import Refusal, shown
 from astraea_jax.methods import Dense, Method
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.vae import VAEConfig
+
+LARGEST_GUIDANCE = 1000
+LARGEST_SHIFT = 1000
+"""Beyond them float32 has nothing of the video left."""
+
+NAMED = 10
+"""Unknown words that a warning names."""
 
 OURS = str(Path(__file__).parents[1])
 """A warning points at the first line that is not of this package."""
@@ -58,8 +65,8 @@ def make(
     schedule: Schedule | None,
     method: Method | None,
     guidance: float,
-    negative_prompt: str,
-    seed: int,
+    negative_prompt: str | None,
+    seed: int | Sequence[int],
     latents: Float[Array, "B f h w C"] | None,
 ) -> Plan:
     """Checks a call; `shape` is that of one video's latents, the rest as of the call.
@@ -68,24 +75,52 @@ def make(
       Refusal: anything out of range.
     """
     check_prompts(prompts, tokenizer)
+    checks.number("guidance", guidance, 0, LARGEST_GUIDANCE)
+    shift = checks.number("shift", shift, 0, LARGEST_SHIFT, above=True)
+    negative_prompt = "" if negative_prompt is None else negative_prompt
+    if not isinstance(negative_prompt, str):
+        raise Refusal(f"negative_prompt must be text or None; got {shown(negative_prompt)}")
+    if negative_prompt.strip() and guidance <= 1:
+        warnings.warn(
+            f"a negative prompt has no effect at guidance {guidance:g}: ask for more than 1",
+            skip_file_prefixes=(OURS,),
+        )
+    seeds = check_seeds(seed, len(prompts))
     table = solvers.make(solver, steps, shift=shift, grid=grid)
     schedule = Schedule.dense(steps) if schedule is None else schedule
     if schedule.steps != steps:
         raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
         )
-    if not math.isfinite(guidance):
-        raise Refusal(f"guidance must be a finite number, 1 or less for none; got {guidance}")
     return Plan(
         prompts=list(prompts),
         negative_prompt=negative_prompt if guidance > 1 else None,
-        noise=make_noise(len(prompts), shape, seed, latents),
+        noise=make_noise(len(prompts), shape, seeds, latents),
         solver=table,
         schedule=schedule,
         method=Dense() if method is None else method,
         guidance=guidance if guidance > 1 else None,
-        seed=seed,
+        seed=seeds[0][0],
     )
+
+
+def check_seeds(seed: Any, count: int) -> list[tuple[int, int]]:
+    """The seed of each of `count` videos, and its place among the videos of that seed.
+
+    With one seed the places count up; with one for each video, a video is as if made alone.
+
+    Raises:
+      Refusal: a seed out of range, or another number of them than of videos.
+    """
+    listed = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+    if listed and len(seed) != count:
+        raise Refusal(f"expected a seed, or one for each of {count} videos; got {len(seed)} seeds")
+    pairs: list[tuple[Any, int]]
+    pairs = [(each, 0) for each in seed] if listed else [(seed, place) for place in range(count)]
+    for each, _ in pairs:
+        if checks.Whole(0, 2**32 - 1).problem(each) is not None:
+            raise Refusal(f"seed must be an integer in 0..2^32-1; got {shown(each)}")
+    return [(int(each), place) for each, place in pairs]
 
 
 def check_size(
@@ -119,12 +154,14 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise Refusal(
-                f"a prompt must say something; got {prompt!r}: describe the video to make"
+                f"a prompt must say something; got {shown(prompt)}: describe the video to make"
             )
-    unknown = [word for prompt in prompts for word in tokenizer.unknown_words(prompt)]
+    unknown = list(dict.fromkeys(w for prompt in prompts for w in tokenizer.unknown_words(prompt)))
     if unknown:
+        named = [word if len(word) <= checks.SHOWN else shown(word) for word in unknown[:NAMED]]
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         warnings.warn(
-            f"the model does not know: {', '.join(dict.fromkeys(unknown))}; "
+            f"the model does not know: {', '.join(named)}{more}; "
             "it can only spell such words, and the video may not show them",
             skip_file_prefixes=(OURS,),
         )
@@ -133,17 +170,15 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
 def make_noise(
     count: int,
     shape: tuple[int, int, int, int],
-    seed: int,
+    seeds: Sequence[tuple[int, int]],
     latents: Float[Array, "B f h w C"] | None,
 ) -> Float[Array, "B f h w C"]:
-    """Noise of `count` videos; that of video i depends on the seed and i alone."""
+    """Noise of `count` videos; see `check_seeds` for what each draws from."""
     if latents is not None:
         if tuple(latents.shape) != (count, *shape):
             raise Refusal(
                 f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
             )
         return jnp.asarray(latents, jnp.float32)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise Refusal(f"seed must be an integer in 0..2^32-1; got {seed!r}")
-    keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
+    keys = [jax.random.fold_in(jax.random.key(seed), place) for seed, place in seeds]
     return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])

@@ -4,10 +4,11 @@ Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/tokenizers.py` (cleanin
 """
 
 import html
+import itertools
 import json
 import os
 import re
-import string
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import Refusal, shown
 from astraea_ports import checkpoints
 
 LONGEST = 1 << 20  # "no limit" is written as 10^30 in tokenizer_config.json
@@ -31,7 +32,7 @@ def clean_prompt(text: str) -> str:
       Refusal: the text is no string.
     """
     if not isinstance(text, str):
-        raise Refusal(f"expected a prompt as a string, got {text!r}")
+        raise Refusal(f"expected a prompt as a string, got {shown(text)}")
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -145,7 +146,7 @@ class Tokenizer:
                 words = [m[0] for m in re.finditer(r"\S+", prompt) if m.end() > cut]
                 warnings.warn(
                     f"a prompt has {len(encoding.ids)} tokens, the limit is {self.length} (with "
-                    f"the end token): dropped {' '.join(words)!r}; shorten it",
+                    f"the end token): dropped {shown(' '.join(words))}; shorten it",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -169,12 +170,18 @@ class Tokenizer:
         """
         found: dict[str, None] = {}
         for word in clean_prompt(prompt).split():
-            if self._unknown in self._backend.encode(word, add_special_tokens=False).ids:
-                found[word.strip(string.punctuation) or word] = None
-                continue
+            if self._has_unknown(word):
+                # Only the part that can't be spelled is named, not the word that it touches; and
+                # a mark between words is no word.
+                parts = [(kind, "".join(signs)) for kind, signs in itertools.groupby(word, _kind)]
+                blamed = [each for each in parts if self._has_unknown(each[1])] or [("L", word)]
+                found.update(dict.fromkeys(part for kind, part in blamed if kind != "P"))
             runs = re.findall(r"[^\W\d_]+", word)  # letters only: digits are always spelled
             found.update(dict.fromkeys(run for run in runs if self._is_spelled(run)))
         return tuple(found)
+
+    def _has_unknown(self, word: str) -> bool:
+        return self._unknown in self._backend.encode(word, add_special_tokens=False).ids
 
     def _is_spelled(self, word: str) -> bool:
         encoding = self._backend.encode(word, add_special_tokens=False)
@@ -184,6 +191,12 @@ class Tokenizer:
         # A word's start may be a token by itself, with the span of the letter after it.
         marked = encoding.offsets[:1] == encoding.offsets[1:2]
         return num_tokens - marked > len(word)
+
+
+def _kind(sign: str) -> str:
+    """L for letters and the marks upon them, N for digits, else what kind of sign it is."""
+    kind = unicodedata.category(sign)[0]
+    return "L" if kind == "M" else kind
 
 
 def _special(config: Mapping[str, Any], name: str) -> str | None:

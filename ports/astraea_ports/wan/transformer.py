@@ -105,7 +105,10 @@ class Transformer(nnx.Module):
                 )
             grid.append(size // patch)
         if max(grid) > config.rope_max_seq_len:
-            raise Refusal(f"expected at most {config.rope_max_seq_len} an axis; got {grid}")
+            raise Refusal(
+                f"expected at most {config.rope_max_seq_len} tokens along an axis (frames, height, "
+                f"width); got {grid}: ask for fewer frames or pixels"
+            )
         patch_values = int(np.prod(config.patch_size)) * config.out_channels
         frames, height, width = grid
         return core.Geometry(
