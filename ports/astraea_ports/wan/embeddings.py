@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal, shown
 from astraea_jax.timing import timed_jit
 from astraea_ports import t5
 from astraea_ports.wan.text import Tokenizer
@@ -30,12 +31,14 @@ def file_of(folder: Path, text_name: str, ids: Int[np.ndarray, " M"]) -> Path:
 
 
 def read(path: Path, shape: tuple[int, int]) -> Float[Array, "M D"] | None:
-    """An embedding, or None where there is none of this shape that can be read."""
+    """An embedding, or None where there is none of this shape, finite, that can be read."""
     try:
         embedding = load_file(path)["embedding"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return jnp.asarray(embedding) if embedding.shape == shape else None
+    if embedding.shape != shape or not np.isfinite(embedding).all():
+        return None
+    return jnp.asarray(embedding)
 
 
 def write(path: Path, embedding: Float[Array, "M D"]) -> None:
@@ -71,6 +74,9 @@ def encode(
       width: channels of an embedding, D.
       encoder: gives the encoder; called only if a text is not in the cache.
       cache: the folder that keeps embeddings, and the encoder's name in it.
+
+    Raises:
+      Refusal: an embedding is not finite; it is not kept.
     """
     different = list(dict.fromkeys(texts))
     tokens, module = tokenizer(different), None
@@ -83,6 +89,11 @@ def encode(
             embedding = jax.block_until_ready(
                 _encode(module, jnp.asarray(ids[None]), jnp.asarray(mask[None]))
             )[0]
+            if not np.isfinite(jax.device_get(embedding)).all():
+                raise Refusal(
+                    f"the text encoder gave NaN or infinity for {shown(text)}: check its weights "
+                    "and dtype"
+                )
             if path is not None:
                 write(path, embedding)
         found[text] = embedding

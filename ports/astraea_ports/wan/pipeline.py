@@ -202,6 +202,9 @@ class Pipeline:
             context = self.encode_text(plan.prompts, plan.negative_prompt)
         report("text", 1, 1)
         denoised = self._denoise(plan, context, driver, trace, report, seconds)
+        stages.check_finite(
+            "denoising", denoised.latents, "the transformer's weights, LoRA, dtype and guidance"
+        )
         video = self.decode(denoised.latents, report, seconds)
         branches = 1 if plan.guidance is None else 2
         return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)

@@ -75,8 +75,8 @@ def make(
       Refusal: anything out of range.
     """
     check_prompts(prompts, tokenizer)
-    checks.number("guidance", guidance, 0, LARGEST_GUIDANCE)
-    shift = checks.number("shift", shift, 0, LARGEST_SHIFT, above=True)
+    seeds = check_seeds(seed, len(prompts))
+    check_numbers(0, guidance, shift)
     negative_prompt = "" if negative_prompt is None else negative_prompt
     if not isinstance(negative_prompt, str):
         raise Refusal(f"negative_prompt must be text or None; got {shown(negative_prompt)}")
@@ -85,8 +85,7 @@ def make(
             f"a negative prompt has no effect at guidance {guidance:g}: ask for more than 1",
             skip_file_prefixes=(OURS,),
         )
-    seeds = check_seeds(seed, len(prompts))
-    table = solvers.make(solver, steps, shift=shift, grid=grid)
+    table = solvers.make(solver, steps, shift=float(shift), grid=grid)
     schedule = Schedule.dense(steps) if schedule is None else schedule
     if schedule.steps != steps:
         raise Refusal(
@@ -102,6 +101,15 @@ def make(
         guidance=guidance if guidance > 1 else None,
         seed=seeds[0][0],
     )
+
+
+def check_numbers(seed: Any, guidance: float | None, shift: float | None) -> None:
+    """Refuses what no model can do, before one is opened; None is the model's own."""
+    check_seeds(seed, 1)
+    if guidance is not None:
+        checks.number("guidance", guidance, 0, LARGEST_GUIDANCE)
+    if shift is not None:
+        checks.number("shift", shift, 0, LARGEST_SHIFT, above=True)
 
 
 def check_seeds(seed: Any, count: int) -> list[tuple[int, int]]:
