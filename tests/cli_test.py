@@ -1,9 +1,15 @@
 """The command line: what it makes, and one clear line for every mistake."""
 
+import errno
+import importlib
+import io
 import json
 import os
 import pathlib
+import pwd
+import signal
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +17,11 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from astraea_jax import cli, video
+from astraea_jax import cli, files, video
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench.models import ModelChoice, read_lora
+from astraea_jax.checks import Refusal
+from astraea_jax.cli import compiled, ending
 from astraea_jax.cli.generate import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
@@ -135,6 +143,12 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--schedule", "none.json"], "expected a schedule file"),
         (["generate", PROMPT, "--method", "fast"], "fast"),
         (["generate", PROMPT, "--seed", "-1"], "seed must be"),
+        (["generate", PROMPT, "--seed", str(2**64)], "seed must be an integer in 0..2^32-1"),
+        (["generate", PROMPT, "--steps", "1000000000"], "steps must be at most 10000"),
+        (["generate", PROMPT, "--guidance", "1e300"], "guidance must be a number at least 0"),
+        (["generate", PROMPT, "--guidance", "nan"], "guidance must be a number at least 0"),
+        (["generate", PROMPT, "--shift", "1e308"], "shift must be a number above 0 and at most"),
+        (["generate", PROMPT, "--budget", "[/b]"], "[/b]"),
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
         (["bench"], "say what to measure"),
@@ -186,7 +200,8 @@ def test_interrupted_run_leaves_nothing(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(video, "_write_mp4", interrupt)
-    assert "stopped" in refused(capsys, "generate", PROMPT, *SMALL)
+    assert cli.main(["generate", PROMPT, *SMALL]) == 128 + signal.SIGINT
+    assert "stopped" in capsys.readouterr().err
     assert os.listdir() == []
 
 
@@ -212,7 +227,152 @@ def test_every_method_has_a_name_on_the_command_line():
 
 def test_compiled_programs_are_kept_in_a_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cli.cache_folder() == tmp_path / "cache" / "astraea_jax" / "compiled"
+    assert compiled.folder() == tmp_path / "cache" / "astraea_jax" / "compiled"
+
+
+@pytest.fixture
+def no_cache_of_compiled_programs():
+    """Whatever a test does with JAX's cache ends with it."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_cache_of_compiled_programs")
+def test_a_users_own_compilation_cache_stays():
+    jax.config.update("jax_compilation_cache_dir", "mine")
+    compiled.keep()
+    assert jax.config.jax_compilation_cache_dir == "mine"
+
+
+@pytest.mark.usefixtures("no_cache_of_compiled_programs")
+def test_no_home_is_done_without_and_said(capsys, monkeypatch):
+    def no_account(_):
+        raise KeyError("uid")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    assert compiled.folder() is None and files.cache_folder("text") is None
+    assert cli.main(["info"]) == 0
+    assert "no home folder" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="no home folder"):
+        compiled.keep()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(capsys):
+    said = set()
+    for name in ("jit_a", "jit_b"):
+        text = "Error writing persistent compilation cache entry for "
+        text += f"'{name}': PermissionError: [Errno 13] Permission denied: '/cache/{name}'"
+        ending.show_warning(said, text)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "compiled programs can't be kept: PermissionError" in line
+
+
+def runs(monkeypatch, action):
+    """Puts a command in place of `info`."""
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda: action())
+    return cli.main(["info"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_cleans_up_as_ctrl_c_does(capsys, monkeypatch, name):
+    number, cleaned = getattr(signal, name), []
+
+    def action():
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(10)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(number)
+    assert runs(monkeypatch, action) == 128 + number
+    assert cleaned and "stopped" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+def test_main_of_another_thread_sets_no_handlers(monkeypatch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(runs(monkeypatch, lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_only_a_refusal_and_the_system_lose_their_traceback(capsys, monkeypatch):
+    def fail(error):
+        def action():
+            raise error
+
+        return action
+
+    assert runs(monkeypatch, fail(Refusal("first line\n  second line"))) == 2
+    assert capsys.readouterr().err == "astraea: first line\n  second line\n"
+    full = OSError(errno.ENOSPC, "No space left on device", "a [/b].mp4")
+    assert runs(monkeypatch, fail(full)) == 2
+    assert capsys.readouterr().err == "astraea: a [/b].mp4: No space left on device\n"
+    assert runs(monkeypatch, fail(Refusal("x" * 100_000))) == 2
+    assert len(capsys.readouterr().err) < 3000
+    with pytest.raises(ValueError, match="of a library"):
+        runs(monkeypatch, fail(ValueError("of a library")))
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(Refusal):
+        runs(monkeypatch, fail(Refusal("told in full")))
+
+
+class FullStream(io.StringIO):
+    """What can't be written to."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_stdout_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", FullStream())
+    assert cli.main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert said == "astraea: can't print a table (No space left on device)\n"
+
+
+def test_lora_files_do_not_take_the_prompt(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda request, _: seen.append(request) or [{"name": "dense"}])
+    arguments = ["generate", "--lora", "a.safetensors", "--lora", "b.safetensors:0.5", PROMPT]
+    assert cli.main([*arguments, "--no-compilation-cache"]) == 0
+    assert seen[0].prompt == PROMPT
+    assert seen[0].model.lora == ("a.safetensors", "b.safetensors:0.5")
+
+
+def test_a_path_is_printed_as_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda *_: [{"name": "dense", "tokens": "[/b]"}])
+    name = f"{'long ' * 30}[final] [/b].mp4"
+    assert cli.main(["generate", PROMPT, "-o", name, "--no-compilation-cache"]) == 0
+    assert f"written: {name}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_what_can_not_be_written_is_kept_elsewhere(monkeypatch, tmp_path, encodes):
+    module = importlib.import_module("astraea_jax.cli.generate")
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    if not encodes:
+
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(video, "_write_mp4", fail)
+    latents = np.ones((2, 1, 4, 4, 16), np.float32)
+    picture = np.zeros((2, 32, 32, 3), np.uint8)
+    said = module.keep(pathlib.Path("full/out.mp4"), picture, latents)
+    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert str(kept) in said
+    if encodes:
+        assert video.read_video(kept).shape == picture.shape
+    else:
+        assert np.array_equal(np.load(kept), latents)
 
 
 def test_bench_denoise_small(capsys):

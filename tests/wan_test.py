@@ -22,7 +22,8 @@ from astraea_jax.methods import Astraea, Dense
 from astraea_jax.schedule import Schedule
 from astraea_ports import checkpoints, tiny
 from astraea_ports.matching import best_table, match_tensors
-from astraea_ports.wan import transformer_weights
+from astraea_ports.wan import plan as plans
+from astraea_ports.wan import stages, transformer_weights
 from astraea_ports.wan.config import CONFIGS
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer import Transformer
@@ -400,7 +401,10 @@ def test_defaults_are_the_folders():
         (PROMPT, {"steps": 0}, "steps must be an integer of at least 1; got 0"),
         (PROMPT, {"guidance": float("nan")}, "guidance must be .*; got nan"),
         (PROMPT, {"guidance": float("inf")}, "guidance must be .*; got inf"),
-        (PROMPT, {"shift": 0.0}, "shift must be a number above 0; got 0.0"),
+        (PROMPT, {"shift": 0.0}, "shift must be a number above 0 and at most 1000; got 0.0"),
+        (PROMPT, {"shift": 1e308}, r"shift must be .* at most 1000; got 1e\+308"),
+        (PROMPT, {"guidance": 1e300}, r"guidance must be .* at most 1000; got 1e\+300"),
+        (PROMPT, {"seed": [1, 2]}, "a seed, or one for each of 1 videos; got 2 seeds"),
         (PROMPT, {"solver": "ddim"}, "solver must be one of unipc, dpm.*, euler; got 'ddim'"),
         (PROMPT, {"seed": -1}, r"seed must be an integer in 0\.\.2\^32-1; got -1"),
         (PROMPT, {"seed": 2**32}, r"seed must be an integer in 0\.\.2\^32-1; got 4294967296"),
@@ -435,6 +439,42 @@ def test_wrong_types_are_refused(as_a_user):
         pipeline()(PROMPT, **SIZE | {"height": 32.0})
     with pytest.raises(ValueError, match=r"seed must be an integer .* got '3'"):
         pipeline()(PROMPT, seed="3", **SIZE)
+
+
+def test_seeds_of_a_batch_are_those_of_videos_alone():
+    assert plans.check_seeds(7, 2) == [(7, 0), (7, 1)]
+    assert plans.check_seeds([3, np.int64(4)], 2) == [(3, 0), (4, 0)]
+    shape = pipeline().latents_shape(*SIZE.values())
+    both = plans.make_noise(2, shape, plans.check_seeds([3, 4], 2), None)
+    alone = plans.make_noise(1, shape, plans.check_seeds(4, 1), None)
+    assert np.array_equal(both[1], alone[0])
+
+
+def test_a_negative_prompt_that_does_nothing_is_warned_of():
+    # No steps, so that nothing runs after the prompts are checked.
+    options = SIZE | {"steps": 0, "guidance": 1.0}
+    with pytest.raises(ValueError, match="steps"), pytest.warns(UserWarning, match="no effect"):
+        pipeline()(PROMPT, negative_prompt="a blue square", **options)
+    with pytest.raises(ValueError, match="steps"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipeline()(PROMPT, negative_prompt=None, **options)
+
+
+def test_nan_is_said_at_its_stage():
+    values = np.ones((2, 3), np.float32)
+    stages.check_finite("denoising", values, "the weights")
+    values[1, 0] = np.nan
+    with pytest.raises(
+        ValueError, match=r"denoising gave NaN .* in 1 of 2 videos \(2\): check the"
+    ):
+        stages.check_finite("denoising", values, "the weights")
+
+
+def test_long_prompts_are_cut_in_a_warning():
+    words = " ".join(f"qz{letter}xv" for letter in "abcdefghijklmnop") + " " + "q" * 100_000
+    with pytest.warns(UserWarning, match="and 7 more") as warned:
+        plans.check_prompts([words], pipeline().tokenizer)
+    assert all(len(str(each.message)) < 500 for each in warned)
 
 
 def test_unknown_words_are_named_in_a_warning():
