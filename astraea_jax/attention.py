@@ -124,10 +124,12 @@ def _online_softmax(q, k, v, scale):
     if num_keys <= KEY_TILE:
         total, normaliser, largest = _tile(q, k, v, scale, None)
     else:
+        rows = (batch, heads, num_queries)
+        # Like the queries also in how they differ over devices, where a `shard_map` checks it.
         start = (
-            jnp.zeros((batch, heads, num_queries, width), jnp.float32),
-            jnp.zeros((batch, heads, num_queries), jnp.float32),
-            jnp.full((batch, heads, num_queries), -jnp.inf, jnp.float32),
+            jnp.zeros_like(q, jnp.float32, (*rows, width)),
+            jnp.zeros_like(q, jnp.float32, rows),
+            jnp.full_like(q, -jnp.inf, jnp.float32, rows),
         )
         num_tiles = -(-num_keys // KEY_TILE)
         body = functools.partial(_add_tile, q=q, k=k, v=v, scale=scale)

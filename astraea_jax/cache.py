@@ -14,7 +14,8 @@ class TokenCache(NamedTuple):
     """What each block remembers of each token. Caches start as zeros; widths may be 0.
 
     L blocks, B batch rows (guidance branch, prompt), N tokens, H width; S is L when every block
-    selects for itself and 1 when one selection serves all.
+    selects for itself and 1 when one selection serves all (or one for each way in which kinds of
+    block split the tokens).
 
     Attributes:
       out: the block's output, or what it added, when the token was last computed; in the dtype of
@@ -22,7 +23,7 @@ class TokenCache(NamedTuple):
       lse: natural log-sum-exp of the token's attention when last computed, float32.
       age: computed steps since the token was last computed, 0..127.
       reference: the input that a change is measured against, or its sketch; width 0 or leading
-        axis 1 where a variant needs no more.
+        axis S or 1 where a variant needs no more.
     """
 
     out: Float[Array, "L B N H"]

@@ -210,6 +210,18 @@ class OrNone:
 
 
 @dataclasses.dataclass(frozen=True)
+class EitherOf:
+    """What any of several rules takes."""
+
+    rules: tuple[Rule, ...]
+
+    def problem(self, value: Any) -> str | None:
+        """See `Rule`."""
+        problems = [rule.problem(value) for rule in self.rules]
+        return None if None in problems else " or ".join(map(str, problems))
+
+
+@dataclasses.dataclass(frozen=True)
 class Anything:
     """A field that is known and not used here."""
 

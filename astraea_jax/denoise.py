@@ -7,23 +7,25 @@ jitted, donated step for each level that the schedule uses, with big tiles.
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
-from typing import Literal, NamedTuple
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Integer, Key
 
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
-from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold
+from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold, seeded
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
-from astraea_jax.schedule import Schedule
+from astraea_jax.schedule import LEVELS, Schedule, check_levels
 from astraea_jax.solvers import Solver, SolverState
-from astraea_jax.timing import timed_jit
+from astraea_jax.timing import timed_jit, tracing
 
 Driver = Literal["dynamic", "static"]
 
@@ -70,6 +72,11 @@ class Settings(NamedTuple):
         """Whether steps that reused a velocity are corrected once the next one is known."""
         return getattr(self.method, "correct", False)
 
+    @property
+    def apart(self) -> bool:
+        """Whether a token's velocity may be computed in one guidance branch and not in another."""
+        return self.num_branches > 1 and not getattr(self.method, "fresh_alike", False)
+
 
 def denoise(
     model: VideoDiT,
@@ -77,7 +84,7 @@ def denoise(
     context: Float[Array, "B M D"],
     *,
     solver: Solver,
-    schedule: Schedule | Int[Array, "T"] | None = None,
+    schedule: Schedule | Sequence[int] | Integer[Array, "T"] | np.ndarray | None = None,
     method: Method | None = None,
     guidance: float | Float[Array, ""] | None = None,
     key: Key[Array, ""] | None = None,
@@ -93,56 +100,69 @@ def denoise(
       context: text embeddings padded to the model's text length; with guidance the P conditional
         rows first, then the P unconditional ones.
       solver: of `solvers.unipc` or `solvers.euler`, T steps.
-      schedule: a level for each step; None is dense. An int array of levels 0..10 (its first 10)
-        may be traced.
+      schedule: a level for each step; None is dense. A list, tuple or array of levels 0..10 (its
+        first 10) does too, and with the dynamic driver may be traced: it is then not checked.
       method: None is the plain model.
       guidance: scale of classifier-free guidance, or None for none. Each branch has a cache.
       key: for methods that draw; None is key 0.
       driver: "dynamic" or "static".
-      progress: called with the number of finished steps, 1..T, after each.
+      progress: called with the number of finished steps, 1..T, after each; not from a program of
+        which the run is a part.
       trace: whether to return which tokens were computed.
 
     Returns:
       The denoised latents, and the trace.
 
     Raises:
-      Refusal: shapes, schedule and solver that do not fit, before anything is computed.
+      Refusal: shapes, schedule and solver that do not fit, or levels that the method can't do,
+        before anything is computed.
     """
     method = Dense() if method is None else method
-    settings = _check(model, latents, context, solver, schedule, method, guidance, trace)
-    levels = np.full(solver.steps, 10, np.int8) if schedule is None else schedule
-    levels = levels.array() if isinstance(levels, Schedule) else levels
-    key = jax.random.key(0) if key is None else key
-    scale = jnp.float32(1.0 if guidance is None else guidance)
-    latents = jnp.asarray(latents, jnp.float32)
+    settings = check(model, latents, context, method, guidance, trace)
+    if driver not in ("dynamic", "static"):
+        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
+    if progress is not None and tracing():
+        raise Refusal(
+            "progress expects to be called while this call runs; got a call that is traced, as a "
+            "part of a program that runs later, or many times: leave progress out, or call "
+            "denoise outside of jit, vmap and grad"
+        )
+    levels = _levels(schedule, solver, method, driver)
+    key = seeded(0) if key is None else key
+    scale = _as_float32(1.0 if guidance is None else guidance)
+    latents, context = _as_float32(latents), _placed(context)
     if driver == "static":
         return _static(model, latents, context, solver, levels, scale, key, settings, progress)
-    if driver != "dynamic":
-        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
-    with _listening(progress):
-        denoised = dynamic_loop(
-            model, latents, context, solver, levels, scale, key,
-            settings=settings, report=progress is not None,
-        )  # fmt: skip
-        if progress is not None:
-            jax.block_until_ready(denoised)
-            jax.effects_barrier()
+    solver, levels = _placed((solver, levels))
+    run = functools.partial(
+        dynamic_loop, model, latents, context, solver, levels, scale, key, settings=settings
+    )
+    if progress is None:
+        return run()
+    with _listening(progress) as listener:
+        denoised = jax.block_until_ready(run(listener=_placed(listener)))
+        jax.effects_barrier()
     return denoised
 
 
-@timed_jit(static=("settings", "report"))
-def dynamic_loop(model, latents, context, solver, levels, guidance, key, *, settings, report):
-    """The whole loop as one program; levels, solver, guidance and key are data."""
+@timed_jit(static=("settings",))
+def dynamic_loop(
+    model, latents, context, solver, levels, guidance, key, *, settings, listener=None
+):
+    """The whole loop as one program; levels, solver, guidance, key and listener are data."""
     prepared = model.prepare(context, settings.geometry)
-    step = loop_step(model, prepared, guidance, key, settings=settings, report=report)
+    step = loop_step(model, prepared, guidance, key, settings=settings, listener=listener)
     indices = jnp.arange(solver.steps, dtype=jnp.int32)
-    state = start(model, latents, settings)
+    state = start(model, latents, settings, (prepared, solver, levels, guidance, key))
     state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
     return Denoised(state.latents, traces)
 
 
-def loop_step(model, prepared, guidance, key, *, settings: Settings, report: bool = False):
-    """The body of a scan over (solver row, level, index of the step), level being data."""
+def loop_step(model, prepared, guidance, key, *, settings: Settings, listener=None):
+    """The body of a scan over (solver row, level, index of the step), level being data.
+
+    `listener` is the number under which `_listening` keeps whom to tell; None tells nobody.
+    """
     method = settings.method
 
     def step(state: LoopState, xs):
@@ -156,10 +176,11 @@ def loop_step(model, prepared, guidance, key, *, settings: Settings, report: boo
             choice = (inputs.level >= 0).astype(jnp.int32)
         else:
             choice = method.decide(state.method, inputs)
+        runs = [functools.partial(_alike, run, _varying_axes(state)) for run in runs]
         forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
         state = advance(model, state, forward, solver_row, guidance, settings)
-        if report:
-            jax.debug.callback(_report_step, index + 1, ordered=False)
+        if listener is not None:
+            jax.debug.callback(_report_step, listener, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
 
     return step
@@ -167,18 +188,20 @@ def loop_step(model, prepared, guidance, key, *, settings: Settings, report: boo
 
 def _static(model, latents, context, solver, levels, guidance, key, settings, progress):
     """A host loop over compiled steps, one for each mode that the schedule uses."""
-    levels = [int(level) for level in np.asarray(levels)]
+    levels = [int(level) for level in jax.device_get(levels)]
     modes = [settings.method.static_mode(level) for level in levels]
     prepared, state = start_static(model, latents, context, settings=settings)
     traces = []
-    # Numbers of the host's: a small model's step is shorter than it takes to put them on a device.
-    table = jax.tree.map(np.asarray, solver)
-    for index, (mode, level) in enumerate(zip(modes, levels, strict=True)):
-        row = jax.tree.map(lambda leaf, i=index: leaf[i], table)
+    # Cut on the host and sent at once: a small model's step is shorter than to cut on a device.
+    table = jax.device_get(solver)
+    numbers = [
+        (jax.tree.map(lambda leaf, i=index: leaf[i], table), np.int8(level), np.int32(index))
+        for index, level in enumerate(levels)
+    ]
+    for index, (mode, number) in enumerate(zip(modes, _placed(numbers), strict=True)):
         state, step_trace = static_step(
-            model, prepared, state, row, np.int8(level), np.int32(index), guidance, key,
-            settings=settings, mode=mode,
-        )  # fmt: skip
+            model, prepared, state, *number, guidance, key, settings=settings, mode=mode
+        )
         traces.append(step_trace)
         if progress is not None:
             jax.block_until_ready(state.latents)
@@ -190,7 +213,8 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
 @timed_jit(static=("settings",))
 def start_static(model, latents, context, *, settings) -> tuple[Prepared, LoopState]:
     """What the static driver starts from."""
-    return model.prepare(context, settings.geometry), start(model, latents, settings)
+    prepared = model.prepare(context, settings.geometry)
+    return prepared, start(model, latents, settings, prepared)
 
 
 @timed_jit(static=("settings", "mode"), donate=("state",))
@@ -204,14 +228,16 @@ def static_step(
     return state, forward.trace if settings.trace else ()
 
 
-def start(model, latents, settings: Settings) -> LoopState:
-    """The state before the first step."""
+def start(model, latents, settings: Settings, others=()) -> LoopState:
+    """The state before the first step; `others` is what the steps are given beside it."""
     batch = latents.shape[0] * settings.num_branches
     # A copy, because the state is donated and the caller keeps the noise.
     latents = jnp.array(latents, copy=True)
     method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
-    gap = solvers.no_gap(latents) if settings.correct else ()
-    return LoopState(latents, solvers.init(latents), method_state, gap)
+    parts = settings.num_branches if settings.apart else 1
+    gap = solvers.no_gap(latents, parts) if settings.correct else ()
+    state = LoopState(latents, solvers.init(latents), method_state, gap)
+    return _varying(state, _varying_axes((model, latents, others)))
 
 
 def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
@@ -240,15 +266,20 @@ def advance(model, state, forward, solver_row, guidance, settings: Settings) -> 
     # guidance would be fused with the head here and not there, and differ in the last bit.
     velocity = lax.optimization_barrier(forward.velocity)
     velocity = model.unpatchify(velocity, settings.geometry)
-    if settings.num_branches == 2:
-        conditional, unconditional = jnp.split(velocity, 2)
+    branches = jnp.split(velocity, settings.num_branches)
+    if len(branches) == 2:
+        conditional, unconditional = branches
         velocity = unconditional + guidance * (conditional - unconditional)
     latents, history, gap = state.latents, state.solver, state.gap
     if settings.correct:
-        fresh = _fresh(model, forward, settings)
+        # The guided velocity is a sum of the branches': what each adds to the gap is its share.
+        parts, shares = velocity[None], (1.0,)
+        if settings.apart:
+            parts, shares = jnp.stack(branches), (guidance, 1 - guidance)
         latents, history, gap = solvers.close_gap(
-            gap, history, latents, velocity, fresh, jnp.asarray(solver_row.sigma)
-        )
+            gap, history, latents, parts, _fresh(model, forward, settings),
+            jnp.asarray(solver_row.sigma), shares=shares,
+        )  # fmt: skip
         latents, history = lax.optimization_barrier((latents, history))
         gap = solvers.widen_gap(solver_row, gap)
     latents, history = solvers.step(solver_row, history, latents, velocity)
@@ -256,14 +287,15 @@ def advance(model, state, forward, solver_row, guidance, settings: Settings) -> 
 
 
 def _fresh(model, forward, settings: Settings):
-    """Which latents' velocities were computed at this step, in every guidance branch."""
+    """Which latents' velocities were computed at this step: in each branch, where these differ."""
     patches = (*forward.velocity.shape[:2], settings.geometry.patch_values)
     fresh = jnp.broadcast_to(forward.fresh[..., None].astype(jnp.float32), patches)
     fresh = model.unpatchify(fresh, settings.geometry)
-    return jnp.stack(jnp.split(fresh, settings.num_branches)).min(axis=0) > 0
+    branches = jnp.stack(jnp.split(fresh, settings.num_branches)) > 0
+    return branches if settings.apart else branches[:1]
 
 
-def _check(model, latents, context, solver, schedule, method, guidance, trace) -> Settings:
+def check(model, latents, context, method, guidance, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2
@@ -272,32 +304,89 @@ def _check(model, latents, context, solver, schedule, method, guidance, trace) -
             f"expected context of {branches * latents.shape[0]} rows ({branches} guidance "
             f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
         )
-    if isinstance(schedule, Schedule):
-        for level in sorted(set(schedule.levels)):
-            method.static_mode(level)
-    if schedule is not None:
-        length = schedule.steps if isinstance(schedule, Schedule) else schedule.shape[0]
-        if length != solver.steps:
-            raise Refusal(
-                f"expected a schedule of {solver.steps} levels, one a solver step; got {length}"
-            )
     return Settings(method, geometry, branches, trace)
 
 
-_listener: Callable[[int], None] | None = None
+def _levels(schedule, solver: Solver, method: Method, driver: Driver):
+    """The schedule as data, int8 [T]; as it is where it is traced."""
+    if isinstance(schedule, jax.core.Tracer):
+        if driver == "static":
+            raise Refusal(
+                'driver "static" needs levels that are known; use "dynamic" in jitted code'
+            )
+        if schedule.shape != (solver.steps,) or not jnp.issubdtype(schedule.dtype, jnp.integer):
+            raise Refusal(
+                f"levels must be integers in 0..{LEVELS}, one per step ({solver.steps}); "
+                f"got traced {schedule.dtype} of shape {schedule.shape}"
+            )
+        return schedule
+    if isinstance(schedule, jax.Array):
+        schedule = jax.device_get(schedule)
+    return np.asarray(known_levels(schedule, solver.steps, method), np.int8)
 
 
-def _report_step(done) -> None:
-    """Called by the running program; the listener is looked up late, so it causes no retrace."""
-    if _listener is not None:
-        _listener(int(done))
+def known_levels(schedule, steps: int, method: Method, *, dense_start: int = 1) -> tuple[int, ...]:
+    """Levels that are known (None is dense), refused where they are none or the method's none."""
+    if schedule is None:
+        schedule = (LEVELS,) * steps
+    levels = check_levels(schedule, steps=steps, dense_start=dense_start)
+    for level in sorted(set(levels)):
+        method.static_mode(level)
+    return levels
+
+
+def _varying_axes(tree) -> frozenset[str]:
+    """Axes of a mesh that any leaf differs over, inside a `shard_map` that checks it."""
+    types = (jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(tree))
+    return frozenset[str]().union(*(each.varying for each in types))
+
+
+def _varying(tree, axes: frozenset[str]):
+    """The same numbers, typed as if all of them differed over the axes: what a loop carries."""
+
+    def cast(leaf):
+        missing = axes - jax.typeof(leaf).manual_axis_type.varying
+        return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
+
+    return jax.tree.map(cast, tree)
+
+
+def _alike(forward, axes: frozenset[str], *operands):
+    """`forward` with results that differ over the same axes, whichever mode it runs."""
+    return _varying(forward(*operands), axes)
+
+
+def _placed(tree):
+    """Numbers of the host's sent to the device by name, as a transfer guard asks."""
+    return tree if tracing() else jax.device_put(tree)
+
+
+def _as_float32(values) -> Any:
+    """Values as a float32 array of the device's."""
+    if isinstance(values, jax.Array):
+        return values.astype(jnp.float32)
+    return _placed(np.asarray(values, np.float32))
+
+
+_listeners: dict[int, Callable[[int], None]] = {}
+"""Whom to tell, by the number that a running program has as data: another one causes no retrace."""
+
+_numbers = itertools.count()
+
+
+def _report_step(listener, done) -> None:
+    """Called by the running program, also of a run that has ended in an error."""
+    tell = _listeners.get(int(listener))
+    if tell is not None:
+        tell(int(done))
 
 
 @contextlib.contextmanager
-def _listening(progress: Callable[[int], None] | None) -> Iterator[None]:
-    global _listener
-    before, _listener = _listener, progress
+def _listening(progress: Callable[[int], None]) -> Iterator[np.int32]:
+    """A number of this run's own, under which `_report_step` finds whom to tell."""
+    number = next(_numbers) % 2**31
+    _listeners[number] = progress
     try:
-        yield
+        yield np.int32(number)
     finally:
-        _listener = before
+        del _listeners[number]

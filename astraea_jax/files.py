@@ -93,6 +93,20 @@ def reason(error: BaseException) -> str:
     return said.splitlines()[0][:200]
 
 
+def cache_folder(name: str) -> pathlib.Path | None:
+    """The user's own folder `name` for what can be made again; None for a user without a home."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    if not base:
+        try:
+            home = pathlib.Path.home()
+        except RuntimeError:  # no HOME, and no account to ask for it
+            return None
+        if not home.is_absolute():
+            return None
+        base = home / ".cache"
+    return pathlib.Path(base) / "astraea_jax" / name
+
+
 def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.Path:
     """Returns `path` if a file can be written there; call it before any long work.
 
@@ -132,6 +146,40 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
     return path
+
+
+def check_folder(path: str | os.PathLike) -> pathlib.Path:
+    """Returns `path` if it is a folder, or one can be made there; what this tries is undone.
+
+    Raises:
+      Refusal: it is something else, or can't be made or written to.
+    """
+    path, made = pathlib.Path(path), []
+    try:
+        for each in reversed([path, *path.parents]):
+            if not each.is_dir():
+                each.mkdir()
+                made.append(each)
+        probe = _partial(path / "probe")
+        with contextlib.suppress(FileNotFoundError):
+            probe.unlink()
+        probe.touch()
+        probe.unlink()
+    except (OSError, ValueError) as error:  # ValueError: a null byte in the name
+        raise Refusal(f"can't write to folder {path} ({reason(error)}): choose another") from error
+    finally:
+        for each in reversed(made):
+            with contextlib.suppress(OSError):
+                each.rmdir()
+    return path
+
+
+def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
+    """Refuses an output that is one of the inputs: it would be lost."""
+    target = pathlib.Path(output).resolve()
+    for path in inputs:
+        if path is not None and pathlib.Path(path).resolve() == target:
+            raise Refusal(f"{output} would be written over what is read: choose another name")
 
 
 def _target(path: pathlib.Path) -> tuple[pathlib.Path, os.stat_result | None]:

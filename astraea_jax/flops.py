@@ -22,6 +22,8 @@ class Workload:
       ffn_width: hidden channels of the feed-forward.
       text_tokens: keys of the cross-attention, padding included where the model attends to it.
       keys: keys that a query attends to in self-attention; N, or the size of its group.
+      groups: groups of tokens that have equally many rows computed; see `schedule.rows_at`. A
+        model of several kinds of block is a workload for each.
     """
 
     num_blocks: int
@@ -30,6 +32,11 @@ class Workload:
     ffn_width: int
     text_tokens: int
     keys: int
+    groups: int = 1
+
+    def rows_at(self, level: int) -> int:
+        """Tokens computed in each block at `level` (0..10)."""
+        return rows_at(level, self.num_tokens, self.groups)
 
 
 class BlockFlops(NamedTuple):
@@ -90,7 +97,7 @@ def run_flops(
     """
     text = text_flops(workload)
     computed = [level for level in levels if level]
-    total = sum(step_flops(workload, rows_at(level, workload.num_tokens)) for level in computed)
+    total = sum(step_flops(workload, workload.rows_at(level)) for level in computed)
     return branches * (total + text * (len(computed) if text_every_step else 1))
 
 
@@ -99,4 +106,4 @@ def speedup_bound(workload: Workload, level: int) -> float:
     if not 1 <= level <= LEVELS:
         raise Refusal(f"level must be in 1..{LEVELS}; got {level}")
     dense = step_flops(workload, workload.num_tokens)
-    return dense / step_flops(workload, rows_at(level, workload.num_tokens))
+    return dense / step_flops(workload, workload.rows_at(level))

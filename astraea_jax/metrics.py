@@ -72,7 +72,8 @@ def mse(
         raise Refusal(
             f"expected two arrays of equal shape; got {reference.shape} and {video.shape}"
         )
-    difference = np.asarray(reference, np.float64) - np.asarray(video, np.float64)
+    reference, video = jax.device_get((reference, video))
+    difference = reference.astype(np.float64) - video.astype(np.float64)
     return float(np.mean(np.square(difference)))
 
 
@@ -82,7 +83,7 @@ def to_uint8(video: Float[np.ndarray | jax.Array, "*S"]) -> UInt8[np.ndarray, "*
     Raises:
       Refusal: values that are no floats, or NaN among them.
     """
-    values = np.asarray(video)
+    values = jax.device_get(video)
     if values.dtype.kind in "biu":
         raise Refusal(f"expected floats in [0, 1]; got {values.dtype}: it needs no conversion")
     values = values.astype(np.float32)

@@ -24,6 +24,9 @@ from astraea_jax.checks import Refusal
 
 Row = Mapping[str, Any]
 
+_UNBROKEN = 100_000
+"""Columns of what is read by programs: no line is broken."""
+
 
 def table(rows: Sequence[Row], columns: Mapping[str, str]) -> rich.table.Table:
     """A table for the terminal.
@@ -37,10 +40,33 @@ def table(rows: Sequence[Row], columns: Mapping[str, str]) -> rich.table.Table:
     """
     result = rich.table.Table(box=rich.box.SIMPLE_HEAD, pad_edge=False)
     for index, heading in enumerate(_headings(columns)):
-        result.add_column(heading, justify="right" if index else "left")
+        result.add_column(rich.text.Text(heading), justify="right" if index else "left")
     for row in rows:
         result.add_row(*(rich.text.Text(_cell(row.get(key))) for key in columns))
     return result
+
+
+class _Console(rich.console.Console):
+    """rich's, without its way to end the program where stdout is closed."""
+
+    def on_broken_pipe(self) -> None:
+        """Called while the error is handled."""
+        raise
+
+
+def show(content: rich.table.Table) -> None:
+    """Prints a table on stdout: to a terminal as wide as it is, else with no line broken.
+
+    Raises:
+      Refusal: stdout is closed or full.
+    """
+    console = _Console()
+    if not console.is_terminal:
+        console = _Console(width=_UNBROKEN)
+    try:
+        console.print(content)
+    except OSError as error:
+        raise Refusal(f"can't print a table ({files.reason(error)})") from error
 
 
 def markdown(rows: Sequence[Row], columns: Mapping[str, str]) -> str:
@@ -107,7 +133,7 @@ class Progress(contextlib.AbstractContextManager):
         """Writes to `console`; None means stderr."""
         self._console = console or rich.console.Console(stderr=True)
         self._bars = rich.progress.Progress(
-            rich.progress.TextColumn("{task.description}"),
+            rich.progress.TextColumn("{task.description}", markup=False),
             rich.progress.BarColumn(),
             rich.progress.MofNCompleteColumn(),
             rich.progress.TimeElapsedColumn(),
@@ -138,7 +164,9 @@ class Progress(contextlib.AbstractContextManager):
         if self._bars.disable:
             unit = f"{steps} steps, " if steps > 1 else ""
             seconds = time.perf_counter() - start
-            self._console.print(f"{name}: {unit}{seconds:.1f} s", highlight=False)
+            # No markup, no line broken; and a stderr that is closed or full costs no work.
+            with contextlib.suppress(OSError):
+                print(f"{name}: {unit}{seconds:.1f} s", file=self._console.file, flush=True)
 
 
 class Stage:

@@ -18,8 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from astraea_jax.checks import Refusal
-
-LEVELS = 10
+from astraea_jax.schedule import LEVELS, rows_per_level
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +35,8 @@ class SelectionConfig:
 
     Attributes:
       scope: "block": every block selects for itself, as the paper. "step": one selection a step,
-        made on the tokens that enter the first block, serves all blocks (FIXED-TOKEN).
+        made on the tokens that enter the first block, serves all blocks (FIXED-TOKEN); where kinds
+        of block split the tokens into unlike groups, one for each way of splitting them.
       branches: "separate": the guidance branches (conditional, unconditional) select each for
         itself. "shared": one selection, by their mean score; staleness that differs between the
         branches is multiplied by the guidance scale.
@@ -130,7 +130,9 @@ def view(tokens: Float[Array, "B N H"], config: SelectionConfig) -> Float[Array,
     """What of the tokens is kept as the reference: themselves, or their sketch in float32."""
     if config.reference != "sketch":
         return tokens
-    return tokens.astype(jnp.float32) @ sketch_matrix(tokens.shape[-1], config)
+    matrix = sketch_matrix(tokens.shape[-1], config)
+    # A GPU would round both to TF32, and the score with them.
+    return jnp.matmul(tokens.astype(jnp.float32), matrix, precision="highest")
 
 
 def change(
@@ -179,7 +181,7 @@ def random_score(
 ) -> Float[Array, "B N"]:
     """Uniform scores in [0, 1); branches alike when they share a selection."""
     copies = num_branches if config.branches == "shared" else 1
-    drawn = jax.random.uniform(key, (shape[0] // copies, shape[1]))
+    drawn = jax.random.uniform(key, (shape[0] // copies, shape[1]), jnp.float32)
     return jnp.tile(drawn, (copies, 1))
 
 
@@ -206,8 +208,8 @@ def order(
 ) -> Int[Array, "B M"]:
     """Positions of the tokens by falling score; ties by age, then by a fixed permutation.
 
-    Every tenth of the answer (M / 10 entries, M = 10 * ceil(N / groups / 10) * groups) is one
-    level's worth of rows and holds as many rows of each group. Entries past the tokens are N.
+    Every tenth of the answer (M / 10 = `rows_per_level` entries) is one level's worth of rows and
+    holds as many rows of each group. Entries past the tokens are N.
 
     Args:
       scores: of `score`.
@@ -231,7 +233,7 @@ def order(
         dimension=2,
         num_keys=3,
     )
-    padding = -size % LEVELS
+    padding = LEVELS * rows_per_level(size) - size
     ranked = jnp.pad(ranked, ((0, 0), (0, 0), (0, padding)), constant_values=num_tokens)
     return ranked.swapaxes(1, 2).reshape(batch, -1)
 
@@ -248,6 +250,6 @@ def selected_mask(
 
 def overlap(first: Bool[Array, "B N"], second: Bool[Array, "B N"]) -> Float[Array, "B"]:
     """Jaccard index of two selections, in 0..1; 1 where both are empty."""
-    both = (first & second).sum(axis=-1)
-    either = (first | second).sum(axis=-1)
+    both = (first & second).sum(axis=-1, dtype=jnp.float32)
+    either = (first | second).sum(axis=-1, dtype=jnp.float32)
     return jnp.where(either == 0, 1.0, both / jnp.maximum(either, 1))

@@ -7,6 +7,7 @@ needs no new program.
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -14,10 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import check_steps
 
 _TRAIN_STEPS = 1000
+
+SHIFTS = 0.001, 1000.0
+"""Least and largest flow shift: beyond them, noise levels run together at one end."""
 
 
 class Solver(NamedTuple):
@@ -90,11 +95,15 @@ def step(
 
 
 class Gap(NamedTuple):
-    """What is known of the steps since a velocity was last computed; all of the latents' shape.
+    """What is known of the steps since a velocity was last computed.
 
     While a velocity is reused the truth is thought to lie on a straight line in sigma from the
     last computed velocity to the next one, whose slope is not yet known. A solver is linear, so
     what that slope does to the sample and to its history is one weight for each.
+
+    All are of the latents' shape behind an axis of R: the parts of the velocity that are computed
+    and reused apart from one another. There is one, the guided velocity, where the guidance
+    branches compute the same tokens, and else one for each branch.
 
     Attributes:
       sigma: where the velocity was last computed; 2, above any noise level, before the first.
@@ -109,41 +118,48 @@ class Gap(NamedTuple):
     history: SolverState
 
 
-def no_gap(latents: Float[Array, "*shape"]) -> Gap:
+def no_gap(latents: Float[Array, "*shape"], parts: int = 1) -> Gap:
     """Before the first step."""
-    zeros = jnp.zeros(latents.shape, jnp.float32)
-    return Gap(zeros + 2, zeros, zeros, init(latents))
+    zeros = jnp.zeros((parts, *latents.shape), jnp.float32)
+    return Gap(zeros + 2, zeros, zeros, init(zeros))
 
 
 def close_gap(
     gap: Gap,
     state: SolverState,
     latents: Float[Array, "*shape"],
-    velocity: Float[Array, "*shape"],
-    fresh: Bool[Array, "*shape"],
+    velocity: Float[Array, "R *shape"],
+    fresh: Bool[Array, "R *shape"],
     sigma: Float[Array, ""],
+    *,
+    shares: Sequence[float | Float[Array, ""]] = (1.0,),
 ) -> tuple[Float[Array, "*shape"], SolverState, Gap]:
     """Corrects the sample and the history where a velocity has been computed anew.
 
     The result is what the solver would have reached, had the steps since the last computed
-    velocity used the line between the two instead of the older one.
+    velocity used the line between the two instead of the older one, in each part.
 
     Args:
       gap: since the last computed velocity.
       state: the solver's history.
       latents: the sample at this step.
-      velocity: at this step, reused where it is not fresh.
+      velocity: parts of the velocity at this step, each reused where it is not fresh.
       fresh: where it has been computed at this step.
       sigma: this step's noise level.
+      shares: what each part counts in the velocity that the solver is given.
     """
     slope = (velocity - gap.velocity) / (gap.sigma - sigma)
 
     def corrected(value, weight):
-        return jnp.where(fresh & (weight != 0), value + weight * slope, value)
+        for part, share in enumerate(shares):
+            add = share * (weight[part] * slope[part])
+            value = jnp.where(fresh[part] & (weight[part] != 0), value + add, value)
+        return value
 
     latents = corrected(latents, gap.latents)
     state = SolverState(*map(corrected, state, gap.history))
-    closed = no_gap(latents)._replace(sigma=jnp.full_like(gap.sigma, sigma), velocity=velocity)
+    zeros = jnp.zeros_like(gap.latents)
+    closed = Gap(jnp.full_like(gap.sigma, sigma), velocity, zeros, init(zeros))
     return latents, state, jax.tree.map(lambda new, old: jnp.where(fresh, new, old), closed, gap)
 
 
@@ -161,14 +177,14 @@ def euler(steps: int, *, shift: float = 3.0, grid: Grid = "diffusers") -> Solver
     """Euler on the grid of Diffusers' FlowMatchEulerDiscreteScheduler, or the original's.
 
     Args:
-      steps: number of steps, at least 1.
-      shift: flow shift, above 0; larger spends more steps on high noise.
+      steps: number of steps, 1..10_000.
+      shift: flow shift, in 0.001..1000; larger spends more steps on high noise.
       grid: Diffusers' (shifted twice at the low end, times with fractions) or that of the
         original's UniPC.
 
     Source: Diffusers scheduling_flow_match_euler_discrete.
     """
-    _check(steps, shift, grid)
+    steps, shift = _checked(steps, shift, grid)
     if grid == "original":
         sigmas = _unipc_sigmas(steps, shift, grid)
         timesteps = np.trunc(_TRAIN_STEPS * sigmas[:-1])
@@ -187,14 +203,14 @@ def unipc(steps: int, *, shift: float = 3.0, grid: Grid = "diffusers") -> Solver
     """UniPC of order 2 (bh2, predicting the clean sample).
 
     Args:
-      steps: number of steps, at least 1.
-      shift: flow shift, above 0.
+      steps: number of steps, 1..10_000.
+      shift: flow shift, in 0.001..1000.
       grid: Diffusers' UniPC with use_flow_sigmas, or the original's FlowUniPC.
 
     Source: Diffusers scheduling_unipc_multistep; Wan 2.1 utils/fm_solvers_unipc; UniPC, arXiv
     2302.04867.
     """
-    _check(steps, shift, grid)
+    steps, shift = _checked(steps, shift, grid)
     sigmas = _unipc_sigmas(steps, shift, grid)
     half_log_snr = _half_log_snr(sigmas)
     correct, predict = np.zeros((steps, 5)), np.zeros((steps, 3))
@@ -212,13 +228,13 @@ def dpmpp(steps: int, *, shift: float = 3.0, grid: Grid = "original") -> Solver:
     """DPM-Solver++ of order 2 (midpoint, predicting the clean sample), first order at both ends.
 
     Args:
-      steps: number of steps, at least 1.
-      shift: flow shift, above 0.
+      steps: number of steps, 1..10_000.
+      shift: flow shift, in 0.001..1000.
       grid: the original's FlowDPM++, which starts at pure noise, or that of Diffusers' UniPC.
 
     Source: Wan 2.1 utils/fm_solvers; DPM-Solver++, arXiv 2211.01095.
     """
-    _check(steps, shift, grid)
+    steps, shift = _checked(steps, shift, grid)
     if grid == "original":
         sigmas = np.append(_shifted(np.linspace(1.0, 0.0, steps + 1)[:steps], shift), 0.0)
     else:
@@ -243,7 +259,7 @@ def make(name: str, steps: int, *, shift: float = 3.0, grid: Grid = "diffusers")
     """The solver called `name`.
 
     Raises:
-      Refusal: an unknown name or grid, steps below 1, or a shift that is not above 0.
+      Refusal: an unknown name or grid, or a number of steps or a shift out of range.
     """
     if name not in SOLVERS:
         raise Refusal(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
@@ -315,12 +331,10 @@ def _shifted(sigma, shift: float):
     return shift * sigma / (1 + (shift - 1) * sigma)
 
 
-def _check(steps: int, shift: float, grid: str) -> None:
-    check_steps(steps)
-    if grid not in get_args(Grid):
-        raise Refusal(f"grid must be {' or '.join(get_args(Grid))}; got {grid!r}")
-    if not (isinstance(shift, int | float) and shift > 0 and math.isfinite(shift)):
-        raise Refusal(f"shift must be a number above 0; got {shift!r}")
+def _checked(steps: int, shift: float, grid: str) -> tuple[int, float]:
+    """Steps and shift as plain numbers."""
+    checks.one_of("grid", grid, get_args(Grid))
+    return check_steps(steps), checks.number("shift", shift, *SHIFTS)
 
 
 def _table(sigmas, timesteps, correct, predict) -> Solver:

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 import av
 import jax
 import numpy as np
+from av.codec.codec import UnknownCodecError
 from av.error import FFmpegError
+from av.video.reformatter import ColorRange
 from jaxtyping import Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
 from astraea_jax.metrics import to_uint8
 
@@ -26,9 +28,26 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 _QUALITY = "17"
 """x264's constant rate factor: lower is better and larger; 17 looks lossless."""
 
+_LARGEST_SIDE = 16384
+"""Pixels; x264 and its players know no more."""
+
+_SLOWEST, _FASTEST = fractions.Fraction(1, 100), 1000
+_FILM_RATES = (24, 30, 48, 60, 120)
+"""Frames a second that television slows by 1000/1001 and writes as 23.976, 29.97, ..."""
+
+_HD_ROWS = 720
+"""From here on players take BT.709 for the colours of a file that does not say, below BT.601."""
+
+_BT709, _BT601 = 1, 6
+"""Of matrix, primaries and transfer alike, as H.264 counts them (ITU-T H.273)."""
+
+_MATRICES = {_BT709: 1, 4: 4, 5: 5, _BT601: 5, 7: 7, 9: 9}
+"""A frame's tag (H.273) -> swscale's number of its matrix."""
+
 _GAP = 4
 _BAR = 42
 _LARGEST_FONT, _SMALLEST_FONT = 16, 9
+_LONGEST_TITLE = 400  # letters; two lines hold fewer, and to break more takes seconds
 _GAINS = (50, 20, 10, 5, 2)
 _DIMMED = 0.25
 
@@ -47,38 +66,53 @@ def check_output(path: str | os.PathLike) -> pathlib.Path:
     return files.check_output(path, VIDEO_SUFFIXES)
 
 
-def write_video(path: str | os.PathLike, video: Video, *, fps: float = 16) -> None:
+def write_video(
+    path: str | os.PathLike, video: Video, *, fps: float | fractions.Fraction = 16
+) -> None:
     """Writes an .mp4 (H.264) or a .gif; the file is there whole or not at all.
 
-    Odd sizes get one more row or column in an .mp4, which knows even sizes only. A .gif counts
-    time in hundredths of a second, so its frame rate is the nearest that this allows.
+    An .mp4 says what its colours are (BT.709 from 720 rows, BT.601 below) and has its index before
+    its frames, so that it plays while it is fetched. Odd sizes get one more row or column there,
+    since it knows even sizes only. A .gif counts time in hundredths of a second, so its frame rate
+    is the nearest that this allows.
 
     Args:
       path: where to; the suffix decides the format.
       video: the frames.
-      fps: frames per second, above 0.
+      fps: frames per second in 0.01..1000, exact where it is an int or a Fraction; 23.976 and its
+        like mean 24000/1001.
 
     Raises:
-      Refusal: as `check_output`; no video; or no frame rate.
+      Refusal: as `check_output`; no video, or one of more than 16384 pixels a side; no frame rate;
+        or it could not be encoded or written.
     """
     path = check_output(path)
-    frames = _frames(video)
-    if not fps > 0:
-        raise Refusal(f"fps must be above 0; got {fps}")
+    frames, rate = _frames(video), _rate(fps)
+    if max(frames.shape[1:3]) > _LARGEST_SIDE:
+        raise Refusal(
+            f"expected a video of at most {_LARGEST_SIDE} pixels a side; got "
+            f"{frames.shape[1]}x{frames.shape[2]}: write fewer panels"
+        )
     write = _write_gif if path.suffix.lower() == ".gif" else _write_mp4
-    with files.replacing(path) as partial:
-        write(partial, frames, fps)
+    try:
+        with files.replacing(path) as partial:
+            write(partial, frames, rate)
+    except (FFmpegError, UnknownCodecError) as error:
+        raise Refusal(
+            f"can't write {path} ({files.reason(error)}): make room, or choose another name or .gif"
+        ) from error
 
 
 def read_video(path: str | os.PathLike) -> Pixels:
-    """Reads every frame of a video file.
+    """Reads every frame of a video file, its colours as the file says or as players guess.
 
     Raises:
       Refusal: no such file, or nothing in it that can be decoded.
     """
+    files.check_input(path, what="video file")
     try:
         with av.open(os.fspath(path)) as container:
-            frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+            frames = [_to_rgb(frame) for frame in container.decode(video=0)]
     except (OSError, FFmpegError, IndexError) as error:
         raise Refusal(f"expected a video file at {path}; {error}") from error
     if not frames:
@@ -195,22 +229,59 @@ def contact_sheet(
     return _join(rows, 0)
 
 
-def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+def _rate(fps: float | fractions.Fraction) -> fractions.Fraction:
+    """Frames per second as the exact fraction that is meant."""
+    known = int | float | fractions.Fraction | np.integer | np.floating
+    number = isinstance(fps, known) and not isinstance(fps, bool)
+    if not number or not _SLOWEST <= fps <= _FASTEST:
+        raise Refusal(
+            "fps must be a number or a Fraction of frames per second in 0.01..1000; got "
+            f"{checks.shown(fps)}"
+        )
+    if isinstance(fps, fractions.Fraction):
+        return fps.limit_denominator(1 << 16)  # a file has 32 bits for it
+    for film in _FILM_RATES:
+        slowed = fractions.Fraction(film * 1000, 1001)
+        if abs(fps - slowed) < 0.005:
+            return slowed
+    return fractions.Fraction(float(fps)).limit_denominator(1000)
+
+
+def _write_mp4(path: pathlib.Path, frames: np.ndarray, rate: fractions.Fraction) -> None:
     odd_rows, odd_columns = frames.shape[1] % 2, frames.shape[2] % 2
     frames = np.pad(frames, ((0, 0), (0, odd_rows), (0, odd_columns), (0, 0)), mode="edge")
-    with av.open(os.fspath(path), "w") as container:
-        rate = fractions.Fraction(fps).limit_denominator(1000)
+    colours = _BT709 if frames.shape[1] >= _HD_ROWS else _BT601
+    with av.open(os.fspath(path), "w", options={"movflags": "+faststart"}) as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": _QUALITY})
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
+        codec = stream.codec_context
+        codec.colorspace = codec.color_primaries = codec.color_trc = colours
+        codec.color_range = int(ColorRange.MPEG)
         for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+            picture = av.VideoFrame.from_ndarray(frame, format="rgb24").reformat(
+                format="yuv420p",
+                dst_colorspace=_MATRICES[colours],
+                dst_color_range=ColorRange.MPEG,
+            )
+            container.mux(stream.encode(picture))
         container.mux(stream.encode(None))
 
 
-def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+def _to_rgb(frame: av.VideoFrame) -> np.ndarray:
+    if frame.format.is_rgb or frame.format.has_palette:
+        return frame.to_ndarray(format="rgb24")
+    guess = _BT709 if frame.height >= _HD_ROWS else _BT601
+    matrix = _MATRICES.get(frame.colorspace, _MATRICES[guess])
+    # RGB has no matrix, but older PyAV heeds the one before only if another is named after.
+    return frame.reformat(
+        format="rgb24", src_colorspace=matrix, dst_colorspace=_MATRICES[_BT601]
+    ).to_ndarray()
+
+
+def _write_gif(path: pathlib.Path, frames: np.ndarray, rate: fractions.Fraction) -> None:
     first, *rest = [Image.fromarray(frame) for frame in frames]
-    milliseconds = max(10, 10 * round(100 / fps))
+    milliseconds = max(10, 10 * round(100 / rate))
     first.save(path, save_all=True, append_images=rest, duration=milliseconds, loop=0)
 
 
@@ -245,6 +316,9 @@ def _join(panels: Sequence[np.ndarray], axis: int) -> np.ndarray:
 
 def _titled(frames: np.ndarray, title: str) -> np.ndarray:
     """The frames with a bar above them: black on white, at most two lines, as large as fits."""
+    if not isinstance(title, str):
+        raise Refusal(f"expected a title as text; got {checks.shown(title)}")
+    title = title[:_LONGEST_TITLE]
     width, height = frames.shape[2], _BAR
     image = Image.new("RGB", (width, height), "white")
     draw = ImageDraw.Draw(image)

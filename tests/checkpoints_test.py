@@ -1,10 +1,12 @@
 """Loading of safetensors checkpoints: what fits, and one error for everything that does not."""
 
 import json
+import math
+import os
+import struct
 import sys
 from pathlib import Path
 
-import huggingface_hub
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -13,7 +15,8 @@ import pytest
 from flax import nnx
 from safetensors.numpy import save_file
 
-from astraea_ports import checkpoints
+from astraea_jax.checks import Refusal
+from astraea_ports import checkpoints, tensor_files
 from astraea_ports.checkpoints import Entry, load_parameters, model_folder, read_config
 
 TABLE = (
@@ -158,7 +161,7 @@ def test_all_problems_at_once(tmp_path, template):
     assert "layers.0.weight: expected [2, 3] for blocks.kernel, got [2, 3], that is [3, 2]" in text
     assert "layers.1.weight: expected [2, 3] for blocks.kernel, got [2], that is [2] here" in text
     assert r"blocks.bias, layer 1: expected a key like layers\.(?P<layer>\d+)\.bias" in text
-    assert "conv.bias: expected one of BF16, F16, F32, F64, got I32" in text
+    assert "conv.bias: expected one of BF16, F16, F32, F64, F8_E4M3, F8_E5M2, got I32" in text
     assert r"conv.kernel: expected a key like (conv)\.weight, got none" in text
 
 
@@ -203,6 +206,162 @@ def test_other_formats(tmp_path, template):
         load_parameters(tmp_path / "model.bin", template, TABLE)
     with pytest.raises(ValueError, match=r"got model\.bin; convert"):
         load_parameters(tmp_path, template, TABLE)
+
+
+# --- Files of weights that are broken, huge or something else.
+
+
+def by_hand(file, header, data=b"", length=None):
+    """Safetensors as the library would not write it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    file.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+    return file
+
+
+def one(shape, dtype="F32", end=4, start=0):
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+
+
+ENTRY = json.dumps(one([1])).encode()
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"header": {}, "length": 2**63}, "its header would have 9223372036854775808 bytes"),
+        ({"header": {}, "length": (16 << 20) + 1}, "its header would have"),
+        ({"header": b"[" * 100_000}, "not a readable safetensors file"),
+        ({"header": b'{"\xff": 1}'}, "not a readable safetensors file"),
+        ({"header": b'{"a": %s, "a": %s}' % (ENTRY, ENTRY), "data": bytes(4)}, "name 'a' twice"),
+        ({"header": {"a" * 501: one([1])}, "data": bytes(4)}, "a name of 501 letters"),
+        ({"header": {f"a{i}": one([0], end=0) for i in range(10_001)}}, "at most 10000 tensors"),
+        ({"header": {"conv.bias": one([2**40, 2**20], end=0)}}, "not a readable safetensors file"),
+        ({"header": {"conv.bias": one([0, 2**63], end=0)}}, "too few or too many axes"),
+        ({"header": {"conv.bias": one([0, 2**64 - 1], end=0)}}, "too few or too many axes"),
+        ({"header": {"conv.bias": one([1] * 100)}, "data": bytes(4)}, "too few or too many axes"),
+        ({"header": {"conv.bias": one([-1])}, "data": bytes(4)}, "not a readable safetensors file"),
+        ({"header": {"conv.bias": one([1], end=8)}, "data": bytes(4)}, "not a readable"),
+        ({"header": {"conv.bias": one([1])}, "data": bytes(9)}, "not a readable"),
+        ({"header": {"conv.bias": one([4], "F8_E8M0")}, "data": bytes(4)}, "got F8_E8M0"),
+        ({"header": {"conv.bias": one([8], "F4")}, "data": bytes(4)}, "got F4"),
+        ({"header": {"layers." + "9" * 400 + ".bias": one([1])}, "data": bytes(4)}, "layers 0..1"),
+    ],
+)
+def test_a_broken_header(tmp_path, template, content, message):
+    file = by_hand(tmp_path / "model.safetensors", **content)
+    with pytest.raises(Refusal, match=message):
+        load_parameters(file, template, TABLE)
+
+
+def test_every_flipped_bit_of_a_header_is_refused_or_read(tmp_path, template):
+    whole = saved(tmp_path, tensors()).read_bytes()
+    length = 8 + struct.unpack("<Q", whole[:8])[0]
+    random = np.random.default_rng(0)
+    for place in random.integers(0, length, 150):
+        broken = bytearray(whole)
+        broken[place] ^= 1 << random.integers(8)
+        (tmp_path / "model.safetensors").write_bytes(broken)
+        try:
+            check(load_parameters(tmp_path, template, TABLE), tensors())
+        except Refusal:
+            continue
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"GGUF\3\0\0\0" + bytes(40), "a GGUF file"),
+        (b"PK\3\4" + bytes(40), "a PyTorch pickle"),
+        (b"\x80\2}q\0." * 9, "a Python pickle"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "a git-lfs pointer"),
+        (b"<!DOCTYPE html><html>", "a web page"),
+        (b"", "it is empty"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, template, content, message):
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(Refusal, match=f"is not a readable safetensors file .{message}"):
+        load_parameters(tmp_path, template, TABLE)
+
+
+def test_only_regular_files_are_opened(tmp_path):
+    os.mkfifo(tmp_path / "model.safetensors")
+    os.mkfifo(tmp_path / "model.pth")
+    for file in (tmp_path / "model.safetensors", Path("/dev/zero"), tmp_path):
+        with pytest.raises(Refusal, match=r"it is (no regular file|a folder)"):
+            tensor_files.TensorFiles([file]).tensors()
+    with pytest.raises(Refusal, match="it is no regular file"):
+        tensor_files.TensorFiles([tmp_path / "model.pth"])
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16, ml_dtypes.bfloat16])
+def test_nan_is_refused_by_the_name_of_its_parameter(tmp_path, template, dtype, value):
+    values = {key: tensor.astype(dtype) for key, tensor in tensors().items()}
+    values["layers.1.weight"][2, 1] = value
+    with pytest.raises(Refusal, match=r"layers\.1\.weight in .* holds NaN or infinity"):
+        load_parameters(saved(tmp_path, values), template, TABLE)
+
+
+@pytest.mark.parametrize("dtype", [*tensor_files.FP8.values(), np.float16, ml_dtypes.bfloat16])
+def test_patterns_of_bits_are_finite_or_not(dtype):
+    width = np.dtype(dtype).itemsize
+    values = np.arange(0, 256**width, 8 * width - 7, dtype=f"u{width}").view(dtype)
+    finite = np.isfinite(values.astype(np.float32))
+    assert all(tensor_files.all_finite(values[i : i + 1]) == finite[i] for i in range(len(finite)))
+    large = np.zeros(1 << 19, np.float32)
+    assert tensor_files.all_finite(large)
+    large[-1] = math.nan
+    assert not tensor_files.all_finite(large)
+    assert tensor_files.all_finite(np.zeros((0, 3), np.float32))
+    assert tensor_files.all_finite(np.array(7))
+
+
+def test_numbers_that_the_dtype_cannot_hold(tmp_path, template):
+    path = saved(tmp_path, tensors(**{"conv.bias": np.full(4, 1e5, np.float32)}))
+    with pytest.raises(Refusal, match=r"conv\.bias: expected numbers within the range of float16"):
+        load_parameters(path, template, TABLE, dtype=jnp.float16)
+    assert load_parameters(path, template, TABLE, dtype=jnp.bfloat16).conv.bias[...][0] > 9e4
+
+
+@pytest.mark.parametrize("stored", tensor_files.FP8)
+def test_eight_bit_floats(tmp_path, template, stored):
+    narrow = {key: value.astype(tensor_files.FP8[stored]) for key, value in tensors().items()}
+    header, data = {}, b""
+    for key, value in narrow.items():
+        end = len(data) + value.nbytes
+        header[key] = one(list(value.shape), stored, end, len(data))
+        data += value.tobytes()
+    path = by_hand(tmp_path / "model.safetensors", header, data)
+    check(load_parameters(path, template, TABLE), narrow)
+    header["conv.scale_weight"] = one([1], "F32", len(data) + 4, len(data))
+    by_hand(path, header, data + bytes(4))
+    with pytest.raises(Refusal, match="these are scaled 8-bit floats, whose scales are not read"):
+        load_parameters(path, template, TABLE)
+
+
+def test_what_another_program_wrote_is_said(tmp_path, template):
+    values = {f"model.diffusion_model.{key}": value for key, value in tensors().items()}
+    with pytest.raises(Refusal, match=r"every key begins with 'model\.diffusion_model\.'"):
+        load_parameters(saved(tmp_path, values), template, TABLE)
+    values = tensors(**{"conv.weight.absmax": np.zeros(3, np.float32)})
+    with pytest.raises(Refusal, match="these are quantised weights"):
+        load_parameters(saved(tmp_path, values), template, TABLE)
+
+
+def test_read_tensors(tmp_path):
+    path = saved(tmp_path, tensors())
+    got = tensor_files.read_tensors(path, largest=1 << 20)
+    assert all(np.array_equal(got[key], value) for key, value in tensors().items())
+    for change, message in (
+        (np.zeros(4, np.int8), "expected one of BF16, .* got I8"),
+        (np.full(4, math.nan, np.float32), "conv.bias in .* holds NaN"),
+    ):
+        saved(tmp_path, tensors(**{"conv.bias": change}))
+        with pytest.raises(Refusal, match=message):
+            tensor_files.read_tensors(path, largest=1 << 20)
+    with pytest.raises(Refusal, match="at most 100 bytes"):
+        tensor_files.read_tensors(path, largest=100)
 
 
 def test_no_checkpoint(tmp_path, template):
@@ -261,7 +420,7 @@ def test_read_config(tmp_path):
     with pytest.raises(ValueError, match="got None"):
         read_config(tmp_path, expected="Right")
     path.write_bytes(b"\xff\xfe{")
-    with pytest.raises(ValueError, match="is not valid JSON"):
+    with pytest.raises(ValueError, match="it can't be read"):
         read_config(tmp_path)
     with pytest.raises(ValueError, match="expected the file"):
         read_config(path)
@@ -277,23 +436,6 @@ def test_model_folder(tmp_path, monkeypatch):
         if name:
             with pytest.raises(ValueError, match=r"expected the folder .*\(no such folder\)"):
                 model_folder(name)
-
-
-def test_model_from_the_hub(tmp_path, monkeypatch):
-    calls = []
-
-    def fetch(name, allow_patterns):
-        calls.append((name, allow_patterns))
-        if name == "owner/gone":
-            raise ConnectionError("no route\nto host")
-        return str(tmp_path)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
-    assert model_folder("owner/model-1.3B") == tmp_path
-    with pytest.raises(ValueError, match=r"'owner/gone' is no folder .*\(no route\); check"):
-        model_folder("owner/gone")
-    assert [name for name, _ in calls] == ["owner/model-1.3B", "owner/gone"]
-    assert not any(pattern.endswith((".bin", ".pth", "*")) for pattern in calls[0][1][:2])
 
 
 if __name__ == "__main__":

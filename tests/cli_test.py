@@ -1,9 +1,15 @@
 """The command line: what it makes, and one clear line for every mistake."""
 
+import errno
+import importlib
+import io
 import json
 import os
 import pathlib
+import pwd
+import signal
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +17,16 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from astraea_jax import cli, video
+from astraea_jax import cli, files, video
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench.models import ModelChoice, read_lora
+from astraea_jax.checks import Refusal
+from astraea_jax.cli import compiled, ending
 from astraea_jax.cli.generate import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_ports import tiny
+from astraea_ports.wan import parts
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -48,9 +57,10 @@ def test_schedule_file_and_gif(capsys):
     assert "tokens computed" in capsys.readouterr().out
 
 
-def test_a_checkpoint_by_name(capsys, monkeypatch):
+def test_a_large_model_is_loaded_stage_by_stage(capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-    arguments = [PROMPT, "--model", "wan", "--checkpoint", str(tiny.FOLDER), "--dtype", "float32"]
+    monkeypatch.setattr(parts, "LARGE", 0)
+    arguments = [PROMPT, "--model", str(tiny.FOLDER)]
     arguments += ["--solver", "dpm++", "--grid", "original", "--shift", "5", *SMALL]
     assert cli.main(["generate", *arguments]) == 0
     printed = capsys.readouterr()
@@ -122,10 +132,10 @@ def test_plan_takes_what_measured_best():
     ("arguments", "words"),
     [
         (["generate", ""], "prompt must say something"),
-        (["generate", PROMPT, "--budget", "0"], "budget must be a number above 0"),
-        (["generate", PROMPT, "--budget", "1.5"], "budget must be a number above 0"),
+        (["generate", PROMPT, "--budget", "0"], "budget must be a number at least 0.0001"),
+        (["generate", PROMPT, "--budget", "1.5"], "budget must be a number at least 0.0001"),
         (["generate", PROMPT, "--budget", "half"], "half"),
-        (["generate", PROMPT, "--steps", "0"], "steps must be an integer of at least 1"),
+        (["generate", PROMPT, "--steps", "0"], "steps must be an integer in 1..10000"),
         (["generate", PROMPT, "--frames", "32"], "the nearest is 33"),
         (["generate", PROMPT, "--height", "100"], "multiple of 16"),
         (["generate", PROMPT, "-o", "nowhere/out.mp4"], "nowhere is none"),
@@ -135,15 +145,26 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--schedule", "none.json"], "expected a schedule file"),
         (["generate", PROMPT, "--method", "fast"], "fast"),
         (["generate", PROMPT, "--seed", "-1"], "seed must be"),
+        (["generate", PROMPT, "--seed", str(2**64)], "seed must be an integer in 0..2^32-1"),
+        (["generate", PROMPT, "--steps", "1000000000"], "steps must be an integer in 1..10000"),
+        (["generate", PROMPT, "--guidance", "1e300"], "guidance must be a number at least 0"),
+        (["generate", PROMPT, "--guidance", "nan"], "guidance must be a number at least 0"),
+        (
+            ["generate", PROMPT, "--shift", "1e308"],
+            "shift must be a number at least 0.001",
+        ),
+        (["generate", PROMPT, "--budget", "[/b]"], "[/b]"),
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
         (["bench"], "say what to measure"),
-        (["bench", "attention", "--shapes", "moon"], "shapes must be of"),
-        (["bench", "denoise", "--levels", "11"], "levels in 1..10"),
-        (["bench", "denoise", "--model", "wan"], "add --checkpoint FOLDER (or a hub id), or"),
-        (["bench", "denoise", "--random"], "it takes no --checkpoint"),
-        (["bench", "compile", "--model", "tiny"], "expected --model wan or wan-14b"),
-        (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint belongs to --model wan"),
+        (["bench", "attention", "--shapes", "moon"], "expected shapes of"),
+        (["bench", "denoise", "--levels", "11"], "a level must be an integer in 1..10"),
+        (["bench", "denoise", "--model", "wan"], "a hub id `owner/name`, got 'wan'"),
+        (["bench", "denoise", "--random", "3B"], "--random"),
+        (["bench", "denoise", "--random", "1.3B", "--model", "x"], "it takes no --model"),
+        (["generate", PROMPT, "--random", "14B", "--revision", "x"], "it takes no --model"),
+        (["bench", "compile", "--size", "2B"], "--size"),
+        (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint"),
         (["bench", "quality", "--only", "nothing like it"], "no row's description"),
         (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
         (["paint"], "paint"),
@@ -158,7 +179,7 @@ def test_schedule_of_the_wrong_kind(capsys):
     with open("wrong.json", "w") as file:
         json.dump({"format": "astraea-schedule-1", "steps": 3, "levels": [10, 12, 0]}, file)
     line = refused(capsys, "generate", PROMPT, "--schedule", "wrong.json")
-    assert "0..10" in line and "level 2 is 12" in line
+    assert "0..10" in line and "levels [1] must be" in line
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
@@ -186,7 +207,8 @@ def test_interrupted_run_leaves_nothing(capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(video, "_write_mp4", interrupt)
-    assert "stopped" in refused(capsys, "generate", PROMPT, *SMALL)
+    assert cli.main(["generate", PROMPT, *SMALL]) == 128 + signal.SIGINT
+    assert "stopped" in capsys.readouterr().err
     assert os.listdir() == []
 
 
@@ -212,9 +234,155 @@ def test_every_method_has_a_name_on_the_command_line():
 
 def test_compiled_programs_are_kept_in_a_folder_of_the_user(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert cli.cache_folder() == tmp_path / "cache" / "astraea_jax" / "compiled"
+    assert compiled.folder() == tmp_path / "cache" / "astraea_jax" / "compiled"
 
 
+@pytest.fixture
+def no_cache_of_compiled_programs():
+    """Whatever a test does with JAX's cache ends with it."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+@pytest.mark.usefixtures("no_cache_of_compiled_programs")
+def test_a_users_own_compilation_cache_stays():
+    jax.config.update("jax_compilation_cache_dir", "mine")
+    compiled.keep()
+    assert jax.config.jax_compilation_cache_dir == "mine"
+
+
+@pytest.mark.usefixtures("no_cache_of_compiled_programs")
+def test_no_home_is_done_without_and_said(capsys, monkeypatch):
+    def no_account(_):
+        raise KeyError("uid")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    assert compiled.folder() is None and files.cache_folder("text") is None
+    assert cli.main(["info"]) == 0
+    assert "no home folder" in capsys.readouterr().out
+    with pytest.warns(UserWarning, match="no home folder"):
+        compiled.keep()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(capsys):
+    said = set()
+    for name in ("jit_a", "jit_b"):
+        text = "Error writing persistent compilation cache entry for "
+        text += f"'{name}': PermissionError: [Errno 13] Permission denied: '/cache/{name}'"
+        ending.show_warning(said, text)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "compiled programs can't be kept: PermissionError" in line
+
+
+def runs(monkeypatch, action):
+    """Puts a command in place of `info`."""
+    monkeypatch.setitem(cli.COMMANDS, "info", lambda: action())
+    return cli.main(["info"])
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_cleans_up_as_ctrl_c_does(capsys, monkeypatch, name):
+    number, cleaned = getattr(signal, name), []
+
+    def action():
+        try:
+            os.kill(os.getpid(), number)
+            threading.Event().wait(10)
+        finally:
+            cleaned.append(True)
+
+    before = signal.getsignal(number)
+    assert runs(monkeypatch, action) == 128 + number
+    assert cleaned and "stopped" in capsys.readouterr().err
+    assert signal.getsignal(number) == before
+
+
+def test_main_of_another_thread_sets_no_handlers(monkeypatch):
+    codes = []
+    thread = threading.Thread(target=lambda: codes.append(runs(monkeypatch, lambda: None)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
+def test_only_a_refusal_and_the_system_lose_their_traceback(capsys, monkeypatch):
+    def fail(error):
+        def action():
+            raise error
+
+        return action
+
+    assert runs(monkeypatch, fail(Refusal("first line\n  second line"))) == 2
+    assert capsys.readouterr().err == "astraea: first line\n  second line\n"
+    full = OSError(errno.ENOSPC, "No space left on device", "a [/b].mp4")
+    assert runs(monkeypatch, fail(full)) == 2
+    assert capsys.readouterr().err == "astraea: a [/b].mp4: No space left on device\n"
+    assert runs(monkeypatch, fail(Refusal("x" * 100_000))) == 2
+    assert len(capsys.readouterr().err) < 3000
+    with pytest.raises(ValueError, match="of a library"):
+        runs(monkeypatch, fail(ValueError("of a library")))
+    monkeypatch.setenv(cli.TRACEBACK, "1")
+    with pytest.raises(Refusal):
+        runs(monkeypatch, fail(Refusal("told in full")))
+
+
+class FullStream(io.StringIO):
+    """What can't be written to."""
+
+    def write(self, _):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_stdout_is_one_line(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", FullStream())
+    assert cli.main(["info"]) == 2
+    said = capsys.readouterr().err
+    assert said == "astraea: can't print a table (No space left on device)\n"
+
+
+def test_lora_files_do_not_take_the_prompt(monkeypatch):
+    seen = []
+    monkeypatch.setattr(cli, "run", lambda request, _: seen.append(request) or [{"name": "dense"}])
+    arguments = ["generate", "--lora", "a.safetensors", "--lora", "b.safetensors:0.5", PROMPT]
+    assert cli.main([*arguments, "--no-compilation-cache"]) == 0
+    assert seen[0].prompt == PROMPT
+    assert seen[0].model.lora == ("a.safetensors", "b.safetensors:0.5")
+
+
+def test_a_path_is_printed_as_it_is(capsys, monkeypatch):
+    monkeypatch.setattr(cli, "run", lambda *_: [{"name": "dense", "tokens": "[/b]"}])
+    name = f"{'long ' * 30}[final] [/b].mp4"
+    assert cli.main(["generate", PROMPT, "-o", name, "--no-compilation-cache"]) == 0
+    assert f"written: {name}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("encodes", [True, False])
+def test_what_can_not_be_written_is_kept_elsewhere(monkeypatch, tmp_path, encodes):
+    module = importlib.import_module("astraea_jax.cli.generate")
+    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    if not encodes:
+
+        def fail(*_):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(video, "_write_mp4", fail)
+    latents = np.ones((2, 1, 4, 4, 16), np.float32)
+    picture = np.zeros((2, 32, 32, 3), np.uint8)
+    said = module.keep(pathlib.Path("full/out.mp4"), picture, latents)
+    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert str(kept) in said
+    if encodes:
+        assert video.read_video(kept).shape == picture.shape
+    else:
+        assert np.array_equal(np.load(kept), latents)
+
+
+@pytest.mark.slow
 def test_bench_denoise_small(capsys):
     small = ["--frames", "5", "--height", "32", "--width", "32", "--rounds", "2", "--levels", "5"]
     assert cli.main(["bench", "denoise", *small, "--output", "times.json"]) == 0

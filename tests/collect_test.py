@@ -12,9 +12,13 @@ from astraea_jax.bench.search_study import read_rows
 FOLDER = tables.RESULTS
 
 
+def shipped_rows(study: str) -> list:
+    return json.loads((FOLDER / f"{study}.json").read_text())["rows"]
+
+
 def parts_of(study: str, folder, by: str) -> list:
     """What ships of a study, as runs that each made the rows of one solver or of one budget."""
-    rows = read_rows(FOLDER / f"{study}.json")
+    rows = shipped_rows(study)
     parts = []
     for value in sorted({row[by] for row in rows if row[by] is not None}):
         path = folder / f"{study}_{value}.json"
@@ -31,7 +35,7 @@ def test_parts_make_the_table_of_the_whole(study, by, tmp_path, capsys):
     words = [*map(str, parts), "--study", study, "--output", str(output), "--about", "both"]
     assert cli.main(["bench", "collect", *words]) == 0
     whole = json.loads(output.read_text())
-    shipped = read_rows(FOLDER / f"{study}.json")
+    shipped = shipped_rows(study)
     # A row that several parts have is there once.
     assert len(parts) > 1 and len(whole["rows"]) == len(shipped)
     assert f"{len(shipped)} rows of {len(parts)} files" in capsys.readouterr().out
@@ -76,8 +80,8 @@ def test_a_row_names_the_run_that_made_it_however_often_it_is_collected(tmp_path
     ("texts", "words"),
     [
         ([], "say which results"),
-        (["no JSON"], "expected a study's results at"),
-        (['{"rows": []}'], "the model that they are of"),
+        (["no JSON"], "not valid JSON"),
+        (['{"rows": []}'], "model is missing"),
         (['{"rows": [], "model": "m"}', '{"rows": [], "model": "n"}'], "results of one model"),
     ],
 )

@@ -3,20 +3,30 @@
 import dataclasses
 import re
 import sys
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-from helpers import grouped_inputs, random_levels, small_inputs, small_model
+from helpers import (
+    grouped_inputs,
+    random_levels,
+    slow_but,
+    small_inputs,
+    small_model,
+    twice_grouped_inputs,
+)
+from jax.sharding import Mesh, PartitionSpec
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
-from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, token_wise
-from astraea_jax.model import dense_forward
-from astraea_jax.schedule import Schedule
+from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, base, token_wise
+from astraea_jax.model import Geometry, Groups, dense_forward
+from astraea_jax.schedule import Schedule, rows_at
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
 GUIDANCE = 3.0
@@ -82,10 +92,20 @@ DENSE_EQUALS = [
 ]
 
 
+QUICK = {"astraea-dynamic", "step-level-dynamic", "astraea-static", "step-level-static"}
+
+
 @pytest.mark.parametrize(
     ("method", "driver"),
-    [case[1:] for case in DENSE_EQUALS],
-    ids=[f"{name}-{driver}" for name, _, driver in DENSE_EQUALS],
+    [
+        pytest.param(
+            method,
+            driver,
+            id=f"{name}-{driver}",
+            marks=[pytest.mark.slow] * (f"{name}-{driver}" not in QUICK),
+        )
+        for name, method, driver in DENSE_EQUALS
+    ],
 )
 @pytest.mark.usefixtures("fully_optimised")
 @pytest.mark.core
@@ -98,6 +118,7 @@ def test_budget_one_equals_dense_bit_for_bit(method, driver):
     assert np.abs(np.asarray(dense.latents)).max() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fully_optimised")
 @pytest.mark.core
 def test_grouped_model_at_budget_one_equals_dense():
@@ -131,9 +152,7 @@ ORACLE = [
 CORE = {"default", "published", "block sketch"}
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.core] * (name in CORE)) for name in ORACLE]
-)
+@pytest.mark.parametrize("name", slow_but({"default", "published"}, ORACLE, core=CORE))
 def test_dynamic_equals_static_equals_masked_oracle(name):
     config = CONFIGS[name]
     rng = np.random.default_rng(list(CONFIGS).index(name))
@@ -150,6 +169,7 @@ def test_dynamic_equals_static_equals_masked_oracle(name):
     np.testing.assert_allclose(dynamic.latents, expected, atol=2e-5 * scale)
 
 
+@pytest.mark.slow
 def test_pieces_agree():
     inputs, model, levels = small_inputs(3), small_model(), (10, 4, 0, 7, 10, 1)
     static = run(Astraea(), levels, inputs=inputs, driver="static").latents
@@ -162,7 +182,7 @@ def test_pieces_agree():
         np.testing.assert_allclose(got.latents, static, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("scope", ["step", "block"])
+@pytest.mark.parametrize("scope", slow_but({"step"}, ["step", "block"]))
 def test_rows_in_whole_tiles_give_the_same(scope, monkeypatch):
     """As at full size, where 18 rows of 60 are laid out as 24."""
     seen, first_rows = [], token_wise.Run._first_rows
@@ -182,7 +202,7 @@ def test_rows_in_whole_tiles_give_the_same(scope, monkeypatch):
     np.testing.assert_allclose(static, dynamic, atol=1e-5 * scale)
 
 
-@pytest.mark.parametrize("name", ["default", "published", "block sketch"])
+@pytest.mark.parametrize("name", slow_but({"default"}, ["default", "published", "block sketch"]))
 def test_grouped_model_equals_masked_oracle(name):
     model, inputs = grouped_inputs()
     levels, key = (10, 5, 0, 3, 8), jax.random.key(1)
@@ -197,6 +217,51 @@ def test_grouped_model_equals_masked_oracle(name):
         )  # fmt: skip
         scale = np.abs(np.asarray(expected)).max()
         np.testing.assert_allclose(got.latents, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["default", "block residual", "step sketch"])
+def test_a_model_of_two_splits_equals_masked_oracle(name):
+    model, inputs = twice_grouped_inputs()
+    levels, key = (10, 1, 0, 2, 3), jax.random.key(1)
+    expected = oracle.denoise(
+        model, inputs.latents, inputs.context, solver=solvers.euler(5), levels=levels,
+        config=CONFIGS[name], guidance=GUIDANCE, key=key,
+    )  # fmt: skip
+    booked = Schedule(levels).realised_budget(52, (4, 13))
+    for driver in ("dynamic", "static"):
+        got = run(
+            Astraea(CONFIGS[name]), levels, model=model, inputs=inputs, key=key, driver=driver,
+            solver=solvers.euler(5), trace=True,
+        )  # fmt: skip
+        scale = np.abs(np.asarray(expected)).max()
+        np.testing.assert_allclose(got.latents, expected, atol=2e-5 * scale)
+        np.testing.assert_allclose(got.trace.computed.mean(), booked, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name", ["default", pytest.param("block residual", marks=pytest.mark.slow)]
+)
+def test_each_kind_of_block_computes_equal_rows_of_its_groups(name):
+    """What a step at level 2 changes in the cache, against what is booked for it."""
+    model, inputs = twice_grouped_inputs()
+    geometry = model.geometry(inputs.latents.shape)
+    settings = loop.Settings(Astraea(CONFIGS[name]), geometry, 2, False)
+    prepared, state = loop.start_static(model, *inputs, settings=settings)
+    caches, solver = [], solvers.euler(2)
+    for index, level in enumerate((10, 2)):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        state, _ = loop.static_step(
+            model, prepared, state, row, np.int8(level), np.int32(index), jnp.float32(GUIDANCE),
+            jax.random.key(0), settings=settings, mode=settings.method.static_mode(level),
+        )  # fmt: skip
+        caches.append(np.asarray(state.method.cache.out))  # the next step takes it
+    computed = (caches[0] != caches[1]).any(axis=-1)
+    for block, rows in enumerate(computed):
+        frames = rows.reshape(2, 4, 13)
+        of_groups = frames.sum(axis=1 + (block % 2 == 0))
+        groups = geometry.groups[block % 2].number
+        assert (of_groups == rows_at(2, 52, groups) // groups).all()
 
 
 @pytest.mark.parametrize("reuse", ["velocity", "residual"])
@@ -230,7 +295,84 @@ def test_a_schedule_of_whole_steps_needs_no_token_wise_method():
     assert np.array_equal(of_tokens, of_steps) and not np.allclose(of_steps, plain)
 
 
-@pytest.mark.parametrize("method", [Astraea(), Astraea(PUBLISHED), StepLevel("residual")])
+@jax.tree_util.register_static
+class NoModel:
+    """What the loop needs of a model whose velocities are given."""
+
+    cache_dtype = jnp.dtype(jnp.float32)
+
+    def unpatchify(self, patches, geometry):
+        return patches[:, None, None]
+
+
+def corrected_run(solver, velocities, fresh, *, branches, guidance=GUIDANCE):
+    """The loop's steps with velocities [T, branch, N] that are given, reused where not fresh."""
+    method = Astraea(SelectionConfig(branches=branches), correct=True)
+    count = velocities.shape[2]
+    settings = loop.Settings(method, Geometry((1, 1, count), 1, 1, 1, (Groups(),)), 2, False)
+    model = NoModel()
+    state = loop.start(model, jnp.ones((1, 1, 1, count, 1)), settings)
+
+    @jax.jit
+    def step(state, row, velocity, fresh):
+        forward = base.Forward(velocity[..., None], (), (), fresh)
+        return loop.advance(model, state, forward, row, jnp.float32(guidance), settings)
+
+    state = state._replace(method=())
+    for index, (velocity, now) in enumerate(zip(velocities, fresh, strict=True)):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        state = step(state, row, velocity, now)
+    return np.asarray(state.latents)[0, 0, 0, :, 0]
+
+
+def test_correction_of_a_scalar_whose_branches_are_computed_apart():
+    """Three steps; at the second the conditional branch alone is computed."""
+    solver = solvers.euler(3)
+    s0, s1, s2 = (float(sigma) for sigma in solver.sigma)
+    conditional, unconditional = np.float32([0.5, 1.1, 0.3]), np.float32([0.1, 0.1, 0.9])
+    velocities = np.stack([conditional, unconditional], axis=1)[..., None]
+    fresh = np.array([[True, True], [True, False], [True, True]])[..., None]
+    # Taken again: the unconditional velocity of the second step lies on the line to the third's.
+    line = 0.1 + (0.9 - 0.1) * (s0 - s1) / (s0 - s2)
+    guided = [u + 3 * (c - u) for c, u in ((0.5, 0.1), (1.1, line), (0.3, 0.9))]
+    retaken = 1 - guided[0] * (s0 - s1) - guided[1] * (s1 - s2) - guided[2] * s2
+    found = corrected_run(solver, velocities, fresh, branches="separate")
+    np.testing.assert_allclose(found, [retaken], rtol=1e-5)
+
+
+@pytest.mark.parametrize("branches", ["separate", "shared"])
+@pytest.mark.parametrize("make", [solvers.euler, solvers.unipc])
+def test_correction_is_the_run_again_token_by_token(make, branches):
+    """Any pattern of tokens computed: the run taken again along each branch's own lines."""
+    steps, count = 8, 60
+    rng, solver = np.random.default_rng(4), make(steps)
+    fresh = rng.random((steps, 2, count)) < 0.4
+    fresh[0] = True
+    if branches == "shared":
+        fresh[:, 1] = fresh[:, 0]
+    given = rng.normal(size=(steps, 2, count)).astype(np.float32)
+    lines = given.copy()
+    for place in np.ndindex(2, count):
+        at = np.flatnonzero(fresh[:, *place])
+        for first, last in zip(at, [*at[1:], steps], strict=True):
+            given[first:last, *place] = given[first, *place]
+            sigma = solver.sigma[first:last]
+            share = 0 if last == steps else (sigma[0] - sigma) / (sigma[0] - solver.sigma[last])
+            towards = given[first if last == steps else last, *place]
+            lines[first:last, *place] = given[first, *place] * (1 - share) + towards * share
+    found = corrected_run(solver, given, fresh, branches=branches)
+    guided = lines[:, 1] + GUIDANCE * (lines[:, 0] - lines[:, 1])
+    latents, history = jnp.ones(count), solvers.init(jnp.ones(count))
+    for index, velocity in enumerate(guided):
+        row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
+        latents, history = solvers.step(row, history, latents, jnp.asarray(velocity))
+    np.testing.assert_allclose(found, latents, atol=2e-5 * np.abs(latents).max())
+
+
+@pytest.mark.parametrize(
+    "method",
+    [Astraea(), pytest.param(Astraea(PUBLISHED), marks=pytest.mark.slow), StepLevel("residual")],
+)
 def test_a_video_does_not_depend_on_its_batch(method):
     levels = (10, 0, 10, 0) if isinstance(method, StepLevel) else (10, 4, 0, 7)
     both = small_inputs(2, videos=2)
@@ -269,6 +411,7 @@ def test_one_executable_serves_schedules_prompts_seeds_guidance_and_solvers():
     assert loop.dynamic_loop.num_executables == before + 1
 
 
+@pytest.mark.slow
 @pytest.mark.core
 def test_levels_may_be_traced_in_jitted_code():
     inputs, traces = small_inputs(), []
@@ -288,6 +431,62 @@ def test_levels_may_be_traced_in_jitted_code():
     assert len(traces) == 1
 
 
+@pytest.mark.core
+def test_levels_in_any_form_are_one_program():
+    inputs, levels = small_inputs(), (10, 5, 0)
+    expected = run(Astraea(), levels).latents
+    before = loop.dynamic_loop.num_executables
+    for form in (list(levels), np.array(levels), jnp.array(levels), np.array(levels, np.uint8)):
+        found = denoise(
+            small_model(), *inputs, solver=solvers.unipc(3), schedule=form,
+            method=in_a_loop(Astraea()), guidance=GUIDANCE,
+        )  # fmt: skip
+        assert np.array_equal(found.latents, expected)
+    assert loop.dynamic_loop.num_executables == before
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+@pytest.mark.parametrize("form", [list, np.array, jnp.array])
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([0, 12, -3, 10], r"levels must be integers in 0\.\.10, one per step \(4\); level 2 is 12"),
+        ([10, 5, 10], r"levels must be .* one per step \(4\); got 3 values"),
+        ([5, 10, 10, 10], "the first level must be 10 .* got 5"),
+        ([10.0, 5.0, 0.0, 1.0], r"levels must be integers in 0\.\.10, .*; level 1 is 10\.0"),
+        ([10, 10, 5, 0], "step-level computes whole steps, .* asks for level 5"),
+    ],
+)
+def test_levels_that_are_known_are_checked(levels, message, form, driver):
+    with pytest.raises(Refusal, match=message):
+        denoise(
+            small_model(), *small_inputs(), solver=solvers.unipc(4), schedule=form(levels),
+            method=StepLevel(), guidance=GUIDANCE, driver=driver,
+        )  # fmt: skip
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize(
+    ("levels", "driver", "message"),
+    [
+        ([10, 5, 0], "static", 'driver "static" needs levels that are known'),
+        ([10, 5], "dynamic", r"one per step \(3\); got traced int32 of shape \(2,\)"),
+        ([10.0, 5.0, 0.0], "dynamic", r"one per step \(3\); got traced float32"),
+    ],
+)
+def test_what_is_known_of_traced_levels_is_checked(levels, driver, message):
+    @jax.jit
+    def total(levels):
+        return denoise(
+            small_model(), *small_inputs(), solver=solvers.unipc(3), schedule=levels,
+            method=Astraea(), guidance=GUIDANCE, driver=driver,
+        ).latents  # fmt: skip
+
+    with pytest.raises(Refusal, match=message):
+        total(jnp.array(levels))
+
+
 def compiled_steps(method):
     """Optimised programs that hold the token cache: the loop, and a static step."""
     inputs, model = small_inputs(), small_model()
@@ -296,7 +495,7 @@ def compiled_steps(method):
     levels, scale = np.array([10, 5, 0, 3], np.int8), jnp.float32(GUIDANCE)
     dynamic = loop.dynamic_loop.lower(
         model, inputs.latents, inputs.context, solver, levels, scale, key,
-        settings=settings, report=False,
+        settings=settings,
     ).compile()  # fmt: skip
     prepared, state = loop.start_static(model, inputs.latents, inputs.context, settings=settings)
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
@@ -312,7 +511,11 @@ def compiled_steps(method):
 
 @pytest.mark.parametrize(
     ("name", "pieces"),
-    [("default", "branch"), ("published", "loop"), ("block last computed", "loop")],
+    [
+        pytest.param("default", "branch", marks=pytest.mark.slow),
+        ("published", "loop"),
+        pytest.param("block last computed", "loop", marks=pytest.mark.slow),
+    ],
 )
 @pytest.mark.usefixtures("fully_optimised")
 @pytest.mark.core
@@ -346,7 +549,100 @@ def test_progress_reports_every_step(driver):
     assert sorted(seen) == [1, 2, 3, 4]
 
 
+def test_another_listener_is_no_other_program():
+    levels = (10, 5, 0, 5)
+    run(Astraea(), levels, progress=lambda done: None)
+    before, seen = loop.dynamic_loop.num_executables, []
+    run(Astraea(), levels, progress=seen.append)
+    assert loop.dynamic_loop.num_executables == before and sorted(seen) == [1, 2, 3, 4]
+    assert not loop._listeners
+
+
 @pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_runs_of_two_threads_each_tell_their_own_listener(driver):
+    told, levels = {0: [], 1: []}, (10, 5, 0, 5)
+
+    def work(index):
+        for _ in range(3):
+            run(Astraea(), levels, driver=driver, progress=told[index].append)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in told]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert told == {0: [1, 2, 3, 4] * 3, 1: [1, 2, 3, 4] * 3}
+    assert not loop._listeners
+
+
+def test_overlapping_listeners_keep_apart_and_none_stays():
+    first, second = [], []
+    one, two = loop._listening(first.append), loop._listening(second.append)
+    a, b = one.__enter__(), two.__enter__()
+    loop._report_step(a, np.int32(1))
+    one.__exit__(None, None, None)
+    loop._report_step(b, np.int32(2))
+    loop._report_step(a, np.int32(3))  # of a run that has ended
+    two.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert (first, second) == ([1], [2]) and not loop._listeners
+
+
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+@pytest.mark.parametrize("transform", [jax.make_jaxpr, jax.vmap, jax.grad])
+def test_progress_inside_another_program_is_refused(driver, transform):
+    latents = jnp.broadcast_to(small_inputs().latents, (1, *small_inputs().latents.shape))
+
+    def total(latents):
+        latents = latents if latents.ndim == 5 else latents[0]
+        inputs = small_inputs()._replace(latents=latents)
+        return run(Astraea(), (10, 5), driver=driver, inputs=inputs, progress=print).latents.sum()
+
+    with pytest.raises(Refusal, match=r"progress expects .*outside of jit, vmap and grad"):
+        transform(total)(latents)
+
+
+def over_devices(method, levels, driver, *, context_too=False):
+    """`denoise` of a mesh's videos inside a `shard_map` that checks what differs over it."""
+    model, inputs, mesh = small_model(), small_inputs(), Mesh(jax.devices()[:1], ("data",))
+    whole, split = PartitionSpec(), PartitionSpec("data")
+
+    def local(latents, context):
+        mine = type(inputs)(latents, context)
+        return run(method, levels, driver=driver, inputs=mine, model=model).latents
+
+    places = (split, split if context_too else whole)
+    return jax.shard_map(local, mesh=mesh, in_specs=places, out_specs=split), inputs
+
+
+FAST = {("astraea", "dynamic"), ("astraea-published", "dynamic"), ("step-level", "static")}
+SHARDED = METHODS | {name: Astraea(config) for name, config in CONFIGS.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "driver"),
+    [
+        pytest.param(method, driver, id=f"{name}-{driver}", marks=[pytest.mark.slow] * slow)
+        for name, method in SHARDED.items()
+        for driver in ("dynamic", "static")
+        for slow in [(name, driver) not in FAST]
+    ],
+)
+def test_a_checked_shard_map_is_traced(method, driver):
+    levels = (10, 0) if isinstance(method, StepLevel) else (10, 5)
+    mapped, inputs = over_devices(method, levels, driver)
+    assert jax.eval_shape(mapped, *inputs).shape == inputs.latents.shape
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["dynamic", "static"])
+def test_a_checked_shard_map_gives_the_same(driver):
+    levels = (10, 4, 0, 7)
+    mapped, inputs = over_devices(Astraea(), levels, driver, context_too=True)
+    alone = run(Astraea(), levels, driver=driver, inputs=inputs).latents
+    np.testing.assert_allclose(jax.jit(mapped)(*inputs), alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("driver", slow_but({"dynamic"}, ["dynamic", "static"]))
 def test_trace_says_what_was_computed(driver):
     levels = (10, 5, 0, 3)
     for config in (SelectionConfig(), CONFIGS["block residual"]):
@@ -358,6 +654,7 @@ def test_trace_says_what_was_computed(driver):
             np.testing.assert_allclose(trace.overlap, 1.0)
 
 
+@pytest.mark.slow
 def test_squared_change_with_output_reuse_degenerates_to_one_selection():
     # specs: a token that is stale in a block enters the next one unchanged, so the next block
     # picks the very tokens that were just computed. This is why scope "step" loses nothing.
@@ -384,7 +681,7 @@ def test_stale_tokens_keep_their_velocity_when_asked():
 def test_bad_input_is_refused_before_anything_runs():
     inputs, model = small_inputs(), small_model()
     call = {"solver": solvers.unipc(3), "guidance": GUIDANCE}
-    with pytest.raises(ValueError, match=r"expected a schedule of 3 levels.*got 2"):
+    with pytest.raises(ValueError, match=r"levels must be .*one per step \(3\); got 2 values"):
         denoise(model, inputs.latents, inputs.context, schedule=Schedule((10, 5)), **call)
     with pytest.raises(ValueError, match=r"whole steps, levels 0 and 10.*level 5"):
         denoise(

@@ -193,6 +193,7 @@ def with_the_kernel(monkeypatch):
     return calls
 
 
+@pytest.mark.slow
 def test_a_step_with_the_kernel_is_a_step_without(request):
     plain = sparse_step(3)
     calls = request.getfixturevalue("with_the_kernel")
@@ -202,6 +203,7 @@ def test_a_step_with_the_kernel_is_a_step_without(request):
         np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_with_the_kernel(with_the_kernel):
     left, indices, norm = case(new_seed(), jnp.float32, 11)
     places = indices, entry.slots_of(indices, TOKENS), jnp.int32(2)

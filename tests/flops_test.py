@@ -68,6 +68,14 @@ def test_rows_are_rounded_as_the_loop_rounds_them():
     assert run_flops(uneven, (10,)) == 2 * (step_flops(uneven, 23) + text_flops(uneven))
 
 
+def test_rows_of_groups_are_those_that_the_selection_computes():
+    # Frames of 15 tokens have two rows each at level 1, of 1.5: .133 of all, not .1.
+    frames = dataclasses.replace(SMALL, num_tokens=45, keys=15, groups=3)
+    assert [frames.rows_at(level) for level in (0, 1, 5, 8, 10)] == [0, 6, 30, 45, 45]
+    assert run_flops(frames, (1,), branches=1) == step_flops(frames, 6) + text_flops(frames)
+    assert speedup_bound(frames, 1) == step_flops(frames, 45) / step_flops(frames, 6)
+
+
 def test_speedup_bound():
     assert speedup_bound(SHORT, 10) == 1
     bounds = [speedup_bound(SHORT, level) for level in range(1, 11)]

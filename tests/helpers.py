@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from flax import nnx
 
 from astraea_jax import model as core
@@ -16,6 +17,18 @@ from astraea_ports.wan.transformer import Transformer, TransformerConfig
 
 FIXTURES = Path(__file__).parent / "fixtures"
 LAYOUTS = ("diffusers", "original")
+
+
+def slow_but(fast, values, *, core=()):
+    """Parameters of a test, by name: those that are not among `fast` are slow."""
+    return [
+        pytest.param(
+            value,
+            id=str(value),
+            marks=[pytest.mark.slow] * (value not in fast) + [pytest.mark.core] * (value in core),
+        )
+        for value in values
+    ]
 
 
 def full_size(part: str, layout: str, blocks: int = 1) -> dict[str, list[int]]:
@@ -70,6 +83,9 @@ class GroupedModel(nnx.Module):
     It shows that the interface holds for more than Wan; it ships nowhere.
     """
 
+    positions = False
+    """Whether the temporal block says that it, too, wants equally many rows of each position."""
+
     def __init__(self, width: int, layers: int, channels: int, rngs: nnx.Rngs):
         self.width, self.num_layers, self.channels = width, layers, channels
         self.cache_dtype = jnp.dtype(jnp.float32)
@@ -80,8 +96,11 @@ class GroupedModel(nnx.Module):
         self.leave = nnx.Linear(width, channels, rngs=rngs)
 
     def geometry(self, shape):
-        frames = shape[1]
-        groups = (core.Groups(frames, contiguous=True), core.Groups())
+        frames, height, width = shape[1:4]
+        temporal = (
+            core.Groups(height * width, contiguous=False) if self.positions else core.Groups()
+        )
+        groups = (core.Groups(frames, contiguous=True), temporal)
         return core.Geometry(tuple(shape[1:4]), self.width, self.num_layers, shape[4], groups)
 
     def prepare(self, context, geometry):
@@ -108,6 +127,12 @@ class GroupedModel(nnx.Module):
 
     def unpatchify(self, patches, geometry):
         return patches.reshape(patches.shape[0], *geometry.grid, -1)
+
+
+class TwiceGroupedModel(GroupedModel):
+    """The same, and its temporal block has equally many rows of each position."""
+
+    positions = True
 
 
 class GroupedBlock:
@@ -166,6 +191,14 @@ def grouped_inputs(videos: int = 1) -> tuple[GroupedModel, Inputs]:
     latents = jax.random.normal(keys[0], (videos, 6, 4, 5, 3))
     context = jax.random.normal(keys[1], (2 * videos, 4, 8))
     return GroupedModel(16, 2, 3, nnx.Rngs(1)), Inputs(latents, context)
+
+
+def twice_grouped_inputs() -> tuple[TwiceGroupedModel, Inputs]:
+    """A model whose kinds need a selection each: 4 frames of 13 tokens, no tenth of either."""
+    keys = jax.random.split(jax.random.key(3))
+    latents = jax.random.normal(keys[0], (1, 4, 1, 13, 3))
+    context = jax.random.normal(keys[1], (2, 4, 8))
+    return TwiceGroupedModel(16, 2, 3, nnx.Rngs(1)), Inputs(latents, context)
 
 
 def random_levels(rng: np.random.Generator, steps: int) -> tuple[int, ...]:

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import json
 import os
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 
 from astraea_jax.attention import gather_rows, query_sparse_attention
 from astraea_jax.bench.shapes import SHAPES, SHARES, rows
+from astraea_jax.checks import Refusal
 from astraea_jax.kernels import ampere, backward, dispatch, hopper, splits, tilings
 from astraea_jax.kernels.hopper_tiling import fitted
 from astraea_jax.kernels.machine import Gpu, gpu
@@ -64,6 +66,7 @@ HOPPER = [  # B, K, N, A, C, count, tiling, splits, dtype
 ]
 
 
+@pytest.mark.slow
 def test_hopper_with_the_last_queries_in_a_launch_of_their_own(with_gpu):
     seed, count = new_seed(), (130, 100)
     q, k, v = random_inputs(seed, (2, 136, 152, 1, 128), jnp.bfloat16)
@@ -107,6 +110,7 @@ assert_right(got, q, k, v, (129,), seed)
 """
 
 
+@pytest.mark.slow
 def test_hopper_with_three_warpgroups():
     # Each of the interpreter's threads waits in a thread of the runtime's: as many as NPROC says.
     environment = os.environ | {
@@ -189,6 +193,7 @@ def test_what_does_not_fit_is_made_to():
     assert (smaller.block_kv, smaller.stages) == (128, 2)
 
 
+@pytest.mark.slow
 def test_vmap_of_both(with_gpu):
     seed = new_seed()
     q, k, v = random_inputs(seed, (2, 16, 40, 1, 64), jnp.bfloat16)
@@ -418,17 +423,41 @@ def test_every_width_and_length_has_a_tiling(with_gpu):
                 assert tiling["width"] >= width
 
 
+MINE = dict(block_q=64, block_kv=32, warps=2, stages=4)
+
+
 def test_measured_tilings_come_first(with_gpu, monkeypatch):
     row = dict(implementation="triton", capability="9.0", width=128, queries=1024, keys=2048)
     shipped = tilings.find("triton", "9.0", 128, 1000, 2000)
-    mine = dict(block_q=64, block_kv=32, warps=2, stages=4)
+    mine = MINE
     path = tilings.remember([row | {"tiling": mine | {"stages": 9}}])
     assert path == tilings.remember([row | {"tiling": mine}]) == tilings.user_table()
     assert tilings.find("triton", "9.0", 128, 1000, 2000) == mine
     assert tilings.find("triton", "9.0", 128, 1000, 2049) == shipped
     assert tilings.find("triton", "8.0", 128, 1000, 2000) != mine
     path.write_text('[{"width": 3}]')
-    with pytest.raises(ValueError, match=r"tilings.json \(a row lacks .*\): delete the file"):
+    with pytest.raises(ValueError, match=r"(?s)tilings.json: row 0.*delete the file.*is missing"):
+        tilings.find("triton", "9.0", 128, 1000, 2000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (dict(implementation="cudnn"), "implementation must be 'mosaic' or 'triton'"),
+        (dict(width=True), "width must be an integer"),
+        (dict(queries="many"), "queries must be an integer"),
+        (dict(tiling=[64]), "tiling must be an object"),
+        (dict(tiling=dict(MINE, warps=0)), "warps must be an integer"),
+        (dict(tiling=dict(MINE, stage=3)), "'stage' is not known"),
+    ],
+)
+def test_a_table_of_tilings_is_checked_by_field(changes, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    row = dict(implementation="triton", capability="9.0", width=128, queries=1024, keys=2048)
+    tilings.remember([row | {"tiling": MINE}])
+    (kept,) = json.loads(tilings.user_table().read_text())
+    tilings.user_table().write_text(json.dumps([kept | changes]))
+    with pytest.raises(Refusal, match=words):
         tilings.find("triton", "9.0", 128, 1000, 2000)
 
 

@@ -41,11 +41,10 @@ def test_methods_differ():
     assert FixedToken() != Astraea(FixedToken().selection)
 
 
-def test_names():
-    assert [method.name for method in METHODS.values()] == [
-        "dense", "astraea", "astraea, corrected", "astraea", "fixed-token",
-        "step-level, velocity", "step-level, velocity, corrected", "step-level, residual",
-    ]  # fmt: skip
+def test_a_method_is_called_as_the_registry_calls_it():
+    assert {name: method.name for name, method in METHODS.items()} == {
+        name: name for name in METHODS
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -68,7 +67,7 @@ def test_static_modes_agree_with_the_dynamic_choice(name):
 @pytest.mark.parametrize("level", [1, 5, 9])
 def test_step_level_does_whole_steps(reuse, level):
     with pytest.raises(
-        ValueError, match=rf"step-level, {reuse} computes whole steps, .* asks for level {level}"
+        ValueError, match=rf"{StepLevel(reuse).name} computes whole steps, .* for level {level}"
     ):
         StepLevel(reuse).static_mode(level)
 
@@ -108,6 +107,31 @@ def test_state_is_as_large_as_documented(dtype):
 def test_state_starts_as_zeros(name):
     state = METHODS[name].init(GEOMETRY, 2, jnp.dtype(jnp.float32))
     assert all(not leaf.any() for leaf in jax.tree.leaves(state))
+
+
+FRAMES, POSITIONS = Groups(3), Groups(20, contiguous=False)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "splits", "serving"),
+    [
+        ((Groups(),), (Groups(),), (0,)),
+        ((FRAMES, Groups()), (FRAMES,), (0, 0)),
+        ((Groups(), FRAMES), (FRAMES,), (0, 0)),
+        ((FRAMES, POSITIONS), (FRAMES, POSITIONS), (0, 1)),
+        ((Groups(), POSITIONS, FRAMES, POSITIONS), (POSITIONS, FRAMES), (1, 0, 1, 0)),
+        # Frames of 20 tokens have 2 rows each at level 1, halves of them 1: as many in all.
+        ((FRAMES, Groups(6)), (Groups(6),), (0, 0)),
+        # Frames of 15 have 2 each and all 60 tokens 6: not as many in all.
+        ((Groups(4), Groups()), (Groups(4), Groups()), (0, 1)),
+    ],
+)
+def test_a_split_serves_the_kinds_that_it_gives_equal_rows(kinds, splits, serving):
+    geometry = GEOMETRY._replace(groups=kinds)
+    assert base.splits(geometry) == splits
+    assert tuple(base.split_of(geometry, each) for each in kinds) == serving
+    state = Astraea().init(geometry, 2, jnp.dtype(jnp.float32))
+    assert state.cache.age.shape[0] == len(splits)
 
 
 def test_fixed_token_selects_once_a_step():

@@ -43,23 +43,36 @@ def _velocity(model, latents, timestep, prepared, geometry, level, config, memor
     """One evaluation; what blocks remember is in `memory`, by (name, block)."""
     modulation = model.modulation(timestep)
     tokens = model.embed(latents)
-    layers, index, fresh = model.layers(prepared), 0, None
+    layers, index, entering = model.layers(prepared), 0, tokens
     for layer in range(geometry.num_layers):
         for kind, groups in enumerate(geometry.groups):
             out, lse = _whole_block(model, layers, layer, kind, prepared, modulation, tokens)
-            if config.scope == "block" or index == 0:
-                fresh = _fresh(tokens, index, groups, level, config, memory, key)
+            # With scope "step" a kind's first block selects for all of its kind, on the tokens that
+            # enter the step; kinds for which one selection does share that of the first.
+            slot, seen = index, tokens
+            if config.scope == "step":
+                slot, seen = (0 if shared(geometry) else kind), entering
+            if config.scope == "block" or (layer == 0 and slot == kind):
+                fresh = _fresh(seen, slot, groups, level, config, memory, key)
                 new = selection.heads_reduced(lse, config)
-                age = memory.get(("age", index), jnp.zeros(fresh.shape, jnp.int32))
-                memory["lse", index] = jnp.where(fresh, new, memory.get(("lse", index), new))
-                memory["age", index] = jnp.where(fresh, 0, age + 1)
-                _remember(tokens, index, fresh, config, memory)
+                age = memory.get(("age", slot), jnp.zeros(fresh.shape, jnp.int32))
+                memory["lse", slot] = jnp.where(fresh, new, memory.get(("lse", slot), new))
+                memory["age", slot] = jnp.where(fresh, 0, age + 1)
+                memory["fresh", slot] = fresh
+                _remember(seen, slot, fresh, config, memory)
+            fresh = memory["fresh", slot]
             out = _merge(tokens, out, index, fresh, config, memory)
             tokens, index = out, index + 1
     velocity = model.head(tokens, modulation)
     if config.velocity == "kept" and "velocity" in memory:
         velocity = jnp.where(fresh[..., None], velocity, memory["velocity"])
     memory["velocity"] = velocity
+
+
+def shared(geometry):
+    """Whether equal rows in the first kind's groups are equal rows in every kind's."""
+    tenths = {rows_per_level(geometry.num_tokens, each.number) for each in geometry.groups}
+    return len(tenths) == 1 and all(each.number == 1 for each in geometry.groups[1:])
 
 
 @functools.partial(jax.jit, static_argnames="kind")

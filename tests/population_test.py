@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import grouped_inputs, small_inputs, small_model
+from helpers import grouped_inputs, small_inputs, small_model, twice_grouped_inputs
 
 from astraea_jax import solvers
 from astraea_jax.denoise import denoise
-from astraea_jax.methods import Astraea, Dense, StepLevel
+from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.model import fingerprint
-from astraea_jax.population import Scorer
+from astraea_jax.population import Scorer, lanes
 from astraea_jax.selection import SelectionConfig
 
 pytestmark = pytest.mark.slow
@@ -75,6 +75,14 @@ def test_lanes_on_a_model_of_two_kinds_of_block():
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+def test_lanes_on_a_model_that_needs_two_selections_a_step():
+    model, inputs = twice_grouped_inputs()
+    method, levels = Astraea(SelectionConfig(rank="random"), pieces="loop"), LEVELS[1:4]
+    found = scorer(method, model=model, inputs=inputs, lanes=2, batch=3).latents(levels)
+    expected = one_by_one(method, levels, model, inputs)
+    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
 def test_plans_and_a_shared_dense_start_agree():
     levels = WHOLE.copy()
     levels[:, 1] = 10
@@ -95,13 +103,88 @@ def test_the_error_of_pixels_is_that_of_what_decode_gives():
     assert np.allclose(doubled(WHOLE), 4 * plain(WHOLE), rtol=1e-5)
 
 
-def test_what_cannot_be_is_refused():
-    with pytest.raises(ValueError, match='no plan "lanes"'):
-        scorer(Dense(), plan="lanes")
-    with pytest.raises(ValueError, match=r"dense_start in 1\.\.5"):
-        scorer(StepLevel(), dense_start=6)
-    with pytest.raises(ValueError, match=r"levels \[S, 5\]"):
-        scorer(StepLevel()).latents(WHOLE[:, :4])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"method": Dense(), "plan": "lanes"}, 'dense has no plan "lanes"'),
+        ({"plan": "fast"}, "plan must be 'lanes' or 'map' or 'masked'; got 'fast'"),
+        ({"dense_start": 6}, r"dense_start must be an integer in 1\.\.5; got 6"),
+        ({"lanes": 0}, r"lanes must be an integer in 1\.\.10000; got 0"),
+        ({"lanes": 10**9}, r"lanes must be an integer in 1\.\.10000; got 1000000000"),
+        ({"tiles": 0}, r"tiles must be an integer in 1\.\.10000; got 0"),
+        ({"batch": -1}, r"batch must be an integer in 1\.\.10000; got -1"),
+        ({"inputs": small_inputs(videos=2)._replace(context=jnp.zeros((3, 5, 8)))}, "of 4 rows"),
+    ],
+)
+def test_what_cannot_be_is_refused(as_a_user, options, message):
+    with pytest.raises(ValueError, match=message):
+        scorer(**{"method": StepLevel(), **options})
+
+
+def test_levels_are_checked_as_everywhere_and_no_row_gives_none(as_a_user):
+    score = scorer(StepLevel(), lanes=2, batch=5, dense_start=2)
+    for levels, message in (
+        (WHOLE[:, :4], r"schedule 1: levels must be .* one per step \(5\); got 4 values"),
+        ([[10] * 5, [10, 10, 12, 0, 0]], r"schedule 2: levels must be .*; level 3 is 12"),
+        ([[10] * 5, [10, 10, 5, 0, 0]], "schedule 2: step-level computes whole steps, .* level 5"),
+        ([[10, 0, 10, 0, 0]], r"schedule 1: the first 2 levels must be 10 .* got 0"),
+        ("10000", r"expected levels \[S, 5\]; got '10000'"),
+    ):
+        for call in (score, score.latents):
+            with pytest.raises(ValueError, match=message):
+                call(levels)
+    for nothing in ([], WHOLE[:0]):
+        assert score(nothing).shape == (0, 2)
+        assert score.latents(nothing).shape == (0, *small_inputs(videos=2).latents.shape)
+
+
+class Eager(StepLevel):
+    """Whole steps, of which it skips none."""
+
+    def decide(self, state, inputs):
+        return jnp.int32(1)
+
+
+class Doubled(Astraea):
+    """ASTRAEA with twice the velocity."""
+
+    def forward(self, *args):
+        forward = super().forward(*args)
+        return forward._replace(velocity=2 * forward.velocity)
+
+
+@pytest.mark.core
+def test_lanes_are_only_for_methods_that_they_honour():
+    for name, method in METHODS.items():
+        assert lanes.can_run_in_lanes(method) == (name != "dense")
+    for method in (Eager(), Doubled()):
+        assert not lanes.can_run_in_lanes(method)
+        with pytest.raises(ValueError, match='has no plan "lanes"; use "map"'):
+            scorer(method, plan="lanes")
+
+
+def test_a_method_of_its_own_is_scored_as_it_computes():
+    model, inputs = small_model(), small_inputs(videos=2)
+    for method in (Eager(), Doubled(pieces="loop")):
+        found = scorer(method, lanes=2, batch=2).latents(WHOLE[1:3])
+        expected = one_by_one(method, WHOLE[1:3], model, inputs)
+        assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
+
+
+def test_lanes_decide_of_a_level_as_the_method_does():
+    """Levels that a method can't do are refused; where they are traced, lanes skip as it skips."""
+    model, inputs = small_model(), small_inputs(videos=2)
+    settings = lanes.Settings(StepLevel(), model.geometry(inputs.latents.shape), 2, False)
+    solver, key, scale = solvers.unipc(STEPS), jax.random.key(7), jnp.float32(3)
+    prepared, state = lanes.denoise_start(
+        model, *inputs, solver, scale, key, settings=settings, dense_start=1, precision=None
+    )
+    levels = jnp.array([[10, 5, 10, 0, 10], [10, 0, 10, 0, 10]], jnp.int8)
+    found = lanes.denoise_many(
+        model, prepared, state, solver, levels, guidance=scale, key=key, settings=settings,
+        dense_start=1, plan="lanes", lanes=2, tiles=4,
+    )  # fmt: skip
+    assert np.array_equal(found[0], found[1])
 
 
 @pytest.mark.parametrize("solver", [solvers.euler, solvers.unipc])

@@ -93,10 +93,10 @@ def test_parts_are_kept_whatever_becomes_of_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: exactness.command(methods=("none",)), "expected methods of .*; got none"),
-        (lambda: batches.command(method="none"), "method must be one of"),
-        (lambda: batches.command(batches=(0,)), "batches and rounds of at least 1"),
-        (lambda: gpu.command(output=pathlib.Path("x.json"), parts=("none",)), "got none"),
+        (lambda: exactness.command(methods=("none",)), "expected methods of .*; got 'none'"),
+        (lambda: batches.command(method="none"), "method must be 'dense' or"),
+        (lambda: batches.command(batches=(0,)), "each of batches must be an integer in 1.."),
+        (lambda: gpu.command(output=pathlib.Path("x.json"), parts=("none",)), "got 'none'"),
         (lambda: gpu.command(output=pathlib.Path("x.txt")), "json"),
     ],
 )

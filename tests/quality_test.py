@@ -9,7 +9,7 @@ from astraea_jax import cli
 from astraea_jax.bench import quality
 
 SMALL = ["bench", "quality", "--prompts", "2", "--steps", "4", "--budgets", "0.5"]
-SMALL += ["--solver", "euler", "--only", "step-level, velocity"]
+SMALL += ["--solver", "euler", "--only", "step-level velocity"]
 
 
 @pytest.mark.slow

@@ -135,6 +135,35 @@ def test_progress_counts_the_callbacks_of_a_jitted_loop():
     assert "4/4" in console.file.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [False, True])
+def test_the_name_of_a_stage_is_no_markup(terminal):
+    console = rich.console.Console(file=io.StringIO(), width=200, force_terminal=terminal)
+    with report.Progress(console) as progress, progress.stage("write clip [final] [/b].mp4"):
+        pass
+    assert "write clip [final] [/b].mp4" in console.file.getvalue()
+
+
+def test_a_line_for_a_program_is_not_broken(capsys):
+    name = "folder [/b]/" * 30
+    report.show(report.table([{"path": name}], {"path": "[/b]"}))
+    assert name in capsys.readouterr().out
+    console = rich.console.Console(file=io.StringIO(), width=20)
+    with report.Progress(console) as progress, progress.stage(name):
+        pass
+    assert len(console.file.getvalue().splitlines()) == 1
+
+
+def test_a_stderr_that_is_full_costs_no_work():
+    class Full(io.StringIO):
+        def write(self, _):
+            raise OSError("No space left on device")
+
+    console = rich.console.Console(file=Full())
+    with report.Progress(console) as progress, progress.stage("denoise"):
+        done = True
+    assert done
+
+
 def test_a_stage_that_fails_says_nothing_of_having_ended():
     console = rich.console.Console(file=io.StringIO(), width=80)
     with (

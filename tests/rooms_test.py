@@ -15,9 +15,9 @@ MAY_IMPORT = {
     "timing": set(),
     "schedule": set(),
     "cache": set(),
-    "selection": set(),
-    "metrics": set(),
     # What a level computes is defined once, in schedule.
+    "selection": {"schedule"},
+    "metrics": set(),
     "flops": {"schedule"},
     "kernels": set(),
     "attention": {"kernels"},
@@ -132,6 +132,13 @@ def test_peers_are_imported_nowhere_and_import_nothing_of_ours():
         assert not any("bench.peers" in module for module in modules), path
         ours = {"astraea_jax", "astraea_ports"} & {m.split(".")[0] for m in modules}
         assert path.parent != PEERS or not ours, path
+
+
+def test_figures_are_made_without_pyplot():
+    # Its backend is the user's, in a notebook say.
+    for path in sources(ROOT / "astraea_jax") + sources(PORTS):
+        assert "matplotlib.pyplot" not in set(imported_modules(path, ROOT)), path
+        assert "matplotlib.use(" not in path.read_text(), path
 
 
 def test_no_init_in_the_source_root_of_the_ports():

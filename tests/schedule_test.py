@@ -1,7 +1,9 @@
 """Schedules: budgets met, patterns, files, and what is refused."""
 
 import json
+import pathlib
 import sys
+import warnings
 from fractions import Fraction
 
 import numpy as np
@@ -9,9 +11,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from astraea_jax.schedule import Schedule, check_budget, rows_at, rows_per_level
+from astraea_jax.schedule import (
+    Schedule,
+    check_budget,
+    check_levels,
+    check_steps,
+    rows_at,
+    rows_per_level,
+)
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.filterwarnings("ignore:a budget of:UserWarning")]
 
 STEPS = st.integers(1, 60)
 BUDGETS = st.floats(0.02, 1.0)
@@ -93,6 +102,40 @@ def test_rows_and_realised_budget(tokens):
         assert Schedule(levels).realised_budget(tokens) == pytest.approx(Schedule(levels).budget)
 
 
+@pytest.mark.parametrize(("tokens", "groups"), [(45, 3), (52, 4), (52, 13), (60, 60)])
+def test_rows_of_groups_are_equal_in_each(tokens, groups):
+    size = tokens // groups
+    for level in range(11):
+        rows = min(size, level * int(np.ceil(size / 10))) * groups
+        assert rows_at(level, tokens, groups) == rows
+    schedule = Schedule((10, 3, 0, 1))
+    rows = [[rows_at(level, tokens, each) for level in schedule.levels] for each in (1, groups)]
+    expected = np.mean(rows) / tokens
+    assert schedule.realised_budget(tokens, (1, groups)) == pytest.approx(float(expected))
+
+
+@pytest.mark.parametrize(
+    ("steps", "budget", "realised"), [(4, 0.9, 1.0), (4, 0.6, 0.5), (4, 0.4, 0.5), (3, 0.5, 2 / 3)]
+)
+def test_a_budget_that_is_missed_by_a_tenth_is_said(steps, budget, realised):
+    said = rf"a budget of {budget} comes out as {realised:.3g} of {steps} steps: take more steps"
+    for make in (Schedule.skipping, lambda *each: Schedule.for_budget(*each, whole_steps=True)):
+        with pytest.warns(UserWarning, match=said) as caught:
+            schedule = make(steps, budget)
+        assert schedule.budget == pytest.approx(realised)
+        # It points at whoever called, not into the library.
+        (warning,) = caught
+        assert pathlib.Path(warning.filename).parent.name != "astraea_jax"
+
+
+def test_a_budget_that_is_met_is_not_warned_of():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for steps, budget in ((4, 0.5), (30, 0.3), (30, 0.5), (50, 0.7), (10, 0.55)):
+            Schedule.for_budget(steps, budget, whole_steps=True)
+            Schedule.for_budget(steps, budget, whole_steps=False)
+
+
 def test_json_round_trip(tmp_path):
     schedule = Schedule((10, 0, 7, 3))
     path = tmp_path / "schedule.json"
@@ -108,12 +151,12 @@ def test_json_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("not json", r"expected a schedule file \(JSON\) at"),
-        (b"\xff\xfe", r"expected a schedule file \(JSON\) at"),
+        ("not json", r"not valid JSON .* expected a schedule file"),
+        (b"\xff\xfe", r"expected a schedule file \(JSON\) at .* can't be read"),
         ("[10, 5]", '"format": "astraea-schedule-1"; write it with save'),
         ('{"levels": [10]}', '"format": "astraea-schedule-1"'),
-        ('{"format": "astraea-schedule-1", "levels": 7}', "expected a list of levels in .* got 7"),
-        ('{"format": "astraea-schedule-1", "levels": [10, 11]}', "level 2 is 11"),
+        ('{"format": "astraea-schedule-1", "levels": 7}', "levels must be a list of .* got 7"),
+        ('{"format": "astraea-schedule-1", "levels": [10, 11]}', r"levels \[1\] .* got 11"),
         (
             '{"format": "astraea-schedule-1", "levels": [10, 5], "steps": 3}',
             "says 3 steps but holds 2 levels",
@@ -137,19 +180,25 @@ def test_load_and_save_name_the_path(tmp_path):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Schedule(()), "levels must hold one integer a step; got none"),
+        (lambda: Schedule(()), r"levels must be integers in 0\.\.10; got 0 values"),
+        (lambda: Schedule((10,) * 10_001), r"in 0\.\.10; got 10001 values"),
         (lambda: Schedule((10, 12)), r"levels must be integers in 0\.\.10; level 2 is 12"),
         (lambda: Schedule((10, 3, -1)), r"in 0\.\.10; level 3 is -1"),
         (lambda: Schedule((9, 5)), "the first level must be 10 .* got 9"),
-        (lambda: Schedule.dense(0), "steps must be an integer of at least 1; got 0"),
-        (lambda: Schedule.uniform(10, 0.0), "budget must be a number above 0 .* got 0.0"),
-        (lambda: Schedule.uniform(10, 1.01), "budget must be a number above 0 .* got 1.01"),
+        (lambda: Schedule.dense(0), r"steps must be an integer in 1\.\.10000; got 0"),
+        (lambda: Schedule.dense(10**9), r"steps must be .* 1\.\.10000; got 1000000000"),
+        (lambda: Schedule.uniform(10, 0.0), "budget must be a number .* got 0.0"),
+        (lambda: Schedule.uniform(10, 1.01), "budget must be a number .* at most 1; got 1.01"),
         (lambda: Schedule.uniform(10, float("nan")), "budget must be a number .* got nan"),
+        (
+            lambda: Schedule.skipping(10, 1e-300),
+            "budget must be a number at least 0.0001 .* 1e-300",
+        ),
         (lambda: Schedule.uniform(10, 0.01), "less than their 1 dense steps: ask for at least 0.1"),
-        (lambda: Schedule.uniform(3, 0.9, dense_steps=4), r"dense_steps must be in 1\.\.3 .* 4"),
-        (lambda: Schedule.uniform(3, 0.9, dense_steps=0), r"dense_steps must be in 1\.\.3 .* 0"),
+        (lambda: Schedule.uniform(3, 0.9, dense_steps=4), r"dense_steps must be .* 1\.\.3 .* 4"),
+        (lambda: Schedule.uniform(3, 0.9, dense_steps=0), r"dense_steps must be .* 1\.\.3 .* 0"),
         (lambda: Schedule.skipping(20, 0.01), "ask for at least 0.05"),
-        (lambda: Schedule.skipping(10, 2), "budget must be a number above 0"),
+        (lambda: Schedule.skipping(10, 2), "budget must be a number"),
         (lambda: Schedule.for_budget(0, 0.5, whole_steps=True), "steps must be an integer"),
     ],
 )
@@ -164,9 +213,52 @@ def test_a_level_that_is_no_integer_is_refused(as_a_user, level):
         Schedule((10, level))
 
 
-@pytest.mark.parametrize("budget", ["half", None])
+LEVELS_OF_5 = r"levels must be integers in 0\.\.10, one per step \(5\); "
+
+
+@pytest.mark.parametrize(
+    ("levels", "message"),
+    [
+        ([10, 12, -3, 10, 0], "level 2 is 12"),
+        ((10, 5, 0), "got 3 values"),
+        ([10, 5, 12], "got 3 values, level 3 is 12"),
+        (np.array([10, 0, 0, 0, -1]), "level 5 is -1"),
+        (np.array([10.0, 5, 5, 5, 5]), "level 1 is 10.0"),
+        (np.ones(5, bool), "level 1 is True"),
+        (np.full((2, 5), 10), "got 2 values, level 1 is"),
+        (np.int8(10), "got 10|got np.int8"),
+        ("10000", "got '10000'"),
+        (None, "got None"),
+        ({10: 1}, "got {10: 1}"),
+        (Schedule((10, 5)), "got 2 values"),
+    ],
+)
+def test_levels_are_refused_in_the_same_words(as_a_user, levels, message):
+    with pytest.raises(ValueError, match=f"{LEVELS_OF_5}({message})"):
+        check_levels(levels, steps=5)
+
+
+def test_levels_in_any_form():
+    for levels in ([10, 5, 0], (10, 5, 0), np.array([10, 5, 0], np.uint8), Schedule((10, 5, 0))):
+        found = check_levels(levels, steps=3)
+        assert found == (10, 5, 0) and all(type(level) is int for level in found)
+    with pytest.raises(ValueError, match=r"the first level must be 10 .* got 0"):
+        check_levels([0, 10])
+    assert check_levels([10, 10, 5], dense_start=2) == (10, 10, 5)
+    with pytest.raises(ValueError, match=r"the first 3 levels must be 10 .* got 5"):
+        check_levels([10, 10, 5], dense_start=3)
+
+
+def test_numbers_of_numpy_are_numbers(as_a_user):
+    assert type(check_steps(np.int64(30))) is int and type(check_budget(np.float32(1))) is float
+    assert Schedule.uniform(np.int16(30), np.float32(0.5)) == Schedule.uniform(30, 0.5)
+
+
+@pytest.mark.parametrize("budget", ["half", None, "0.5", True])
 def test_a_budget_that_is_no_number_is_refused(as_a_user, budget):
-    with pytest.raises(ValueError, match=r"budget must be a number above 0 and at most 1, as 0.5"):
+    with pytest.raises(
+        ValueError, match=r"budget must be a number at least 0.0001 and at most 1; got"
+    ):
         check_budget(budget)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from astraea_jax import selection
+from astraea_jax.schedule import rows_at, rows_per_level
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
 pytestmark = pytest.mark.core
@@ -56,11 +57,13 @@ def test_groups_get_equally_many_rows_at_every_level(contiguous, groups, size):
         selection.order(scores, zeros_age(scores), groups=groups, contiguous=contiguous)
     )
     tenth = -(-size // 10)
-    assert ordered.shape == (2, 10 * tenth * groups)
+    assert ordered.shape == (2, 10 * rows_per_level(num_tokens, groups))
     for row in range(2):
         for level in range(1, 11):
             taken = ordered[row, : level * tenth * groups]
             taken = taken[taken < num_tokens]
+            # What is booked is what is computed.
+            assert len(taken) == rows_at(level, num_tokens, groups)
             group = taken // size if contiguous else taken % groups
             count = min(size, level * tenth)
             assert (np.bincount(group, minlength=groups) == count).all()
@@ -77,6 +80,30 @@ def test_entries_past_the_tokens_are_their_number():
     ordered = np.asarray(selection.order(scores, zeros_age(scores)))[0]
     assert len(ordered) == 30 and (ordered[23:] == 23).all()
     assert np.array_equal(np.sort(ordered[:23]), np.arange(23))
+
+
+@pytest.mark.parametrize("branches", ["shared", "separate"])
+def test_a_video_is_ranked_in_a_batch_as_alone(branches):
+    """The same bits in give the same order out, whatever lies beside them; also between ties."""
+    config = SelectionConfig(branches=branches)
+    # Of half precision, and few values: many ties.
+    now, before = jnp.asarray(rng.integers(0, 3, (2, 2, 4, 50, 8)), jnp.bfloat16)
+    lse = jnp.asarray(rng.uniform(1, 6, (2, 4, 50)), jnp.float32).round()
+    age = jnp.asarray(rng.integers(0, 4, (2, 4, 50)), jnp.int8)
+
+    def ordered(*inputs):
+        now, before, lse, age = (x.reshape(-1, *x.shape[2:]) for x in inputs)
+        scores = selection.score(lse, selection.change(now, before, config), age, config)
+        assert scores.dtype == jnp.float32
+        if branches == "shared":
+            scores = selection.shared_score(scores, 2)
+        return np.asarray(selection.order(scores, age)).reshape(*inputs[0].shape[:2], -1)
+
+    inputs = now, before, lse, age
+    together = ordered(*inputs)
+    for video in range(4):
+        alone = ordered(*(x[:, video : video + 1] for x in inputs))
+        assert np.array_equal(alone[:, 0], together[:, video])
 
 
 def test_selected_mask():

@@ -123,6 +123,9 @@ def test_history_of_the_first_step_is_not_read():
     assert np.array_equal(state.corrected, x) and np.array_equal(state.clean_1, x - row.sigma * v)
 
 
+SHIFT = "shift must be a number at least 0.001 and at most 1000"
+
+
 @pytest.mark.parametrize("shift", [1.0, 3.0, 17.0])
 @pytest.mark.parametrize(("name", "grid"), EVERY)
 def test_tables_are_finite(name, grid, shift):
@@ -134,6 +137,14 @@ def test_tables_are_finite(name, grid, shift):
         assert solver.timestep[-1] >= 0 and solver.timestep[0] <= 1000
 
 
+@pytest.mark.parametrize("shift", [0.001, 1000.0])
+@pytest.mark.parametrize(("name", "grid"), EVERY)
+def test_tables_at_the_ends_of_what_is_taken_are_finite(as_a_user, name, grid, shift):
+    for steps in (1, np.int64(4), 2000):
+        solver = solvers.make(name, steps, shift=np.float32(shift), grid=grid)
+        assert all(np.isfinite(leaf).all() for leaf in solver)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -141,12 +152,13 @@ def test_tables_are_finite(name, grid, shift):
             lambda: solvers.make("ddim", 4),
             "solver must be one of unipc, dpm\\+\\+, euler; got 'ddim'",
         ),
-        (lambda: solvers.make("unipc", 0), "steps must be an integer of at least 1; got 0"),
-        (lambda: solvers.euler(-3), "steps must be an integer of at least 1; got -3"),
-        (lambda: solvers.euler(4, shift=0.0), "shift must be a number above 0; got 0.0"),
-        (lambda: solvers.unipc(4, shift=-1.0), "shift must be a number above 0; got -1.0"),
-        (lambda: solvers.unipc(4, shift=float("inf")), "shift must be a number above 0; got inf"),
-        (lambda: solvers.unipc(4, shift=float("nan")), "shift must be a number above 0; got nan"),
+        (lambda: solvers.make("unipc", 0), r"steps must be an integer in 1\.\.10000; got 0"),
+        (lambda: solvers.euler(-3), r"steps must be an integer in 1\.\.10000; got -3"),
+        (lambda: solvers.dpmpp(10**9), r"steps must be an integer in 1\.\.10000; got 1000000000"),
+        *(
+            (lambda shift=shift: solvers.unipc(4, shift=shift), f"{SHIFT}; got {shift}")
+            for shift in (0.0, -1.0, float("inf"), float("nan"), 1e-300, 1001.0)
+        ),
     ],
 )
 def test_refused(call, message):
@@ -155,11 +167,11 @@ def test_refused(call, message):
 
 
 def test_wrong_types_are_refused(as_a_user):
-    with pytest.raises(ValueError, match=r"steps must be an integer of at least 1; got 2.5"):
+    with pytest.raises(ValueError, match=r"steps must be an integer in 1\.\.10000; got 2.5"):
         solvers.unipc(2.5)
-    with pytest.raises(ValueError, match="grid must be diffusers or original; got 'mine'"):
+    with pytest.raises(ValueError, match="grid must be 'diffusers' or 'original'; got 'mine'"):
         solvers.make("unipc", 4, grid="mine")
-    with pytest.raises(ValueError, match="shift must be a number above 0; got '3'"):
+    with pytest.raises(ValueError, match=f"{SHIFT}; got '3'"):
         solvers.euler(2, shift="3")
 
 

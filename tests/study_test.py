@@ -1,5 +1,6 @@
 """Journal and resume: what is on disk survives, whatever happens to the process."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -12,14 +13,13 @@ import jax
 import numpy as np
 import pytest
 
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.recipe import Recipe, is_recipe, recipes_in
-from astraea_jax.search.scoring import Evaluation, Evaluator
+from astraea_jax.search.scoring import Evaluation, Evaluator, known_to
 from astraea_jax.search.space import Space
-
-pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 HEADER = {"model": "a", "steps": 8}
@@ -74,6 +74,7 @@ study_test.run(pathlib.Path({folder!r}), score=score)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGKILL, 6), (signal.SIGTERM, 2)])
 def test_killed_at_any_instant_and_run_again_it_ends_the_same(tmp_path, whole, number, at):
     code = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path), at=at, signal=int(number))
@@ -90,6 +91,7 @@ def test_killed_at_any_instant_and_run_again_it_ends_the_same(tmp_path, whole, n
     assert again.evaluations == whole[1].evaluations
 
 
+@pytest.mark.slow
 def test_a_finished_search_computes_nothing_when_run_again(whole):
     folder, result = whole
 
@@ -107,6 +109,7 @@ def test_a_finished_search_computes_nothing_when_run_again(whole):
     assert again.best == result.best
 
 
+@pytest.mark.slow
 def test_more_generations_go_on_from_the_state(tmp_path):
     short = run(tmp_path, config=SearchConfig(6, 3, 2))
     longer = run(tmp_path, config=SearchConfig(6, 3, 4))
@@ -127,6 +130,90 @@ def test_a_truncated_last_line_is_repaired_and_reported(tmp_path):
         (kept,) = journal.evaluations
     assert kept.levels == (10, 0) and np.isnan(kept.errors[1])
     assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "content", [b"no line of a journal", b'{"header": 3}\n', b"[]\n", b"\n", b"[" * 10_000 + b"\n{"]
+)
+def test_what_is_no_journal_is_left_as_it_was(tmp_path, content):
+    path = tmp_path / study.JOURNAL
+    path.write_bytes(content)
+    with (
+        pytest.raises(Refusal, match="no search journal"),
+        study.open_journal(tmp_path, HEADER),
+    ):
+        pass
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"levels": [10, 11]},
+        {"levels": [0, 10]},
+        {"levels": [10, True]},
+        {"levels": [10]},
+        {"levels": "10"},
+        {"levels": 10**30},
+        {"errors": [0.5]},
+        {"errors": [0.5, -1]},
+        {"errors": [0.5, "0.5"]},
+        {"errors": [0.5, None]},
+        {"errors": []},
+        {"errors": [0.5, 0.5, 0.5]},
+        {"seconds": -1},
+        {"seconds": "1"},
+        {"stopped": 1},
+        {"search": None},
+        {"other": 1},
+    ],
+)
+def test_a_line_of_a_journal_is_checked_by_field(tmp_path, changes):
+    known = {"steps": 2, "prompts": 2}
+    with study.open_journal(tmp_path, HEADER, **known) as journal:
+        journal.append(Evaluation((10, 0), (0.5, float("inf")), 0.1))
+        journal.append(Evaluation((10, 0), (0.5,), 0.1, stopped=True))
+    with study.open_journal(tmp_path, HEADER, **known) as journal:
+        assert len(journal.evaluations) == 2
+    path = tmp_path / study.JOURNAL
+    first, line, _ = path.read_text().splitlines()
+    path.write_text(f"{first}\n{json.dumps(json.loads(line) | changes)}\n")
+    with (
+        pytest.raises(Refusal, match=r"no search journal \(line 2"),
+        study.open_journal(tmp_path, HEADER, **known),
+    ):
+        pass
+
+
+def test_a_journal_that_is_no_regular_file_is_refused(tmp_path):
+    os.mkfifo(tmp_path / study.JOURNAL)
+    with (
+        pytest.raises(Refusal, match="no regular file"),
+        study.open_journal(tmp_path, HEADER),
+    ):
+        pass
+
+
+def test_what_one_search_gave_up_another_sees_for_itself(tmp_path):
+    parts = [lambda levels: score(levels)[:, :1], lambda levels: score(levels)[:, 1:]]
+    # The third is given up under the strict patience, and is the best but one on both prompts.
+    rows = np.full((3, 8), 10, np.int8)
+    rows[0, 7], rows[1, 6], rows[2, 5] = 5, 7, 5
+    fitness = {}
+    for name, patience in (("strict", 1.0), ("lax", 1000.0), ("none", None)):
+        with study.open_journal(tmp_path, HEADER) as journal:
+            known = known_to(name, journal.evaluations)
+            assert sum(each.stopped for each in known.values()) == 0
+            evaluator = Evaluator(
+                parts, patience=patience, keep=1, batch=1, record=journal.append, search=name,
+                known=known,
+            )  # fmt: skip
+            fitness[name] = evaluator(rows)
+    assert np.isinf(fitness["strict"][2]) and np.isfinite(fitness["lax"]).all()
+    assert np.array_equal(fitness["lax"], fitness["none"])
+    # The strict one goes on with what it gave up, as far as nothing more is known of it.
+    strict = [each for each in journal.evaluations if each.search == "strict"]
+    assert known_to("strict", strict)[tuple(rows[2].tolist())].stopped
 
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
@@ -186,6 +273,7 @@ def test_pareto_keeps_what_nothing_beats():
     assert [point["fitness"] for point in front] == [3.0, 1.0]
 
 
+@pytest.mark.slow
 def test_the_search_stops_at_its_deadline_and_says_how_long_is_left(tmp_path):
     seen = []
     with study.open_journal(tmp_path, HEADER) as journal:
@@ -225,6 +313,21 @@ def test_a_recipe_comes_back_as_it_was_and_is_a_schedule_file(tmp_path):
         ({"cost": {"budget": 0.4}}, "budget 0.4"),
         ({"model": ""}, "model"),
         ({"levels": [10, 0]}, "3 steps but holds 2"),
+        ({"levels": [10, 0, 11]}, r"levels \[2\]"),
+        ({"levels": [10] * 10_001}, "levels"),
+        ({"levels": {"0": 10}}, "levels"),
+        ({"levels": [0, 10, 10]}, "first level"),
+        ({"steps": "3"}, "steps"),
+        ({"steps": 10**30}, "steps"),
+        ({"shift": 1e308}, "shift"),
+        ({"quality": {"psnr": 10**400}}, "quality"),
+        ({"quality": [40.0]}, "quality"),
+        ({"cost": {"seconds": -1}}, "cost"),
+        ({"guidance": "5"}, "guidance"),
+        ({"lora": "style.safetensors"}, "lora"),
+        ({"solvr": "euler"}, "'solvr' is not known"),
+        ({"grid": "a" * 2000}, "grid"),
+        ({"version": None}, "version"),
     ],
 )
 def test_a_recipe_that_is_wrong_is_refused(tmp_path, as_a_user, changes, words):
@@ -240,6 +343,23 @@ def test_a_recipe_says_in_what_a_run_differs():
     assert RECIPE.differences(**run) == []
     said = RECIPE.differences(**run | {"model": "x", "solver": "euler", "steps": 4})
     assert said == ["another model", "solver unipc, not euler", "steps 3, not 4"]
+    # What it does not record differs from nothing.
+    assert RECIPE.differences(**run, guidance=7.0, negative_prompt="noise") == []
+    recorded = dataclasses.replace(RECIPE, guidance=5.0, negative_prompt="noise")
+    assert recorded.differences(**run, guidance=5.0, negative_prompt="noise") == []
+    said = recorded.differences(**run, guidance=1.0)
+    assert said == ["guidance 5.0, not 1.0", "negative prompt 'noise', not ''"]
+
+
+def test_files_of_schedules_are_regular_and_say_what_is_beside_the_levels(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    for read in (Recipe.load, Schedule.load, is_recipe, lambda path: recipes_in(path.parent)):
+        with pytest.raises(Refusal, match="no regular file"):
+            read(tmp_path / "a.json")
+    for about in ({"levels": [10]}, {"a": float("nan")}, {"a": object()}):
+        with pytest.raises(Refusal):
+            Schedule((10, 0)).save(tmp_path / "b.json", **about)
+    assert os.listdir(tmp_path) == ["a.json"]
 
 
 if __name__ == "__main__":

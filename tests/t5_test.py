@@ -153,10 +153,11 @@ def test_full_size_keys(layout):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "bert"}, "model_type must be t5 or umt5, got 'bert'"),
-        ({"feed_forward_proj": "relu"}, "feed_forward_proj must be gated-gelu"),
-        ({"d_model": None}, r"positive integers, got \{'d_model': None\}"),
-        ({"num_heads": 0, "d_kv": "8"}, r"d_kv.*num_heads"),
+        ({"model_type": "bert"}, "model_type must be 'umt5' or 't5'; got 'bert'"),
+        ({"feed_forward_proj": "relu"}, "feed_forward_proj must be 'gated-gelu'"),
+        ({"d_model": None}, r"d_model must be an integer in 1\.\.65536; got None"),
+        ({"num_heads": 0, "d_kv": "8"}, r"2 fields are wrong(.|\n)*num_heads(.|\n)*d_kv|d_kv"),
+        ({"model_type": "t5", "shared_position_bias": False}, "shared_position_bias must be True"),
     ],
 )
 def test_config_refuses(changes, message):

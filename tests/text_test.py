@@ -134,6 +134,12 @@ def test_unknown_words(tokenizer):
     assert tokenizer.unknown_words("") == ()
 
 
+def test_a_word_is_not_blamed_for_the_sign_that_it_touches(tokenizer):
+    assert tokenizer.unknown_words("a red circle→ moving") == ("→",)
+    assert tokenizer.unknown_words("a “red” circle—moving") == ()
+    assert tokenizer.unknown_words("zebra→") == ("→", "zebra")
+
+
 def test_unknown_words_of_a_large_vocabulary():
     """The rule knows no model: pieces of a word are no spelling, nor are signs that are words."""
     pieces = ["▁", "▁kay", "aks", "▁the", "猫", "x", "q", "z", "▁x"]

@@ -1,6 +1,7 @@
 """Timed jit: one executable for each kind of argument, compilation counted apart."""
 
 import sys
+import threading
 import time
 
 import jax
@@ -83,12 +84,118 @@ def test_inside_another_jit_it_is_a_part_of_it():
     np.testing.assert_allclose(gradient, 12)
 
 
+def test_called_by_a_traced_function_with_known_arguments_it_is_a_part_of_it():
+    scaled, traces = counted()
+    jaxpr = jax.make_jaxpr(lambda: scaled(np.ones(3, np.float32))["y"])()
+    assert "jit" in str(jaxpr) and len(traces) == 1 and scaled.num_executables == 0
+    assert not timing.tracing() and jax.eval_shape(lambda: jnp.bool_(timing.tracing())).shape == ()
+    seen = []
+    threading.Thread(target=lambda: seen.append(timing.tracing())).start()
+    jax.vmap(lambda x: seen.append(timing.tracing()) or x)(jnp.ones(2))
+    jax.jit(lambda x: seen.append(timing.tracing()) or x)(jnp.ones(2))
+    assert seen == [False, True, True]
+
+
+def products(size=4):
+    """A timed product of matrices, and the list of its traces."""
+    traces = []
+
+    @timed_jit()
+    def product(x):
+        traces.append(1)
+        return x @ x
+
+    return product, traces, jnp.full((size, size), 1 + 2**-10, jnp.float32)
+
+
+def test_another_precision_is_another_program():
+    product, traces, x = products()
+    for precision in (None, "highest", "BF16_BF16_F32"):
+        with jax.default_matmul_precision(precision):
+            product(x)
+            text = product.lower(x).as_text()
+        asked = {None: "DEFAULT, DEFAULT", "highest": "HIGHEST, HIGHEST"}.get(precision, "bf16")
+        assert asked in text
+    product(x)
+    assert len(traces) == product.num_executables == 3
+
+
+def test_x64_is_another_program():
+    product, _, x = products()
+    assert product(np.asarray(x, np.float64)).dtype == jnp.float32
+    with jax.enable_x64(True):
+        assert product(np.asarray(x, np.float64)).dtype == jnp.float64
+    assert product(np.asarray(x, np.float64)).dtype == jnp.float32
+    assert product.num_executables == 2
+
+
+def test_another_mesh_is_another_program():
+    seen = []
+
+    @timed_jit()
+    def named(x):
+        seen.append(jax.sharding.get_abstract_mesh().axis_names)
+        return x + 1
+
+    named(jnp.ones(3))
+    for name in ("data", "rows", "data"):
+        with jax.set_mesh(jax.make_mesh((1,), (name,))):
+            named(jnp.ones(3))
+    assert seen == [(), ("data",), ("rows",)]
+
+
+@pytest.mark.parametrize(
+    "name", ["jax_disable_most_optimizations", "jax_compiler_enable_remat_pass"]
+)
+def test_other_optimisations_are_another_program(name):
+    product, _, x = products()
+    product(x)
+    before = jax.config.values[name]
+    jax.config.update(name, not before)
+    try:
+        product(x)
+        product(x)
+    finally:
+        jax.config.update(name, before)
+    assert product.num_executables == 2
+    product(x)
+    assert product.num_executables == 2
+
+
+def test_without_jit_the_plain_function_runs():
+    seen = []
+
+    @timed_jit(static=("by",))
+    def moved(x, *, by):
+        seen.append(isinstance(x, jax.core.Tracer))
+        return x + by
+
+    moved(jnp.ones(2), by=1)
+    with jax.disable_jit():
+        np.testing.assert_array_equal(moved(jnp.ones(2), by=2), 3)
+    assert seen == [True, False]
+
+
+def test_a_nan_is_found_and_placed():
+    @timed_jit(donate=("x",))
+    def root(x):
+        return jnp.log(x - 2) * 0 + 1
+
+    assert np.isnan(root(jnp.ones(2))).all()
+    with (
+        jax.debug_nans(True),
+        pytest.raises(FloatingPointError, match=r"invalid value \(nan\).*log"),
+    ):
+        root(jnp.ones(2))
+
+
 def test_lower_is_that_of_jit():
     scaled, _ = counted(static=("power",))
     shape = jax.ShapeDtypeStruct((3,), jnp.float32)
     compiled = scaled.lower(shape, power=2).compile()
     np.testing.assert_allclose(compiled(jnp.full(3, 3.0))["y"], 9)
-    assert scaled.num_executables == 0
+    scaled(np.full(3, 3.0, np.float32), power=2)
+    assert scaled.num_executables == 1
 
 
 def test_it_keeps_the_functions_name_and_docstring():
@@ -112,6 +219,25 @@ def test_compilation_is_counted_apart():
         jax.block_until_ready(slow(jnp.ones(3)))
         time.sleep(0.05)
     assert second.compile == 0 and second.run >= 0.05
+
+
+def test_another_threads_compilation_is_not_counted():
+    began, end = threading.Event(), threading.Event()
+
+    @timed_jit()
+    def slow(x):
+        began.set()
+        end.wait(10)
+        return x + 1
+
+    thread = threading.Thread(target=slow, args=(jnp.ones(3),))
+    with stopwatch() as watch:
+        thread.start()
+        began.wait(10)
+        time.sleep(0.05)
+        end.set()
+        thread.join()
+    assert watch.compile == 0 and watch.run >= 0.05
 
 
 def test_run_and_compile_add_up_to_the_wall_clock():

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import attention, files, report
+from astraea_jax import attention, report
 from astraea_jax.attention import query_sparse_attention
+from astraea_jax.bench import options
 from astraea_jax.bench.attention_runs import (
     by_hand,
     compile_all,
@@ -28,8 +29,7 @@ from astraea_jax.bench.attention_runs import (
 )
 from astraea_jax.bench.attention_tuning import tune_shape
 from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
-from astraea_jax.checks import Refusal
-from astraea_jax.kernels import machine
+from astraea_jax.kernels import machine, tilings
 
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
     (1, 130, 150, 2, 128, (129,)),
@@ -64,13 +64,14 @@ def command(
     """
     smallest = min(SHAPES, key=lambda name: SHAPES[name].flops(SHAPES[name].tokens))
     shapes = shapes or (tuple(SHAPES) if machine.gpu() else (smallest,))
-    if not set(shapes) <= SHAPES.keys():
-        raise Refusal(f"shapes must be of {', '.join(SHAPES)}; got {', '.join(shapes)}")
-    if rounds < 1 or not shares or not all(0 < share <= 1 for share in shares):
-        raise Refusal("expected shares above 0 and at most 1, and rounds of at least 1")
-    if output is not None:
-        files.check_output(output, (".json",))
     names: Sequence[Any] = implementations or get_args(attention.Implementation)
+    options.check_each("shapes", shapes, SHAPES)
+    options.check_shares("shares", shares)
+    options.check_each("implementations", names, get_args(attention.Implementation))
+    options.check_rounds(rounds)
+    options.check_output(output)
+    if tune:
+        tilings.check_writable()
     states = attention.implementations()
     for name in names:
         if states[name] != "runs":

@@ -7,15 +7,16 @@ both; the share of the time in which a kernel runs, and the kernels a step, say 
 import functools
 import pathlib
 import time
+from typing import get_args
 
 import jax
 import numpy as np
 
+from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
-from astraea_jax import files, report, solvers
+from astraea_jax.bench import options
 from astraea_jax.bench import profile as profiles
-from astraea_jax.bench.models import Dtype, ModelChoice
-from astraea_jax.checks import Refusal
+from astraea_jax.bench.models import RESIDENT, Chosen
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 
@@ -34,8 +35,7 @@ COLUMNS = {
 
 def command(
     *,
-    model: str = "tiny",
-    dtype: Dtype | None = None,
+    model: Chosen = RESIDENT,
     method: str = "astraea",
     budgets: tuple[float, ...] = (0.5,),
     batches: tuple[int, ...] = (1, 8, 32),
@@ -46,8 +46,7 @@ def command(
     """Times whole runs of denoising at several batch sizes, dense and at budgets.
 
     Args:
-      model: "tiny", a folder, or a hub id.
-      dtype: Of the weights; float32 when left out.
+      model: Which model.
       method: What runs the budgets.
       budgets: Mean shares of the tokens, after a first fifth that is dense.
       batches: Videos at once, each with two guidance branches.
@@ -55,13 +54,13 @@ def command(
       rounds: How often each is timed.
       output: A .json file for every number.
     """
-    if method not in METHODS:
-        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if rounds < 1 or not batches or min(batches) < 1:
-        raise Refusal(f"expected batches and rounds of at least 1; got {batches} and {rounds}")
-    if output is not None:
-        files.check_output(output, (".json",))
-    pipeline = ModelChoice(model, dtype=dtype).open()
+    checks.one_of("method", method, tuple(METHODS))
+    options.check_budgets(budgets)
+    options.check_counts("batches", batches, options.MOST_VIDEOS)
+    options.check_each("drivers", drivers, get_args(loop.Driver))
+    options.check_rounds(rounds)
+    options.check_output(output)
+    pipeline = model.open()
     steps = pipeline.defaults.steps
     schedules: dict[tuple[str, float], Schedule | None] = {("dense", 1.0): None}
     for budget in budgets:
@@ -77,7 +76,7 @@ def command(
                 print(report.markdown(rows[-1:], COLUMNS).splitlines()[-1], flush=True)
     print(report.markdown(rows, COLUMNS))
     if output is not None:
-        what = {"steps": steps, "dtype": dtype or "float32"}
+        what = {"steps": steps, "dtype": pipeline.dtype}
         content = {"environment": report.environment(), "run": what, "rows": rows}
         report.write_json(output, content)
 

@@ -5,13 +5,14 @@ other; what ships beside this file is such parts together.
 """
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 from typing import Any, Literal
 
 from tyro.conf import Positional
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.bench import quality, search_study
 from astraea_jax.checks import Refusal
 
@@ -22,6 +23,12 @@ NAMES: dict[str, Callable[[Row], tuple]] = {
     "quality": quality.name_of,
 }
 """What tells a study's rows apart."""
+
+READ: dict[str, Callable[[pathlib.Path], list[Row]]] = {
+    "search": search_study.read_rows,
+    "quality": lambda path: quality.read(path)["rows"],
+}
+"""What reads a study's rows, each field of them checked."""
 
 
 def command(
@@ -41,10 +48,11 @@ def command(
       output: A .json file.
       about: A sentence on what the file holds.
     """
-    files.check_output(output, (".json",))
     if not results:
         raise Refusal("say which results to put together: JSON files of a study's parts")
-    parts = [_read(path) for path in results]
+    parts = [_read(path, study) for path in results]
+    files.check_output(output, (".json",))
+    files.check_apart(output, *results)
     for path, part in zip(results, parts, strict=True):
         if part["model"] != parts[0]["model"]:
             raise Refusal(
@@ -65,19 +73,27 @@ def command(
     print(f"{len(rows)} rows of {len(parts)} files in {output}")
 
 
-def _read(path: pathlib.Path) -> Row:
+def _read(path: pathlib.Path, study: str) -> Row:
     """A part's results.
 
     Raises:
       Refusal: no such file, or one without rows and the model that they are of.
     """
-    try:
-        part = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"expected a study's results at {path} ({error})") from error
-    if not isinstance(part, dict) or not {"rows", "model"} <= set(part):
-        raise Refusal(f"expected rows and the model that they are of in {path}; run it again")
-    return part
+    part = files.read_json(path, what="study's results")
+    # What the rows say is the studies' own to check.
+    rows = READ[study](path)
+    rules = {"model": checks.Text(), "rows": checks.Anything(), "runs": _RUNS}
+    checks.fields(
+        part, rules, name=str(path), required=("model", "rows"), others=True, advice="run it again"
+    )
+    if "runs" in part:
+        run = {"run": checks.Whole(0, len(part["runs"]) - 1)}
+        for index, row in enumerate(rows):
+            checks.fields(row, run, name=f"{path}: row {index}", required=run, others=True)
+    return {**part, "rows": rows}
+
+
+_RUNS = checks.ListOf(checks.ByName(checks.Anything()), 1, 10_000)
 
 
 def _write(output: pathlib.Path, head: Row, rows: list[Row]) -> None:
@@ -89,9 +105,9 @@ def _write(output: pathlib.Path, head: Row, rows: list[Row]) -> None:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to eight significant digits: more than any of them means."""
+    """Floats to eight significant digits, more than any means; words for what JSON lacks."""
     if isinstance(value, float):
-        return float(f"{value:.8g}")
+        return float(f"{value:.8g}") if math.isfinite(value) else str(value)
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list) else value

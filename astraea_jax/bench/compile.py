@@ -8,7 +8,7 @@ import contextlib
 import re
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,10 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
-from astraea_jax import report, solvers
-from astraea_jax.bench.models import SIZES, Dtype, Precision
+from astraea_jax.bench import options
+from astraea_jax.bench.models import Dtype, Precision, Size
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.timing import GPU_OPTIONS
@@ -55,7 +56,7 @@ COLUMNS = {
 
 def command(
     *,
-    model: str = "wan",
+    size: Size = "1.3B",
     frames: int = 81,
     height: int = 480,
     width: int = 832,
@@ -67,7 +68,7 @@ def command(
     """Compiles a step for a GPU that need not be there, and says what the program holds.
 
     Args:
-      model: "wan" or "wan-14b".
+      size: Of Wan.
       frames: Frames of the video, 4k + 1.
       height: Pixels.
       width: Pixels.
@@ -76,14 +77,20 @@ def command(
       dtype: Of the weights.
       precision: "reference" or "fast".
     """
-    if model not in SIZES or method not in METHODS:
+    checks.one_of("size", size, get_args(Size))
+    options.check_levels(method, levels)
+    checks.one_of("dtype", dtype, get_args(Dtype))
+    checks.one_of("precision", precision, get_args(Precision))
+    options.check_size(frames, height, width)
+    image = VAEConfig.from_dict(vae_weights.WAN_VAE)
+    if (frames - 1) % 4 or height % 16 or width % 16:
         raise Refusal(
-            f"expected --model {' or '.join(SIZES)} and a method of {', '.join(METHODS)}; got "
-            f"{model!r} and {method!r}"
+            "expected frames of 4k + 1, height and width of whole 16 pixels; got "
+            f"{frames}, {height} and {width}"
         )
-    made = parts.random_parts(SIZES[model], dtype=jnp.dtype(dtype), precision=precision, seed=0)
+    made = parts.random_parts(size, dtype=jnp.dtype(dtype), precision=precision, seed=0)
     transformer = made.transformer.template
-    factor = VAEConfig.from_dict(vae_weights.WAN_VAE).spatial_factor
+    factor = image.spatial_factor
     shape = (1, (frames - 1) // 4 + 1, height // factor, width // factor, 16)
     geometry = transformer.geometry(shape)
     settings = loop.Settings(METHODS[method], geometry, 2, trace=False)

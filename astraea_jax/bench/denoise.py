@@ -4,29 +4,32 @@ Every program is warmed up first, then all are timed in turn, round after round,
 the machine's speed meets all alike; a ratio is the median over rounds of the ratio within a round.
 """
 
+import dataclasses
 import functools
 import math
 import pathlib
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from astraea_jax import checks, flops, report, solvers
 from astraea_jax import denoise as loop
-from astraea_jax import files, flops, report, solvers
 from astraea_jax.bench import compile as compiled
+from astraea_jax.bench import options
 from astraea_jax.bench import profile as kernels
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.checks import Refusal
+from astraea_jax.bench.models import RESIDENT, Chosen
 from astraea_jax.methods import METHODS, Dense, Method
-from astraea_jax.schedule import LEVELS, rows_at
+from astraea_jax.schedule import LEVELS
 
 PROJECTED_STEPS = 50
 """Steps of the projection: the first dense, the rest at the level, all guidance branches."""
+
+MOST_STEPS = 1000
 
 
 class Case(NamedTuple):
@@ -55,13 +58,13 @@ class Case(NamedTuple):
     cache: int
 
 
+FAST = dataclasses.replace(RESIDENT, precision="fast")
+"""What is timed unless told."""
+
+
 def command(
     *,
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
-    precision: Precision = "fast",
+    model: Chosen = FAST,
     method: str = "astraea",
     levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
     drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
@@ -78,11 +81,7 @@ def command(
     """Times a step, dense and at each level, with both drivers, in one run.
 
     Args:
-      model: "tiny", "wan" or "wan-14b" with --checkpoint or --random, a folder, or a hub id.
-      checkpoint: Folder or hub id of the weights.
-      random: Random weights of the model's real size.
-      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
-      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
+      model: Which model.
       method: A method that computes some of the tokens.
       levels: Tenths of the tokens, 1..10.
       drivers: "static", "dynamic" or both.
@@ -97,17 +96,16 @@ def command(
       profile: Also say, on a GPU, where the time of each program goes.
       output: A .json file for every number.
     """
-    if method not in METHODS:
-        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {method!r}")
-    if rounds < 1 or not levels or not all(1 <= level <= LEVELS for level in levels):
-        raise Refusal(f"expected levels in 1..{LEVELS} and rounds of at least 1")
-    if steps < 2:
-        raise Refusal(f"steps must be at least 2, as the first one is dense; got {steps}")
-    if output is not None:
-        files.check_output(output, (".json",))
-    choice = ModelChoice(model, checkpoint, random, dtype, precision)
+    options.check_levels(method, levels)
+    options.check_each("drivers", drivers, get_args(loop.Driver))
+    # Two at least, as the first one is dense.
+    checks.whole("steps", steps, 2, MOST_STEPS)
+    options.check_rounds(rounds)
+    checks.number("seconds", seconds, 0, math.inf, above=True)
+    options.check_size(frames, height, width)
+    options.check_output(output)
     began = time.perf_counter()
-    pipeline = choice.open()
+    pipeline = model.open()
     say(f"model ready after {time.perf_counter() - began:.1f} s")
     size = pipeline.size(frames, height, width)
     cases = make_cases(pipeline, size, METHODS[method], levels, drivers, steps)
@@ -117,7 +115,7 @@ def command(
         rows += time_stages(pipeline, size, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
-    what = {"size": size, "dtype": choice.weights_dtype, "precision": precision}
+    what = {"size": size, "dtype": pipeline.dtype, "precision": model.precision}
     what |= {"most memory held": device_peak()}
     content = {"environment": report.environment(), "run": what, "rows": rows}
     if output is not None:
@@ -243,7 +241,7 @@ _programs: dict[Any, Any] = {}
 def _dynamic_program(arguments, settings):
     """One program for all levels of a method, which is what the driver is for."""
     if settings not in _programs:
-        lowered = loop.dynamic_loop.lower(*arguments, settings=settings, report=False)
+        lowered = loop.dynamic_loop.lower(*arguments, settings=settings)
         _programs[settings] = lowered.compile()
     return _programs[settings]
 
@@ -307,7 +305,7 @@ def summarise(cases: list[Case], seconds: np.ndarray, workload: flops.Workload) 
                 "driver": case.driver,
                 "method": case.method.name,
                 "level": case.level,
-                "rows": rows_at(case.level, workload.num_tokens),
+                "rows": workload.rows_at(case.level),
                 "milliseconds": 1e3 * float(step),
                 "projected": float(dense + (PROJECTED_STEPS - 1) * step),
                 "speedup": speedup,

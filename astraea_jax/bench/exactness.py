@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array
 
 from astraea_jax import denoise as loop
-from astraea_jax import files, report, solvers
 from astraea_jax import model as core
+from astraea_jax import report, solvers
 from astraea_jax.attention import gather_rows
+from astraea_jax.bench import options
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
-from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 
@@ -60,10 +60,9 @@ def command(
       frames: Frames of the videos, 4k + 1; the model's default when left out.
       output: A .json file for every number.
     """
-    if unknown := sorted(set(methods) - set(METHODS)):
-        raise Refusal(f"expected methods of {', '.join(METHODS)}; got {', '.join(unknown)}")
-    if output is not None:
-        files.check_output(output, (".json",))
+    options.check_each("methods", methods, METHODS)
+    options.check_size(frames, None, None)
+    options.check_output(output)
     rows = []
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
@@ -103,7 +102,7 @@ class Study:
     ):
         self.labels = {"dtype": dtype, "precision": precision}
         self.products = "highest" if dtype == "float32" else "default"
-        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision).open()
+        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision, staged=False).open()
         shape = self.pipeline.latents_shape(*self.pipeline.size(frames, None, None))
         self.noise = jax.random.normal(jax.random.key(0), (2, *shape))
         self.context = self.pipeline.encode_text(["a red circle moving left", "a blue square"])

@@ -12,12 +12,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from astraea_jax import files, report
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, files, report
+from astraea_jax.bench import options
 
-WAN = "bench denoise --model wan --random --no-stages --frames"
+WAN = "bench denoise --random 1.3B --no-stages --frames"
 PEER = pathlib.Path(__file__).parent / "peers" / "diffusers_wan.py"
 FIXTURE_TESTS = ("tests/wan_test.py", "tests/vae_test.py", "tests/t5_test.py")
 FIXTURES = (
@@ -86,7 +86,7 @@ STUDY = {
     "generate-33": Part(
         "prompt to video at 33 frames, half of the tokens, every stage",
         150,
-        "generate circle --model wan --random --precision fast --frames 33 --height 480 --width 832"
+        "generate circle --random 1.3B --precision fast --frames 33 --height 480 --width 832"
         f" --budget 0.5 --method astraea -o {tempfile.gettempdir()}/astraea_study.gif".split(),
         writes=False,
     ),
@@ -108,10 +108,10 @@ def command(
       minutes: No part goes on beyond these.
       commit: Of this tree, to be written down.
     """
-    if unknown := sorted(set(parts) - set(STUDY)):
-        raise Refusal(f"expected parts of {', '.join(STUDY)}; got {', '.join(unknown)}")
+    options.check_each("parts", parts, STUDY)
+    checks.number("minutes", minutes, 0, 60 * 24 * 14)
     path = files.check_output(output, (".json",))
-    content = json.loads(path.read_text()) if path.is_file() else {"parts": {}}
+    content = _read(path) if path.exists() else {"parts": {}}
     content["environment"] = _environment()
     ends = time.monotonic() + 60 * minutes
     for name in parts:
@@ -119,6 +119,15 @@ def command(
         content["parts"][name] = {"about": STUDY[name].about, "commit": commit} | found
         report.write_json(path, content)
         print(f"{name}: {found['outcome']} after {found['seconds']:.0f} s", flush=True)
+
+
+def _read(path: pathlib.Path) -> dict[str, Any]:
+    """What earlier parts left in the file."""
+    content = files.read_json(path, what="study of a GPU")
+    rules = {"parts": checks.ByName(checks.ByName(checks.Anything()))}
+    advice = "choose another --output"
+    checks.fields(content, rules, name=str(path), required=("parts",), others=True, advice=advice)
+    return content
 
 
 def _environment() -> dict:

@@ -25,6 +25,8 @@ def latency_table(
     levels: Sequence[int],
     *,
     rounds: int = 5,
+    guidance: float | None = None,
+    context: jax.Array | None = None,
 ) -> dict[int, float]:
     """Seconds of one denoising step of one video at each level, guidance included.
 
@@ -37,17 +39,21 @@ def latency_table(
       method: what computes the steps.
       levels: those to measure, 0..10.
       rounds: how often each is timed.
+      guidance: scale, 1 or less for none; None is the model's own.
+      context: text of one video, conditional row first; None encodes one.
     """
     model = pipeline.transformer
     latents = jax.random.normal(jax.random.key(0), (1, *pipeline.latents_shape(*size)))
-    guided = pipeline.defaults.guidance > 1
-    context = pipeline.encode_text(["a video"], "" if guided else None)
+    scale = pipeline.defaults.guidance if guidance is None else guidance
+    guided = scale > 1
+    if context is None:
+        context = pipeline.encode_text(["a video"], "" if guided else None)
     settings = loop.Settings(method, model.geometry(latents.shape), 2 if guided else 1, False)
     solver = solvers.unipc(3, shift=pipeline.shift)
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
     prepared, state = loop.start_static(model, latents, context, settings=settings)
     holder = [state]
-    arguments = (jnp.int32(1), jnp.float32(pipeline.defaults.guidance), jax.random.key(0))
+    arguments = (jnp.int32(1), jnp.float32(scale), jax.random.key(0))
 
     def step(level: int) -> None:
         holder[0], _ = loop.static_step(

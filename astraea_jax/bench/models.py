@@ -1,21 +1,18 @@
 """Which model a command means."""
 
 import dataclasses
-import os
-import pathlib
-from typing import Literal
+from typing import Annotated, Literal
 
-import jax.numpy as jnp
+from tyro.conf import Suppress, UseAppendAction, arg
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_ports import wan
-from astraea_ports.wan import embeddings
-
-SIZES = {"wan": "1.3B", "wan-14b": "14B"}
-"""Names of models without weights of their own, and the size that `--random` makes of them."""
+from astraea_ports.wan import embeddings, lora
 
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["reference", "fast"]
+Size = Literal["1.3B", "14B"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,27 +20,24 @@ class ModelChoice:
     """A model as the options name it.
 
     Attributes:
-      model: "tiny", "wan", "wan-14b", a folder, or a hub id.
-      checkpoint: folder or hub id of the weights of "wan" or "wan-14b".
-      random: random weights of its size instead.
-      dtype: of the weights; None is bfloat16 for those two, as the original runs, else float32.
-      precision: what stays float32 where `dtype` is narrower.
-      lora: files of low-rank changes, each with `:strength` or without.
-      staged: whether parts are loaded for their stage only.
+      model: "tiny" (ships with the package), the folder of a model in Diffusers' layout, the
+        original's, or as `astraea convert` wrote it, or a hub id.
+      revision: Of a hub id: a branch, a tag or a commit.
+      random: Random weights of Wan's real size instead, for timing; the video is noise.
+      dtype: Of the weights; left out, what the model's folder says or holds, and bfloat16 for a
+        large model held in float32 and for random weights.
+      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
+      lora: A file of low-rank changes to merge, with ":strength" or without; once for each file.
+      staged: Whether parts are loaded for their stage only; None: those of a large model.
     """
 
     model: str = "tiny"
-    checkpoint: pathlib.Path | None = None
-    random: bool = False
+    revision: str | None = None
+    random: Size | None = None
     dtype: Dtype | None = None
     precision: Precision = "reference"
-    lora: tuple[str, ...] = ()
-    staged: bool = False
-
-    @property
-    def weights_dtype(self) -> Dtype:
-        """The dtype, filled in."""
-        return self.dtype or ("bfloat16" if self.model in SIZES else "float32")
+    lora: UseAppendAction[tuple[str, ...]] = ()
+    staged: Suppress[bool | None] = None
 
     def open(self) -> wan.Pipeline:
         """The pipeline.
@@ -51,46 +45,55 @@ class ModelChoice:
         Raises:
           Refusal: options that contradict each other, or no such model.
         """
-        dtype = jnp.dtype(self.weights_dtype)
-        if self.random:
-            if self.checkpoint is not None or self.lora or self.model not in SIZES:
+        changes = [read_lora(text) for text in self.lora]
+        if self.random is not None:
+            if self.lora or self.revision is not None or self.model != "tiny":
                 raise Refusal(
-                    "--random makes weights for --model wan or wan-14b: it takes no --checkpoint "
-                    f"and no --lora; got --model {self.model}"
+                    f"--random {self.random} makes the weights of a whole model: it takes no "
+                    "--model, --revision or --lora"
                 )
-            size = SIZES[self.model]
             return wan.Pipeline.random(
-                size, dtype=dtype, precision=self.precision, staged=self.staged
+                self.random,
+                dtype=self.dtype or "bfloat16",
+                precision=self.precision,
+                staged=self.staged,
             )
-        return wan.Pipeline.from_pretrained(
-            self.source(),
-            dtype=dtype,
+        pipeline = wan.Pipeline.from_pretrained(
+            self.model,
+            revision=self.revision,
+            dtype=self.dtype,
             precision=self.precision,
-            lora=[read_lora(text) for text in self.lora],
+            lora=changes,
             staged=self.staged,
-            text_cache=embeddings.cache_folder() if self.staged else None,
         )
+        # A small model encodes faster than it finds what it kept.
+        cache = embeddings.cache_folder() if pipeline.loaders else None
+        return dataclasses.replace(pipeline, text_cache=cache)
 
-    def source(self) -> str:
-        """Where the weights are."""
-        if self.model in SIZES:
-            if self.checkpoint is None:
-                raise Refusal(
-                    f"--model {self.model} needs weights: add --checkpoint FOLDER (or a hub id), "
-                    "or --random"
-                )
-            return os.fspath(self.checkpoint)
-        if self.checkpoint is not None:
-            raise Refusal(
-                f"--checkpoint belongs to --model wan; got --model {self.model}: leave one out"
-            )
-        return self.model
+
+TINY = ModelChoice()
+"""The small model that ships, unless told."""
+
+RESIDENT = ModelChoice(staged=False)
+"""The same for what is timed: all parts are there at once."""
+
+Chosen = Annotated[ModelChoice, arg(name="")]
+"""A command's options `--model`, `--revision`, `--random`, ...: the fields, by their own names."""
 
 
 def read_lora(text: str) -> wan.Lora:
-    """`file.safetensors` or `file.safetensors:0.8`."""
+    """`file.safetensors` or `file.safetensors:0.8`.
+
+    Raises:
+      Refusal: a strength that is no number in -100..100.
+    """
     file, colon, strength = text.rpartition(":")
-    try:
-        return wan.Lora(file, float(strength)) if colon else wan.Lora(text)
-    except ValueError:
+    # A colon may be the name's own, as in C:\\file.safetensors.
+    if not colon or not file.lower().endswith(".safetensors"):
         return wan.Lora(text)
+    try:
+        value = float(strength)
+    except ValueError:
+        value = strength
+    low, high = -lora.STRONGEST, lora.STRONGEST
+    return wan.Lora(file, checks.number(f"strength of {file}", value, low, high))

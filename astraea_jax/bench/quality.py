@@ -7,7 +7,6 @@ schedule matters more than the selection.
 import concurrent.futures
 import dataclasses
 import itertools
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -16,12 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import files, metrics, report, solvers
+from astraea_jax import checks, files, metrics, report, solvers
+from astraea_jax.bench import options
 from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.model import fingerprint
-from astraea_jax.schedule import Schedule
+from astraea_jax.schedule import Schedule, check_steps
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny, wan
 
@@ -122,11 +122,10 @@ class Study:
         default = pipeline.defaults
         shape = pipeline.latents_shape(default.frames, default.height, default.width)
         keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(len(prompts))]
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
-        run = jax.jit(lambda model, latents: (model.decode(latents) + 1) / 2)
+        noise = jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
 
         def decode(latents) -> list[np.ndarray]:
-            videos = (run(pipeline.vae, latents[i : i + 1])[0] for i in range(len(latents)))
+            videos = (pipeline.decode(latents[i : i + 1])[0] for i in range(len(latents)))
             return [metrics.to_uint8(np.asarray(video)) for video in videos]
 
         context = pipeline.encode_text(list(prompts))
@@ -216,9 +215,14 @@ def command(
         again (one that was stopped, say); `astraea bench collect` puts both together.
       model: A model that knows such prompts.
     """
-    files.check_output(output, (".json",))
-    if not 2 <= prompts <= len(tiny.captions()):
-        raise Refusal(f"prompts must be in 2..{len(tiny.captions())}; got {prompts}")
+    checks.whole("prompts", prompts, 2, len(tiny.captions()))
+    check_steps(steps)
+    options.check_budgets(budgets)
+    options.check_each("solver", solver, tuple(solvers.SOLVERS))
+    if known is not None and known.resolve() == output.resolve():
+        raise Refusal(f"--known and --output are one file, {known}: give the new rows their own")
+    earlier = None if known is None else read(known)
+    options.check_output(output)
     variants = [
         variant
         for variant in all_variants(steps, budgets)
@@ -226,13 +230,13 @@ def command(
     ]
     if not variants:
         raise Refusal(f"no row's description holds {only!r}; leave --only out to see them all")
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     about = {
         "environment": report.environment(),
         "model": fingerprint(pipeline.transformer),
         "options": {"prompts": prompts, "steps": steps},
     }
-    before = _before(known, about, output)
+    before = _before(known, earlier, about)
     study = Study.of(pipeline, tiny.captions()[:prompts])
     left = {
         name: [
@@ -256,22 +260,56 @@ def command(
     print(report.markdown(rows, COLUMNS))
 
 
-def _before(path: pathlib.Path | None, about: dict, output: pathlib.Path) -> set[tuple]:
+def _before(path: pathlib.Path | None, earlier: dict | None, about: dict) -> set[tuple]:
     """Names of the rows of an earlier run, which must be of the same model and options."""
-    if path is None:
+    if earlier is None:
         return set()
-    if path.resolve() == output.resolve():
-        raise Refusal(f"--known and --output are one file, {path}: give the new rows their own")
-    try:
-        earlier = json.loads(path.read_text())
-        found = {key: earlier[key] for key in ("model", "options")}
-        names = {name_of(row) for row in earlier["rows"]}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise Refusal(f"expected a file of bench quality at {path} ({error!r})") from error
+    found = {key: earlier.get(key) for key in ("model", "options")}
     wanted = {key: about[key] for key in found}
     if found != wanted:
-        raise Refusal(f"expected rows of {wanted}; {path} has those of {found}")
-    return names
+        raise Refusal(f"expected rows of {wanted}; {path} has those of {checks.shown(found)}")
+    return {name_of(row) for row in earlier["rows"]}
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    """What a run has written, and all rows that are fit to be read again.
+
+    Raises:
+      Refusal: it is no file of this bench.
+    """
+    content = files.read_json(path, what="file of bench quality")
+    advice = "expected a file of bench quality"
+    checks.fields(
+        content, _RESULTS, name=str(path), required=("model", "rows"), others=True, advice=advice
+    )
+    for index, row in enumerate(content["rows"]):
+        name = f"{path}: row {index}"
+        checks.fields(row, _ROW, name=name, required=_NAMED, others=True, advice=advice)
+    return content
+
+
+_RESULTS = {
+    "model": checks.Text(),
+    "rows": checks.ListOf(checks.Anything(), 0, 100_000),
+    "options": checks.ByName(checks.Whole(1, 10_000)),
+}
+
+# Of equal videos the PSNR is infinite, for which JSON has only a word.
+_NUMBER = checks.EitherOf((checks.Number(-1e6, 1e6), checks.OneOf(("inf", "nan"))))
+
+_NAMED = ("method", "solver", "pattern", "cost")
+
+_ROW = {
+    **dict.fromkeys(_NAMED[:3], checks.Text()),
+    "cost": checks.Number(0, 10, above=True),
+    **dict.fromkeys(
+        ("reuse", "scope", "branches", "velocity", "rank"), checks.OrNone(checks.Text())
+    ),
+    **dict.fromkeys(("psnr", "psnr_half_width", "psnr_worst", "ssim"), _NUMBER),
+    "overlap": checks.OrNone(_NUMBER),
+    "psnr_each": checks.ListOf(_NUMBER, 1, 10_000),
+}
+"""What a row says that is read again."""
 
 
 COLUMNS = {

@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import files, report, solvers
+from astraea_jax import checks, report, solvers
+from astraea_jax.bench import options
 from astraea_jax.bench.denoise import time_in_turn
-from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS
 from astraea_jax.population import Scorer
-from astraea_jax.schedule import LEVELS
+from astraea_jax.schedule import LEVELS, check_steps
 from astraea_ports import wan
 
 PLANS = ("lanes", "map", "masked")
@@ -66,14 +66,16 @@ def command(
       width: Pixels.
       model: "tiny", a folder, or a hub id.
     """
-    if output is not None:
-        files.check_output(output, (".json",))
-    if min(candidates, prompts, rounds) < 1 or set(plans) - set(PLANS):
-        raise Refusal(
-            f"expected candidates, prompts and rounds of at least 1 and plans among {PLANS}; "
-            f"got {candidates}, {prompts}, {rounds} and {plans}"
-        )
-    pipeline = wan.Pipeline.from_pretrained(model)
+    checks.whole("candidates", candidates, 1, options.MOST_VIDEOS)
+    check_steps(steps)
+    checks.whole("prompts", prompts, 1, options.MOST_VIDEOS)
+    options.check_each("methods", methods, METHODS)
+    options.check_each("plans", plans, PLANS)
+    checks.whole("lanes", lanes, 1, options.MOST_VIDEOS)
+    options.check_rounds(rounds)
+    options.check_size(frames, height, width)
+    options.check_output(output)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     shape = pipeline.latents_shape(*pipeline.size(frames, height, width))
     noise = jax.random.normal(jax.random.key(0), (prompts, *shape))
     context = pipeline.encode_text(["a video"] * prompts)

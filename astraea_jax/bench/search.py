@@ -7,7 +7,9 @@ from collections.abc import Sequence
 
 import jax
 
-from astraea_jax import report
+import astraea_jax
+from astraea_jax import checks, files, report
+from astraea_jax.bench import options as options_of
 from astraea_jax.bench.search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
 from astraea_jax.bench.search_ship import write_recipes
 from astraea_jax.bench.search_study import (
@@ -19,6 +21,7 @@ from astraea_jax.bench.search_study import (
     read_rows,
 )
 from astraea_jax.checks import Refusal
+from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.model import fingerprint
 from astraea_jax.search import study
 from astraea_jax.search.space import WHOLE_STEPS, Space
@@ -86,6 +89,9 @@ def command(
       ship: Write the best schedule of each solver and budget into this folder, as a model carries
         them for `astraea generate --budget`.
     """
+    checks.number("minutes", minutes, 0, 1e6)
+    options_of.check_size(frames, height, width)
+    options_of.check_budgets(budgets)
     deadline = time.perf_counter() + 60 * minutes
     if set(parts) - set(PARTS):
         raise Refusal(f"parts must be among {', '.join(PARTS)}; got {', '.join(parts)}")
@@ -100,14 +106,22 @@ def command(
     for path in (known, starts):
         if path is not None and not path.is_file():
             raise Refusal(f"expected a results.json of an earlier study at {path}; got no file")
+    for reuse in reuses:
+        checks.one_of("reuses", reuse, _REUSES)
+    for folder in (output, *([ship] if ship is not None else [])):
+        files.check_folder(folder)
+    if output.is_dir():
+        files.check_output(output / RESULTS, (".json",))
     rows_before = read_rows(known) if known else ()
     elsewhere = read_rows(starts) if starts else ()
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     if minutes > 0:
         options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}
         header["model"] = fingerprint(pipeline.transformer)
         header["backend"] = jax.default_backend()
+        header["sampling"] = [pipeline.shift, pipeline.grid, pipeline.defaults.guidance]
+        header["text"], header["version"] = pipeline.text_name, astraea_jax.__version__
         with study.open_journal(output, header) as journal:
             it = Study(pipeline, options, output, deadline, rows_before, elsewhere)
             try:
@@ -138,6 +152,8 @@ def table(rows: Sequence[dict]) -> list[dict]:
         chosen.append({**best, "what": what})
     return sorted(chosen, key=lambda row: (row["solver"], row["budget"], -row["psnr"]))
 
+
+_REUSES = [name for name, each in METHODS.items() if isinstance(each, StepLevel)]
 
 COLUMNS = {
     "run": "run",

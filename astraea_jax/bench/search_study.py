@@ -8,7 +8,6 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
-import json
 import pathlib
 import time
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from astraea_jax import methods, metrics, report, solvers
+from astraea_jax import checks, files, methods, metrics, report, solvers
 from astraea_jax.bench.search_choices import CHOICES
 from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
@@ -26,7 +25,9 @@ from astraea_jax.methods import Astraea, Method
 from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
+from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
+from astraea_jax.search.scoring import check_patience
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny
 
@@ -78,18 +79,32 @@ class Options:
     size: tuple[int, int, int]
 
     def __post_init__(self):
-        pool = len(tiny.captions()) - self.heldout_prompts - FIRST_JUDGED
+        most = len(tiny.captions())
+        for name, low, high in (
+            ("search_prompts", 1, most),
+            ("pool", 1, most),
+            ("seeds", 1, 1000),
+            ("look", 1, 1000),
+            ("heldout_prompts", 2, most - FIRST_JUDGED),
+            ("swaps", 0, 1_000_000),
+            ("finalists", 1, 10_000),
+            ("rows", 1, 100_000),
+        ):
+            checks.whole(name, getattr(self, name), low, high)
+        check_patience(self.patience)
+        # The searches' own: what is wrong with these is said now.
+        SearchConfig(self.population, max(2, self.population // 4), self.generations)
+        for solver in self.solvers:
+            checks.one_of("solver", solver, tuple(solvers.SOLVERS))
+        pool = most - self.heldout_prompts - FIRST_JUDGED
         if (
-            min(self.search_prompts, self.seeds, self.look, self.finalists, self.rows) < 1
-            or self.heldout_prompts < 2
-            or self.search_prompts > FIRST_JUDGED + pool
+            self.search_prompts > FIRST_JUDGED + pool
             or self.search_prompts * self.seeds % self.look
         ):
             raise Refusal(
-                f"expected a search prompt, 2 held-out ones, {FIRST_JUDGED + pool} to search on "
-                f"at most, search prompts times seeds a multiple of look ({self.look}), finalists "
-                f"and rows of at least 1; got {self.search_prompts}, {self.heldout_prompts}, "
-                f"{self.seeds} seeds, {self.finalists} and {self.rows}"
+                f"expected {FIRST_JUDGED + pool} prompts to search on at most, and search prompts "
+                f"times seeds a multiple of look ({self.look}); got {self.search_prompts} and "
+                f"{self.seeds} seeds"
             )
 
 
@@ -192,7 +207,7 @@ class Study:
         pipeline, captions = self.pipeline, tiny.captions()
         shape = pipeline.latents_shape(*self.options.size)
         keys = [jax.random.fold_in(jax.random.key(seed), index) for index, seed in rows]
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
+        noise = jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
         return Prompts(noise, pipeline.encode_text([captions[index] for index, _ in rows]))
 
     def solver(self, name: str, steps: int | None = None) -> solvers.Solver:
@@ -280,17 +295,10 @@ class Study:
         dense = self._latents(METHODS["dense"], solver, [10] * self.options.steps)
         return dense, self.decode(dense)
 
-    @functools.cached_property
-    def _decoder(self):
-        def run(vae, latents):
-            pixels = (vae.decode(latents) + 1) / 2
-            return jnp.rint(jnp.clip(pixels, 0, 1) * 255).astype(jnp.uint8)
-
-        return functools.partial(jax.jit(run), self.pipeline.vae)
-
     def decode(self, latents) -> list[np.ndarray]:
         """Videos of latents, uint8."""
-        return [np.asarray(self._decoder(latents[i : i + 1])[0]) for i in range(len(latents))]
+        videos = (self.pipeline.decode(latents[i : i + 1])[0] for i in range(len(latents)))
+        return [metrics.to_uint8(np.asarray(video)) for video in videos]
 
     def has(self, what: str, method: str, solver: str, budget: float) -> bool:
         """Whether such a row is judged, whatever its levels."""
@@ -317,8 +325,46 @@ class Study:
 
 
 def read_rows(path: pathlib.Path) -> list[dict]:
-    """What an earlier run judged; nothing where there was none."""
-    return json.loads(path.read_text())["rows"] if path.is_file() else []
+    """What an earlier run judged; nothing where there was none.
+
+    Raises:
+      Refusal: a file that holds no rows of a study.
+    """
+    if not path.exists():
+        return []
+    content = files.read_json(path, what="results.json of a study")
+    rows = checks.fields(content, _RESULTS, name=str(path), required=_RESULTS, others=True)["rows"]
+    for index, row in enumerate(rows):
+        name = f"{path}: row {index}"
+        checks.fields(row, _ROW, name=name, required=("what", "method", "solver"), others=True)
+        missing = [key for key in ("budget", "levels") if key not in row]
+        checks.refuse(name, [f"{key} is missing" for key in missing], "make the file again")
+    return [{key: _number(key, value) for key, value in row.items()} for row in rows]
+
+
+def _number(key: str, value: Any) -> Any:
+    """A PSNR as a number: that of equal videos is infinite, for which JSON has only a word."""
+    if not key.startswith("psnr"):
+        return value
+    return [float(each) for each in value] if isinstance(value, list) else float(value)
+
+
+_PSNR = checks.EitherOf((checks.Number(-1e6, 1e6), checks.OneOf(("inf",))))
+
+
+_RESULTS = {"rows": checks.ListOf(checks.Anything(), 0, 100_000)}
+
+_ROW = {
+    **dict.fromkeys(("what", "method", "solver"), checks.Text()),
+    "budget": checks.OrNone(checks.Number(0, 1)),
+    "levels": checks.ListOf(checks.Whole(0, 10), 1, 10_000),
+    "psnr_each": checks.ListOf(_PSNR, 1, 10_000),
+    "prompts": checks.ListOf(checks.Whole(0, 10_000), 1, 10_000),
+    **dict.fromkeys(("psnr", "psnr_worst"), _PSNR),
+    "psnr_half_width": checks.EitherOf((checks.Number(0, 1e6), checks.OneOf(("nan", "inf")))),
+    **dict.fromkeys(("ssim", "mse"), checks.Number(-1e39, 1e39)),
+}
+"""What a row says that is read again."""
 
 
 def name_of(row: dict) -> tuple:

@@ -4,8 +4,8 @@ import pathlib
 
 import numpy as np
 
-from astraea_jax import files, metrics, report, video
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, metrics, report, video
+from astraea_jax.bench import options
 from astraea_ports import tiny, wan
 
 
@@ -24,11 +24,11 @@ def command(
       columns: Videos in a row.
       model: A model that knows such prompts.
     """
-    files.check_output(output, video.IMAGE_SUFFIXES)
+    checks.whole("count", count, 1, len(tiny.captions()))
+    checks.whole("columns", columns, 1, len(tiny.captions()))
+    options.check_output(output, video.IMAGE_SUFFIXES)
     captions = tiny.captions()[:count]
-    if not 1 <= count <= len(tiny.captions()):
-        raise Refusal(f"count must be in 1..{len(tiny.captions())}; got {count}")
-    pipeline = wan.Pipeline.from_pretrained(model)
+    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
     videos = []
     with report.Progress() as progress, progress.stage("videos", count) as bar:
         for seed, caption in enumerate(captions):

@@ -4,7 +4,6 @@ Each stands in the README between `<!-- table: NAME -->` and `<!-- end -->`, and
 by this command alone.
 """
 
-import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -37,7 +36,7 @@ def quality(results: Row) -> str:
         members = sorted(groups[pattern].items(), key=lambda each: -each[1]["unipc 50"]["psnr"])
         for name, cells in members:
             line = dict(zip(named, name, strict=True))
-            line["method"] = line["method"].split(",")[0]  # its reuse has a column
+            line["method"] = line["method"].removesuffix("-residual")  # it has a column
             line |= {share: _quality_cell(cells[share]) for share in cells}
             lines.append(line)
     columns = {"method": "method", "reuse": "reuse", "scope": "selection per"}
@@ -225,7 +224,7 @@ def _markdown(lines: Sequence[Row], columns: dict[str, str]) -> str:
 def made(name: str) -> str:
     """A table of the README as its results have it."""
     file, make = TABLES[name]
-    return make(json.loads((RESULTS / file).read_text()))
+    return make(files.read_json(RESULTS / file))
 
 
 def command(*, readme: pathlib.Path | None = None) -> None:
@@ -237,9 +236,8 @@ def command(*, readme: pathlib.Path | None = None) -> None:
     if readme is None:
         print("\n\n".join(f"{name}\n\n{made(name)}" for name in TABLES))
         return
-    if not readme.is_file():
-        raise Refusal(f"expected a README to write tables into; got no file at {readme}")
-    text = readme.read_text()
+    text = files.read_text(readme, what="README to write tables into")
+    files.check_output(readme, (readme.suffix.lower(),))
     for name in TABLES:
         pattern = re.compile(MARKED.format(name), re.S)
         if not pattern.search(text):

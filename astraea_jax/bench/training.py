@@ -9,12 +9,12 @@ import time
 
 import jax
 
-from astraea_jax import files, report
+from astraea_jax import checks, report
+from astraea_jax.bench import options
 from astraea_jax.bench import profile as profiles
-from astraea_jax.checks import Refusal
 from astraea_ports.tiny import lessons
 from astraea_ports.wan.training_forward import Layout
-from astraea_ports.wan.training_recipe import Recipe
+from astraea_ports.wan.training_recipe import MOST_CLIPS, Recipe
 from astraea_ports.wan.transformer_training import PoolPlan, TransformerTraining
 
 COLUMNS = {
@@ -57,12 +57,13 @@ def command(
       steps: Timed steps of each layout.
       output: A .json file for every number.
     """
-    if steps < 1:
-        raise Refusal(f"steps must be at least 1; got {steps}")
-    if output is not None:
-        files.check_output(output, (".json",))
+    checks.whole("steps", steps, 1, 100_000)
+    if batch is not None:
+        checks.whole("batch", batch, 1, MOST_CLIPS)
+    options.check_output(output)
     gpu = jax.default_backend() == "gpu"
-    batch = batch or (128 * jax.device_count() if gpu else 2)
+    if batch is None:
+        batch = 128 * jax.device_count() if gpu else 2
     dtype = "bfloat16" if gpu else "float32"
     peak = product_rate(dtype, 8192 if gpu else 1024)
     block = 32 * jax.device_count() if gpu else 2

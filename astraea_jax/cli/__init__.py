@@ -1,6 +1,8 @@
 """The command `astraea`: make videos, find schedules, convert, train, measure.
 
-Mistakes of the user end in one line on stderr and exit code 2.
+Mistakes of the user, and what the machine refuses (a full disk, a closed pipe), end in a message on
+stderr and exit code 2; Ctrl-C and the signals that end a program in 128 and the signal's number,
+with nothing half-written left. Anything else is a fault and shows its traceback.
 """
 
 import contextlib
@@ -8,13 +10,13 @@ import functools
 import io
 import os
 import pathlib
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Literal
 
 import jax
-import rich.console
 import tyro
 from tyro.conf import Positional, arg
 
@@ -25,9 +27,9 @@ from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
 from astraea_jax.bench import training as bench_training
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import convert, score, search, sensitivity, train
+from astraea_jax.cli import compiled, convert, ending, score, search, sensitivity, train
 from astraea_jax.cli.generate import Request, run
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
@@ -51,12 +53,7 @@ def generate(
     *,
     budget: float | None = None,
     compare: bool = False,
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
-    precision: Precision = "reference",
-    lora: tuple[str, ...] = (),
+    model: Chosen = TINY,
     method: MethodName | None = None,
     schedule: pathlib.Path | None = None,
     solver: Literal["unipc", "dpm++", "euler"] = "unipc",
@@ -79,14 +76,7 @@ def generate(
       prompt: What the video shows.
       budget: Mean share of the tokens to compute, above 0 and at most 1. All when left out.
       compare: Also make the dense video, and show both and their difference side by side.
-      model: "tiny" (ships with the package), "wan" or "wan-14b" with --checkpoint or --random, a
-        model's folder, or a hub id.
-      checkpoint: Folder or hub id of the weights, in Diffusers' layout, the original's, or as
-        `astraea convert` wrote it.
-      random: Random weights of the model's real size, for timing; the video is noise.
-      dtype: Of the weights; left out, bfloat16 for "wan" and "wan-14b", else float32.
-      precision: What stays float32 with bfloat16 weights; "fast" also rounds the tokens.
-      lora: Files of low-rank changes to merge, each with ":strength" or without.
+      model: Which model.
       method: How steps are computed; left out, what measured best for the budget or schedule.
       schedule: A schedule file, instead of a budget.
       solver: Solver of the flow.
@@ -104,12 +94,10 @@ def generate(
       compilation_cache: Keep compiled programs for the next run.
     """
     if compilation_cache:
-        keep_compiled_programs()
+        compiled.keep()
     request = Request(
         prompt=prompt,
-        model=ModelChoice(
-            model, checkpoint, random, dtype, precision, lora, staged=model != "tiny"
-        ),
+        model=model,
         budget=budget,
         schedule=None if schedule is None else read_schedule(schedule),
         method=None if method is None else METHODS[method],
@@ -127,7 +115,6 @@ def generate(
     )
     with report.Progress() as progress:
         rows = run(request, progress)
-    console = rich.console.Console()
     # A column for each run: it fits the narrowest terminal, and reads as a comparison.
     lines = [
         {"what": heading} | {str(index): row.get(name) for index, row in enumerate(rows)}
@@ -135,8 +122,8 @@ def generate(
         if any(name in row for row in rows)
     ]
     columns = {"what": ""} | {str(index): row["name"] for index, row in enumerate(rows)}
-    console.print(report.table(lines, columns))
-    console.print(f"written: {output}", highlight=False)
+    report.show(report.table(lines, columns))
+    print(f"written: {output}")
 
 
 def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
@@ -160,33 +147,15 @@ HEADINGS = {
 
 def info() -> None:
     """Says what runs on this machine, and why the rest does not."""
-    console = rich.console.Console()
     rows = [{"what": name, "value": value} for name, value in report.environment().items()]
     rows += [
         {"what": f"attention: {name}", "value": state}
         for name, state in attention.implementations().items()
     ]
     rows.append({"what": "methods", "value": ", ".join(METHODS)})
-    rows.append({"what": "compiled programs", "value": str(cache_folder())})
-    console.print(report.table(rows, {"what": "", "value": ""}))
-
-
-def cache_folder() -> pathlib.Path:
-    """Where compiled programs are kept: private to the user, since they are run."""
-    base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
-    return pathlib.Path(base) / "astraea_jax" / "compiled"
-
-
-def keep_compiled_programs() -> None:
-    """Keeps compiled programs on disk; a folder that can't be written to is done without."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    folder = jax.config.jax_compilation_cache_dir or compiled.folder() or compiled.NO_HOME
+    rows.append({"what": "compiled programs", "value": str(folder)})
+    report.show(report.table(rows, {"what": "", "value": ""}))
 
 
 def bench() -> None:
@@ -234,18 +203,24 @@ TRACEBACK = "ASTRAEA_TRACEBACK"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = functools.partial(ending.show_warning, set())
+    ending.print_in_escapes()
     try:
-        if arguments[:1] == ["bench"] and len(arguments) > 1:
-            _call(BENCHES, "astraea bench", arguments[1:])
-        else:
-            _call(COMMANDS, "astraea", arguments or ["--help"])
-    except Refusal as error:
+        with ending.by_exception():
+            if arguments[:1] == ["bench"] and len(arguments) > 1:
+                _call(BENCHES, "astraea bench", arguments[1:])
+            else:
+                _call(COMMANDS, "astraea", arguments or ["--help"])
+            ending.flush()
+    except (Refusal, OSError) as error:
         if os.environ.get(TRACEBACK):
             raise
-        return _refuse(str(error))
-    except KeyboardInterrupt:
-        return _refuse("stopped; nothing half-written is left")
+        if isinstance(error, Refusal):
+            return ending.say(str(error))
+        return ending.of_the_system(error)
+    except KeyboardInterrupt as stop:
+        number = stop.args[0] if isinstance(stop, ending.Ended) else signal.SIGINT
+        return ending.say("stopped; nothing half-written is left", 128 + number)
     return 0
 
 
@@ -283,13 +258,3 @@ def _one_line(panel: str) -> str:
         if text and not ruled:
             said.append(text)
     return " ".join(said) or panel.strip()
-
-
-def _refuse(message: str) -> int:
-    """The message on stderr, its lines kept, and the exit code of a mistake."""
-    print(f"astraea: {message.strip()}", file=sys.stderr)
-    return 2
-
-
-def _show_warning(message, *_args, **_kwargs) -> None:
-    print(f"astraea: warning: {' '.join(str(message).split())}", file=sys.stderr)

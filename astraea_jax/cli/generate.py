@@ -2,15 +2,18 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
+import tempfile
 import warnings
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from av.error import FFmpegError
 
-from astraea_jax import flops, methods, metrics, report, schedule, video
+from astraea_jax import files, flops, methods, metrics, report, schedule, video
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
@@ -19,6 +22,7 @@ from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_jax.solvers import Grid
 from astraea_ports import wan
+from astraea_ports.wan.plan import check_numbers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +58,7 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
         schedule.check_steps(request.steps)
     if request.budget is not None:
         schedule.check_budget(request.budget)
+    check_numbers(request.seed, request.guidance, request.shift)
     video.check_output(request.output)
     with progress.stage("load the model"):
         pipeline = request.model.open()
@@ -73,8 +78,43 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
         rows[1]["ssim"] = metrics.ssim(*videos)
     with progress.stage("write the video"):
         picture = _picture(request, pipeline, rows, videos, results[-1])
-        video.write_video(request.output, picture)
+        try:
+            video.write_video(request.output, picture)
+        except (OSError, FFmpegError, Refusal) as error:
+            latents = np.concatenate([np.asarray(result.latents) for result in results])
+            kept = keep(request.output, picture, latents)
+            raise Refusal(f"{_why(request.output, error)}; {kept}") from error
     return rows
+
+
+def keep(output: pathlib.Path, picture: np.ndarray, latents: np.ndarray) -> str:
+    """Keeps what was made where it can still be written; says where.
+
+    Args:
+      output: what could not be written.
+      picture: the video; where it can't be encoded,
+      latents: the latents of each run are kept.
+    """
+    for parent in dict.fromkeys((tempfile.gettempdir(), os.getcwd())):
+        with contextlib.suppress(OSError):
+            folder = pathlib.Path(tempfile.mkdtemp(prefix="astraea-", dir=parent))
+            with contextlib.suppress(OSError, FFmpegError, Refusal):
+                path = folder / f"video{output.suffix.lower()}"
+                video.write_video(path, picture)
+                return f"the video is kept as {path}"
+            try:
+                with files.replacing(folder / "latents.npy") as partial:
+                    np.save(partial, latents)
+                return f"the latents are kept as {folder / 'latents.npy'}"
+            except (OSError, Refusal):
+                folder.rmdir()
+    return "and nowhere else is there room for what was made"
+
+
+def _why(path: pathlib.Path, error: Exception) -> str:
+    """Why a file was not written."""
+    said = isinstance(error, Refusal)
+    return str(error) if said else f"can't write {path} ({files.reason(error)})"
 
 
 def suitable(request: Request, pipeline) -> list[Recipe]:
@@ -94,6 +134,8 @@ def suitable(request: Request, pipeline) -> list[Recipe]:
         "shift": pipeline.shift if request.shift is None else request.shift,
         "grid": pipeline.grid if request.grid is None else request.grid,
         "steps": pipeline.defaults.steps if request.steps is None else request.steps,
+        "guidance": pipeline.defaults.guidance if request.guidance is None else request.guidance,
+        "negative_prompt": request.negative_prompt,
     }
     if isinstance(request.schedule, Recipe):
         run["steps"] = request.schedule.schedule.steps

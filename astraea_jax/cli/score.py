@@ -6,8 +6,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from astraea_jax import report, timing
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, files, report, timing
+from astraea_jax.schedule import check_steps
 from astraea_ports import wan
 from astraea_ports.tiny import reader_training, scene_captions, scenes, score
 from astraea_ports.tiny.scene_captions import Asked
@@ -50,16 +50,22 @@ def score_tiny(
       reader: Weights of another reader than the one that ships.
       output: A .json file for every number.
     """
+    checks.one_of("captions", captions, tuple(CAPTIONS))
     most = scene_captions.HELD_OUT if captions == "held-out" else scene_captions.CHOICE
-    if not 1 <= count <= most:
-        raise Refusal(f"count must be in 1..{most}; got {count}")
-    if batch < 1:
-        raise Refusal(f"batch must be at least 1; got {batch}")
-    if output is not None:
-        report.files.check_output(output, (".json",))
-    gpu = jax.default_backend() != "cpu"
+    checks.whole("count", count, 1, most)
+    checks.whole("batch", batch, 1, 1024)
+    if steps is not None:
+        check_steps(steps)
+    if guidance is not None:
+        checks.number("guidance", guidance, -1000, 1000)
     network = score.reader() if reader is None else score.load_reader(reader)
+    if output is not None:
+        files.check_output(output, (".json",))
+        files.check_apart(output, reader)
+    gpu = jax.default_backend() != "cpu"
     pipeline = wan.Pipeline.from_pretrained(model, dtype=jnp.bfloat16 if gpu else jnp.float32)
+    # Of another size no video can be read, which would be said after the first are made.
+    score.check_size(pipeline.size(None, None, None))
     found: dict[str, Any] = {
         "environment": report.environment(),
         "model": model,

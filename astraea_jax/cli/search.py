@@ -2,27 +2,36 @@
 
 import dataclasses
 import functools
-import hashlib
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import numpy as np
-import rich.console
 
 import astraea_jax
-from astraea_jax import files, metrics
-from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax import checks, files, solvers
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
-from astraea_jax.cli.subject import SearchMethod, SolverName, Subject, Target, make_space
-from astraea_jax.model import fingerprint
-from astraea_jax.schedule import LEVELS, Schedule
+from astraea_jax.cli import identity
+from astraea_jax.cli.found import Found, costs, draw, measure, report
+from astraea_jax.cli.subject import (
+    MOST_LANES,
+    MOST_PROMPTS,
+    Asked,
+    SearchMethod,
+    SolverName,
+    Subject,
+)
+from astraea_jax.cli.target import LATENCY, Latencies, Target, budget_space, timed_space
+from astraea_jax.schedule import Schedule
 from astraea_jax.search import plots, processes, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.recipe import Recipe
-from astraea_jax.search.scoring import Evaluator
-from astraea_jax.search.space import Space, check_band
+from astraea_jax.search.scoring import Evaluator, check_patience, known_to
+from astraea_jax.search.space import MOST_STEPS, Space, check_band
+
+PICTURE = "pareto.png"
 
 
 def command(
@@ -32,13 +41,14 @@ def command(
     seconds: float | None = None,
     output: pathlib.Path = pathlib.Path("out.json"),
     folder: pathlib.Path = pathlib.Path("out_search"),
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
+    model: Chosen = TINY,
     method: SearchMethod = "step-level-corrected",
     solver: SolverName = "unipc",
+    grid: solvers.Grid | None = None,
+    shift: float | None = None,
     steps: int | None = None,
+    guidance: float | None = None,
+    negative_prompt: str = "",
     prompts: pathlib.Path | None = None,
     count: int = 4,
     heldout: int = 4,
@@ -68,13 +78,14 @@ def command(
       seconds: or seconds of denoising, both by step times measured on this machine.
       output: The schedule file.
       folder: For the journal, the state and the picture; a search that was stopped goes on there.
-      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
-      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
-      random: or random weights of their size.
-      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
+      model: Which model.
       method: What computes the steps; the step-level ones compute whole steps or skip them.
       solver: Solver of the flow.
+      grid: Whose noise levels; left out, those of the checkpoint's layout.
+      shift: Flow shift; the model's own when left out.
       steps: Denoising steps; the model's default when left out.
+      guidance: Scale of classifier-free guidance; the model's default when left out.
+      negative_prompt: What the videos should not show.
       prompts: A text file, one a line; the captions in the model's folder when left out.
       count: Prompts to search on, the first of the file,
       heldout: and prompts after them that the result is measured on, at least 1.
@@ -98,110 +109,145 @@ def command(
     """
     target = Target(budget, speedup, seconds)
     config = SearchConfig(population, parents, generations, replacement=replacement)
-    _check(band, count, heldout, swaps, patience)
-    files.check_output(output, (".json",))
+    _check(band, count, heldout, swaps, patience, dense_start, lanes, seed, distributed)
+    checks.one_of("fitness", fitness, ("latents", "pixels"))
+    checks.one_of("reduce", reduce, ("mean", "log"))
+    asked = Asked(
+        model, prompts, count + heldout, method, solver, steps, (frames, height, width),
+        grid, shift, guidance, negative_prompt,
+    )  # fmt: skip
+    _check_files(output, folder, prompts)
+    latencies = Latencies(folder, used=target.budget is None)
     if distributed:
-        jax.distributed.initialize()
-    console = rich.console.Console(highlight=False)
-    choice = ModelChoice(model, checkpoint, random, dtype)
-    size = (frames, height, width)
-    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method, spare=heldout)
+        _join_processes()
+    opened = asked.open()
+    changes = identity.lora_names(model.lora)
+    space = budget_space(target, opened, dense_start, band)
+    # Made now, so that what a file can't hold is refused now.
+    recipe = Recipe(
+        Schedule.dense(opened.solver.steps), method, solver, opened.shift, opened.grid, "unknown",
+        {}, {}, astraea_jax.__version__, opened.guidance or 1.0, negative_prompt, changes,
+        precision=model.precision,
+    )  # fmt: skip
+    everything = opened.load()
+    if fitness == "pixels":
+        everything = everything.with_decoder()
+    subject = everything.part(slice(count))
     make_parts = functools.partial(
         _parts, subject, dense_start=dense_start, pixels=fitness == "pixels",
         split=patience is not None, lanes=lanes,
     )  # fmt: skip
     if distributed and jax.process_index():
-        console.print(f"helped with {processes.help_score(_joined(make_parts()))} batches")
+        print(f"helped with {processes.help_score(_joined(make_parts()))} batches")
         return
-    space, table = make_space(target, subject, folder, dense_start, band)
-    header = _header(subject, fitness, dense_start)
-    with study.open_journal(folder, header) as journal:
+    table = None
+    if space is None:
+        table = latencies.table(subject, opened.choices, precision=model.precision, lora=changes)
+        space = timed_space(target, opened, table, dense_start, band)
+    header = identity.header(
+        subject, opened, precision=model.precision, lora=changes, fitness=fitness,
+        dense_start=dense_start,
+    )  # fmt: skip
+    name = identity.name(
+        header, space, config, reduce=reduce, patience=patience, batch=4 * lanes, seed=seed,
+        sensitivities=sensitivities,
+    )  # fmt: skip
+    steps = opened.solver.steps
+    with study.open_journal(folder, header, steps=steps, prompts=count) as journal:
+        if table is not None:
+            latencies.keep()
         parts = make_parts()
         with processes.SharedScore(_joined(parts)) as shared:
-            evaluator = _evaluator(
-                journal, [shared] if distributed else parts,
-                reduce=reduce, patience=patience, keep=parents, batch=4 * lanes,
+            evaluator = Evaluator(
+                [shared] if distributed else parts, reduce=reduce, patience=patience,
+                keep=parents, batch=4 * lanes, record=journal.append, search=name,
+                known=known_to(name, journal.evaluations),
             )  # fmt: skip
             # Orbax waits for all processes; with helpers the journal alone is the resume.
-            states = None if distributed else folder
-            found = _search(space, config, evaluator, console, seed, sensitivities, swaps, states)
-    _report(console, subject, table, evaluator, found)
-    _draw(folder / "pareto.png", evaluator, found.best, table)
-    quality = measure(subject, found.best, prompts, count, heldout, solver)
-    Recipe(
-        found.best, method, solver, float(subject.pipeline.shift), subject.pipeline.grid,
-        header["model"], quality, _cost(found.best, table), astraea_jax.__version__,
-    ).save(output)  # fmt: skip
-    console.print(
+            states = None if distributed else folder / f"{study.STATES}-{name}"
+            found = _search(space, config, evaluator, seed, sensitivities, swaps, states)
+    recipe = dataclasses.replace(
+        recipe, schedule=found.best, model=header["model"], cost=costs(found.best, table),
+        dtype=header["dtype"],
+    )  # fmt: skip
+    recipe.save(output)
+    report(subject, table, evaluator, found)
+    draw(folder / PICTURE, evaluator, found.best, table)
+    print(f"written: {output}, {folder / PICTURE}")
+    # What scored is let go before whole videos are decoded.
+    evaluator.parts = ()
+    del parts, shared
+    quality = measure(everything.part(slice(count, None)), found.best)
+    dataclasses.replace(recipe, quality=quality).save(output)
+    print(
         f"on {heldout} held-out prompts: {quality['psnr']:.1f} dB to the dense video, "
-        f"SSIM {quality['ssim']:.3f}"
+        f"SSIM {quality['ssim']:.3f}; written into {output}"
     )
-    console.print(f"written: {output}, {folder / 'pareto.png'}")
 
 
-def _check(band, count: int, heldout: int, swaps: int, patience: float | None) -> None:
-    """Refuses numbers out of range before anything is loaded."""
+def _check(
+    band, count: int, heldout: int, swaps: int, patience: float | None, dense_start: int,
+    lanes: int, seed: int, distributed: bool,
+) -> None:  # fmt: skip
+    """Refuses numbers out of range before anything is read."""
     if band is not None:
         check_band(band)
-    if heldout < 1 or count < 1 or swaps < 0:
-        raise Refusal(
-            f"expected count and heldout of at least 1, swaps of at least 0; "
-            f"got {count}, {heldout}, {swaps}"
-        )
-    if patience is not None and count < 2:
+    for name, value, low, high in (
+        ("count", count, 1, MOST_PROMPTS),
+        ("heldout", heldout, 1, MOST_PROMPTS),
+        ("swaps", swaps, 0, 1_000_000),
+        ("dense_start", dense_start, 1, MOST_STEPS),
+        ("lanes", lanes, 1, MOST_LANES),
+        ("seed", seed, 0, 2**32 - 1),
+    ):
+        checks.whole(name, value, low, high)
+    if patience is None:
+        return
+    check_patience(patience)
+    if count < 2:
         raise Refusal("patience compares the first prompt: it needs a count of at least 2")
+    if distributed:
+        raise Refusal("processes score all prompts at once: leave --patience or --distributed out")
 
 
-class Found(NamedTuple):
-    """What a search ends with.
+def _check_files(output, folder: pathlib.Path, prompts: pathlib.Path | None) -> None:
+    """Refuses files that can't be written, or that would be written over; leaves none behind."""
+    files.check_output(output, (".json",))
+    kept = [folder / name for name in (study.JOURNAL, PICTURE, LATENCY)]
+    files.check_apart(output, prompts, *kept)
+    for path in kept:
+        files.check_apart(path, prompts)
+    files.check_folder(folder)
+    if folder.is_dir():
+        files.check_output(folder / PICTURE, plots.SUFFIXES)
 
-    Attributes:
-      best: the schedule.
-      generation: the last one.
-      swaps: evaluations of the local refinement.
-    """
 
-    best: Schedule
-    generation: study.Generation
-    swaps: int
+def _join_processes() -> None:
+    try:
+        jax.distributed.initialize()
+    except (ValueError, RuntimeError) as error:
+        raise Refusal(
+            f"can't join the processes of jax.distributed ({files.reason(error)}): start the "
+            "command where they are set up, or leave --distributed out"
+        ) from error
 
 
 def _search(
-    space: Space, config: SearchConfig, evaluator: Evaluator, console,
-    seed: int, sensitivities: bool, swaps: int, folder: pathlib.Path | None,
+    space: Space, config: SearchConfig, evaluator: Evaluator,
+    seed: int, sensitivities: bool, swaps: int, states: pathlib.Path | None,
 ) -> Found:  # fmt: skip
     """Evolution, its states kept in the folder, then local swaps."""
     given = (_search_free(space, evaluator),) if sensitivities else ()
-    drawn = dataclasses.replace(config, generations=0), space, seed, sensitivities
-    name = hashlib.sha256(repr(drawn).encode()).hexdigest()[:8]
     result = study.evolve(
-        space, config, evaluator, jax.random.key(seed), given=given,
-        states=None if folder is None else folder / f"{study.STATES}-{name}",
-        progress=lambda generation: console.print(study.describe(generation)),
+        space, config, evaluator, jax.random.key(seed), given=given, states=states,
+        progress=lambda generation: print(study.describe(generation), flush=True),
     )  # fmt: skip
     if not swaps:
+        evaluator(result.best.array()[None])  # known to the state, and to a journal that is whole
         return Found(result.best, result, 0)
     batch = evaluator.batch
     best, spent = sensitivity.refine(space, evaluator, result.best, swaps, seed=seed, batch=batch)
     return Found(best, result, spent)
-
-
-def _evaluator(journal: study.Journal, parts, *, patience: float | None, **options) -> Evaluator:
-    """Scores and writes to the journal; what the journal holds is known."""
-    # What was given up is looked at again by a search that gives nothing up.
-    known = [each for each in journal.evaluations if patience or not each.stopped]
-    known = {each.levels: each for each in known}
-    return Evaluator(parts, patience=patience, record=journal.append, known=known, **options)
-
-
-def _draw(path: pathlib.Path, evaluator: Evaluator, best: Schedule, table) -> None:
-    """The Pareto plot of everything that is known."""
-    points = plots.points_of(
-        list(evaluator.known.values()), lambda levels: _cost_of(levels, table), evaluator.fitness
-    )
-    found = _cost_of(best.levels, table), evaluator.fitness(evaluator.known[best.levels])
-    label = "seconds of denoising" if table else "budget: mean share of the tokens"
-    plots.pareto(path, points, {"found": found}, cost=label)
 
 
 def _parts(subject: Subject, *, dense_start, pixels: bool, split: bool, lanes: int) -> list:
@@ -220,81 +266,9 @@ def _joined(parts: Sequence) -> Any:
     return lambda levels: np.concatenate([part(levels) for part in parts], axis=1)
 
 
-def _header(subject: Subject, fitness: str, dense_start: int) -> dict:
-    """What an evaluation depends on."""
-    return {
-        "model": fingerprint(subject.pipeline.transformer),
-        "method": subject.method,
-        "solver": np.asarray(subject.solver.predict).sum(axis=1).tolist(),
-        "sigmas": np.asarray(subject.solver.sigma).tolist(),
-        "size": list(subject.size),
-        "prompts": list(subject.prompts),
-        "guidance": subject.guidance,
-        "fitness": fitness,
-        "dense_start": dense_start,
-    }
-
-
 def _search_free(space: Space, evaluator: Evaluator) -> Schedule:
     """Dynamic programming over the skip-one curve."""
     damage = sensitivity.level_sensitivity(
         evaluator, space.steps, (0,), dense_start=space.dense_start
     )
     return sensitivity.allocate(space, sensitivity.interpolated(damage, (0,), space.choices))
-
-
-def _cost_of(levels: Sequence[int], table: dict[int, float] | None) -> float:
-    if table is None:
-        return Schedule(tuple(levels)).budget
-    return sum(table.get(level, table[LEVELS]) for level in levels)
-
-
-def _cost(best: Schedule, table: dict[int, float] | None) -> dict[str, float]:
-    cost = {"budget": best.budget}
-    if table is not None:
-        cost["seconds"] = _cost_of(best.levels, table)
-        cost["speedup"] = best.steps * table[LEVELS] / cost["seconds"]
-    return cost
-
-
-def _report(console, subject, table, evaluator, found: Found) -> None:
-    """What was found and what it cost to find."""
-    best = found.best
-    tokens = subject.pipeline.transformer.geometry(subject.noise.shape).num_tokens
-    console.print(f"levels: {' '.join(map(str, best.levels))}")
-    console.print(f"realised budget: {best.realised_budget(tokens):.4f} of the tokens")
-    if table is not None:
-        cost = _cost(best, table)
-        console.print(
-            f"by measured step times: {cost['seconds']:.3f} s of denoising, "
-            f"{cost['speedup']:.2f} times faster than dense"
-        )
-    console.print(
-        f"{len(evaluator.known)} schedules known, {evaluator.evaluations} computed now, "
-        f"{found.swaps} of them swaps, {evaluator.rejected} discarded as not finite, "
-        f"{found.generation.seconds:.0f} s of evolution"
-    )
-
-
-def measure(subject: Subject, best: Schedule, prompts, skip: int, count: int, solver: str) -> dict:
-    """Quality on prompts that the search has not seen."""
-    other = Subject.load(
-        subject.pipeline, prompts, skip, count, solver, subject.solver.steps, subject.size,
-        subject.method,
-    )  # fmt: skip
-    scorer = other.scorer(lanes=1, batch=1, precision="highest")
-    found = scorer.latents(best.array()[None])[0]
-    pairs = [
-        [metrics.to_uint8(np.asarray(other.decode(latents[i : i + 1])[0])) for i in range(count)]
-        for latents in (scorer.dense, found)
-    ]
-    psnr = [metrics.psnr(*pair) for pair in zip(*pairs, strict=True)]
-    ssim = [metrics.ssim(*pair) for pair in zip(*pairs, strict=True)]
-    # Identical videos have an infinite PSNR, which JSON has no number for.
-    return {
-        "psnr": float(np.mean(np.minimum(psnr, 100.0))),
-        "psnr_worst": float(np.min(np.minimum(psnr, 100.0))),
-        "ssim": float(np.mean(ssim)),
-        "mse": metrics.mse(scorer.dense, found),
-        "prompts": count,
-    }

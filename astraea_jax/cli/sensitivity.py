@@ -2,14 +2,14 @@
 
 import pathlib
 import time
+from collections.abc import Sequence
 
 import numpy as np
-import rich.console
 
-from astraea_jax import files, report
-from astraea_jax.bench.models import Dtype, ModelChoice
+from astraea_jax import checks, files, report
+from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
-from astraea_jax.cli.subject import SearchMethod, SolverName, Subject
+from astraea_jax.cli.subject import MOST_LANES, Asked, SearchMethod, SolverName
 from astraea_jax.schedule import LEVELS
 from astraea_jax.search import plots
 
@@ -17,10 +17,7 @@ from astraea_jax.search import plots
 def command(
     *,
     output: pathlib.Path = pathlib.Path("out.png"),
-    model: str = "tiny",
-    checkpoint: pathlib.Path | None = None,
-    random: bool = False,
-    dtype: Dtype | None = None,
+    model: Chosen = TINY,
     method: SearchMethod = "step-level",
     solver: SolverName = "unipc",
     steps: int | None = None,
@@ -35,10 +32,7 @@ def command(
 
     Args:
       output: A .png, .svg or .pdf file; the numbers go beside it as .json.
-      model: "tiny", "wan", "wan-14b", a folder in either layout, or a hub id.
-      checkpoint: Folder or hub id of the weights of "wan" or "wan-14b",
-      random: or random weights of their size.
-      dtype: Of the weights; bfloat16 for "wan" and "wan-14b", else float32, when left out.
+      model: Which model.
       method: What is reused at the skipped step.
       solver: Solver of the flow.
       steps: Denoising steps; the model's default when left out.
@@ -49,26 +43,42 @@ def command(
       height: Pixels.
       width: Pixels.
     """
-    files.check_output(output, plots.SUFFIXES)
-    if count < 1:
-        raise Refusal(f"count must be at least 1; got {count}")
-    began = time.perf_counter()
+    checks.whole("lanes", lanes, 1, MOST_LANES)
     size = (frames, height, width)
-    choice = ModelChoice(model, checkpoint, random, dtype)
-    subject = Subject.load(choice, prompts, 0, count, solver, steps, size, method)
-    number = subject.solver.steps
+    asked = Asked(model, prompts, count, method, solver, steps, size)
+    numbers = output.with_suffix(".json")
+    files.check_output(output, plots.SUFFIXES)
+    files.check_output(numbers, (".json",))
+    for path in (output, numbers):
+        files.check_apart(path, prompts)
+    began = time.perf_counter()
+    opened = asked.open()
+    number = opened.solver.steps
+    if number < 2:
+        raise Refusal("the first step is never skipped: ask for at least 2 steps")
+    subject = opened.load()
     rows = np.full((number - 1, number), LEVELS, np.int8)
     rows[np.arange(number - 1), np.arange(1, number)] = 0
     errors = np.concatenate([np.zeros((1, count)), subject.scorer(lanes=lanes)(rows)])
     lines = {
-        prompt: [float(value) for value in errors[:, index]]
-        for index, prompt in enumerate(subject.prompts)
+        name: [float(value) for value in errors[:, index]]
+        for index, name in enumerate(_names(subject.prompts))
     }
-    report.write_json(output.with_suffix(".json"), {"mse": lines, "solver": solver})
+    report.write_json(numbers, {"mse": lines, "solver": solver})
     plots.sensitivity(output, lines)
     shown = [{"step": step + 1, "mse": float(errors[step].mean())} for step in range(1, number)]
-    rich.console.Console().print(
-        report.table(shown, {"step": "skipped step", "mse": "mean squared error"})
-    )
+    report.show(report.table(shown, {"step": "skipped step", "mse": "mean squared error"}))
     print(f"{number - 1} schedules in {time.perf_counter() - began:.1f} s")
-    print(f"written: {output}, {output.with_suffix('.json')}")
+    print(f"written: {output}, {numbers}")
+
+
+def _names(prompts: Sequence[str]) -> list[str]:
+    """The prompts; one that comes again is numbered, or its line would replace the first one's."""
+    names: list[str] = []
+    for prompt in prompts:
+        name, again = prompt, 1
+        while name in names:
+            again += 1
+            name = f"{prompt} ({again})"
+        names.append(name)
+    return names

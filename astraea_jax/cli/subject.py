@@ -1,48 +1,155 @@
-"""What a search is for: a model with prompts, a solver and a method, and a target cost."""
+"""What a search is made on: a model with prompts, a solver and a method.
+
+First the options are checked, then prompts and configs are read, and only then any weight.
+"""
 
 import dataclasses
-import json
 import pathlib
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from astraea_jax import report, solvers
-from astraea_jax.bench.latency import latency_table
+from astraea_jax import checks, files, solvers
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, StepLevel
-from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer
-from astraea_jax.schedule import LEVELS, check_budget
-from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
+from astraea_jax.search.space import ALL_LEVELS, MOST_STEPS, WHOLE_STEPS
+from astraea_ports import checkpoints
+from astraea_ports.wan.parts import SHIPPED
 
 SolverName = Literal["unipc", "euler"]
 SearchMethod = Literal[
     "step-level-corrected", "step-level", "step-level-residual", "astraea-corrected", "astraea"
 ]
 
+MOST_PROMPTS = 10_000
+"""Of a file; a search takes hundreds of evaluations of each."""
+
+MOST_LANES = 1024
+"""Schedules denoised at a time: no device holds more."""
+
+_CAPTION = checks.Text(10_000)
+
 
 @dataclasses.dataclass(frozen=True)
-class Target:
-    """What the schedule shall cost: one of the three."""
+class Asked:
+    """What the options say of model, prompts and sampling; None is the model's default.
 
-    budget: float | None
-    speedup: float | None
-    seconds: float | None
+    Attributes:
+      model: which.
+      prompts: a text file, or None for the captions in the model's folder.
+      count: prompts to take, the first of the file.
+      method: of `METHODS`.
+      solver: its name.
+      steps: denoising steps.
+      size: frames, height and width.
+      grid: whose noise levels.
+      shift: flow shift.
+      guidance: scale; 1 or less is none.
+      negative_prompt: what the unconditional branch reads.
+
+    Raises:
+      Refusal: a number out of range.
+    """
+
+    model: ModelChoice
+    prompts: pathlib.Path | None
+    count: int
+    method: str
+    solver: str
+    steps: int | None
+    size: tuple[int | None, int | None, int | None]
+    grid: solvers.Grid | None = None
+    shift: float | None = None
+    guidance: float | None = None
+    negative_prompt: str = ""
 
     def __post_init__(self):
-        given = {name: value for name, value in vars(self).items() if value is not None}
-        if len(given) != 1:
-            said = ", ".join(f"--{name}" for name in given) or "none"
-            raise Refusal(f"expected one of --budget, --speedup, --seconds; got {said}")
-        if self.budget is not None:
-            check_budget(self.budget)
-        for name in ("speedup", "seconds"):
-            value = getattr(self, name)
-            if value is not None and not 0 < value < float("inf"):
-                raise Refusal(f"{name} must be a number above 0; got {value}")
+        checks.whole("count", self.count, 1, MOST_PROMPTS, unit="prompts")
+        checks.one_of("method", self.method, tuple(METHODS))
+        checks.one_of("solver", self.solver, tuple(solvers.SOLVERS))
+        if self.steps is not None:
+            checks.whole("steps", self.steps, 1, MOST_STEPS)
+        if self.shift is not None:
+            checks.number("shift", self.shift, 0, 1e4, above=True)
+        if self.guidance is not None:
+            checks.number("guidance", self.guidance, -1e4, 1e4)
+
+    def open(self) -> "Opened":
+        """Reads the prompts, then what the model says of itself.
+
+        Raises:
+          Refusal: too few prompts, no such model, or what it can't do.
+        """
+        lines = read_prompts(self.prompts, self.model)
+        if self.count > len(lines):
+            raise Refusal(
+                f"expected at least {self.count} prompts; got {len(lines)}: ask for fewer"
+            )
+        # Staged whatever the model: nothing is loaded for what is refused.
+        pipeline = dataclasses.replace(self.model, staged=True).open()
+        if not self.model.staged:
+            pipeline = dataclasses.replace(pipeline, text_cache=None)
+        default = pipeline.defaults
+        steps = default.steps if self.steps is None else self.steps
+        checks.whole("steps", steps, 1, MOST_STEPS)
+        guidance = default.guidance if self.guidance is None else self.guidance
+        if self.negative_prompt and guidance <= 1:
+            raise Refusal(
+                f"a negative prompt is read with guidance above 1; got {guidance:g}: leave one out"
+            )
+        shift = float(pipeline.shift if self.shift is None else self.shift)
+        grid = pipeline.grid if self.grid is None else self.grid
+        return Opened(
+            self, pipeline, tuple(lines[: self.count]), pipeline.size(*self.size),
+            solvers.make(self.solver, steps, shift=shift, grid=grid), shift, grid,
+            float(guidance) if guidance > 1 else None,
+        )  # fmt: skip
+
+
+class Opened(NamedTuple):
+    """What was asked for, defaults filled in; no weight is read.
+
+    Attributes:
+      asked: the options.
+      pipeline: its parts are shapes alone where they are loaded for their stage.
+      prompts: as many as were asked for.
+      size: frames, height and width.
+      solver: the table.
+      shift: flow shift.
+      grid: whose noise levels.
+      guidance: scale, or None for none.
+    """
+
+    asked: Asked
+    pipeline: Any
+    prompts: tuple[str, ...]
+    size: tuple[int, int, int]
+    solver: solvers.Solver
+    shift: float
+    grid: solvers.Grid
+    guidance: float | None
+
+    @property
+    def choices(self) -> tuple[int, ...]:
+        """Levels that the method can do."""
+        whole = isinstance(METHODS[self.asked.method], StepLevel)
+        return WHOLE_STEPS if whole else ALL_LEVELS
+
+    def load(self) -> "Subject":
+        """Reads the prompts' text and lets the encoder go, then loads the transformer."""
+        shape = self.pipeline.latents_shape(*self.size)
+        keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(len(self.prompts))]
+        noise = jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
+        negative = None if self.guidance is None else self.asked.negative_prompt
+        context = self.pipeline.encode_text(self.prompts, negative)
+        pipeline = resident(self.pipeline, "transformer")
+        return Subject(
+            pipeline, self.size, self.prompts, noise, context, self.solver, self.asked.method,
+            self.guidance,
+        )  # fmt: skip
 
 
 class Subject(NamedTuple):
@@ -55,40 +162,7 @@ class Subject(NamedTuple):
     context: jax.Array
     solver: solvers.Solver
     method: str
-
-    @classmethod
-    def load(cls, model, prompts, skip: int, count: int, solver, steps, size, method, spare=0):
-        """Loads the model and `count` prompts of the file, after the first `skip`.
-
-        At least `spare` prompts must follow them, for what comes after.
-        """
-        pipeline = model.open() if isinstance(model, ModelChoice) else model
-        lines = read_prompts(prompts, pipeline.folder)
-        if skip + count + spare > len(lines):
-            raise Refusal(
-                f"expected at least {skip + count + spare} prompts; got {len(lines)}: ask for fewer"
-            )
-        lines = lines[skip : skip + count]
-        size = pipeline.size(*size)
-        shape = pipeline.latents_shape(*size)
-        keys = [jax.random.fold_in(jax.random.key(0), skip + index) for index in range(count)]
-        noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
-        guided = pipeline.defaults.guidance > 1
-        context = pipeline.encode_text(lines, "" if guided else None)
-        steps = pipeline.defaults.steps if steps is None else steps
-        table = solvers.make(solver, steps, shift=pipeline.shift, grid=pipeline.grid)
-        return cls(pipeline, size, tuple(lines), noise, context, table, method)
-
-    @property
-    def guidance(self) -> float | None:
-        """Scale, or None for none."""
-        scale = self.pipeline.defaults.guidance
-        return scale if scale > 1 else None
-
-    @property
-    def choices(self) -> tuple[int, ...]:
-        """Levels that the method can do."""
-        return WHOLE_STEPS if isinstance(METHODS[self.method], StepLevel) else ALL_LEVELS
+    guidance: float | None
 
     def scorer(self, **options) -> Scorer:
         """Scores schedules on the subject's prompts."""
@@ -97,11 +171,13 @@ class Subject(NamedTuple):
             method=METHODS[self.method], guidance=self.guidance, **options,
         )  # fmt: skip
 
+    def with_decoder(self) -> "Subject":
+        """The subject with the VAE in memory, for more than one decoding."""
+        return self._replace(pipeline=resident(self.pipeline, "vae"))
+
     def decode(self, latents) -> jax.Array:
-        """Pixels in [0, 1] of latents, one video after another."""
-        return jnp.concatenate(
-            [_decode(self.pipeline.vae, latents[i : i + 1]) for i in range(len(latents))]
-        )
+        """Pixels in [0, 1] of latents, one video after another, in pieces where it is large."""
+        return self.pipeline.decode(latents)
 
     def part(self, rows: slice) -> "Subject":
         """The subject with some of its prompts."""
@@ -111,68 +187,44 @@ class Subject(NamedTuple):
         return self._replace(prompts=self.prompts[rows], noise=self.noise[rows], context=context)
 
 
-@jax.jit
-def _decode(vae, latents):
-    return jnp.clip((vae.decode(latents) + 1) / 2, 0, 1)
+def resident(pipeline: Any, name: str) -> Any:
+    """The pipeline with one of its parts in memory, whatever comes and goes for its stage."""
+    loaders = dict(pipeline.loaders)
+    loader = loaders.pop(name, None)
+    if loader is None:
+        return pipeline
+    return dataclasses.replace(pipeline, loaders=loaders, **{name: loader.load()})
 
 
-def read_prompts(path: pathlib.Path | None, folder: pathlib.Path | None) -> list[str]:
-    """A prompt a line, or the captions that the model's folder carries.
+def read_prompts(path: pathlib.Path | None, model: ModelChoice) -> list[str]:
+    """A prompt a line, or the captions that the model's folder carries; reads no weight.
 
     Raises:
-      Refusal: no such file, nothing in it, or a model that carries none.
+      Refusal: no such file, nothing in it, what is no text, or a model that carries none.
     """
-    if path is None:
-        path = (folder or pathlib.Path()) / "captions.json"
-        if not path.is_file():
-            raise Refusal("the model carries no prompts: give --prompts, a file of one a line")
-        return list(json.loads(path.read_text()))
-    try:
-        lines = [line.strip() for line in path.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise Refusal(f"expected a text file of prompts at {path}; {error}") from error
-    if not lines:
-        raise Refusal(f"expected a prompt a line in {path}; it is empty")
-    return lines
+    if path is not None:
+        lines = files.read_text(path, what="text file of prompts").splitlines()
+        lines = [line.strip() for line in lines if line.strip()]
+        if not lines:
+            raise Refusal(f"expected a prompt a line in {path}; it is empty")
+        return _checked(lines, f"{path}: prompts", "mend the file")
+    asking = "the model carries no prompts: give --prompts, a file of one a line"
+    if model.random is not None:
+        raise Refusal(asking)
+    # From the hub JSON alone is fetched, since it may say that there is nothing to search on.
+    source = SHIPPED.get(model.model, model.model)
+    path = checkpoints.find_model(source, revision=model.revision).path / "captions.json"
+    if not path.exists():
+        raise Refusal(asking)
+    captions = files.read_json(path, what="list of captions (JSON)")
+    return _checked(captions, f"{path}: captions", "mend the file, or give --prompts")
 
 
-def make_space(target: Target, subject: Subject, folder, dense_start: int, band):
-    """The space of a target, and seconds by level where it is counted in time (else None)."""
-    steps, choices = subject.solver.steps, subject.choices
-    if target.budget is not None:
-        band = (1.0, 1.0) if band is None else band
-        space = Space.for_budget(
-            steps, target.budget, choices=choices, band=band, dense_start=dense_start
-        )
-        return space, None
-    table = _latencies(subject, folder)
-    dense = steps * table[LEVELS]
-    limit = target.seconds if target.seconds is not None else dense / (target.speedup or 1)
-    low, high = (0.9, 1.0) if band is None else band
-    costs = [table[level] for level in choices]
-    space = Space.for_costs(
-        steps, costs, high * limit, choices=choices, band=low / high, dense_start=dense_start
-    )
-    return space, table
-
-
-def _latencies(subject: Subject, folder: pathlib.Path) -> dict[int, float]:
-    """The table of this model, shape, method and device: measured once, kept in the folder."""
-    key = {
-        "model": fingerprint(subject.pipeline.transformer),
-        "size": list(subject.size),
-        "method": subject.method,
-        "device": jax.devices()[0].device_kind,
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Refusal(f"can't make the folder {folder} ({error.strerror})") from error
-    path = folder / "latency.json"
-    if path.is_file():
-        kept = json.loads(path.read_text())
-        if kept.get("of") == key:
-            return {int(level): value for level, value in kept["seconds"].items()}
-    table = latency_table(subject.pipeline, subject.size, METHODS[subject.method], subject.choices)
-    report.write_json(path, {"of": key, "seconds": table, **report.environment()})
-    return table
+def _checked(lines: Any, name: str, advice: str) -> list[str]:
+    problem = checks.ListOf(_CAPTION, 1, MOST_PROMPTS).problem(lines)
+    blank = None if problem else next((i for i, each in enumerate(lines) if not each.strip()), None)
+    if blank is not None:
+        problem = f"[{blank}] must say something; got {checks.shown(lines[blank])}"
+    if problem is not None:
+        raise Refusal(f"{name} {problem}; {advice}")
+    return list(lines)

@@ -1,27 +1,34 @@
 """`astraea train-tiny`: the small model made better."""
 
+import contextlib
 import dataclasses
 import functools
 import pathlib
 import time
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from tyro.conf import arg
 
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, tiny, training_folder, training_run
 from astraea_ports.tiny import lessons, reader_training, scenes
 from astraea_ports.wan import transformer_training, vae_training
+from astraea_ports.wan.latent_pool import MOST_POOLED
 from astraea_ports.wan.parts import SHIPPED
-from astraea_ports.wan.training_recipe import Recipe
+from astraea_ports.wan.training_recipe import MOST_CLIPS, MOST_STEPS, Recipe
 from astraea_ports.wan.vae_weights import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
 
 TWO = 0.5
 """Share of the VAE's clips with two objects."""
+
+MOST_ON_CPU = 4096
+"""Clips of a batch or a pool without a GPU: an hour to draw and encode, or a step to take."""
 
 
 def train_tiny(
@@ -73,6 +80,8 @@ def train_tiny(
     """
     began = time.monotonic()
     training_run.check_minutes(minutes)
+    if steps is not None:
+        checks.whole("steps", steps, 1, MOST_STEPS)
     if sitting is not None:
         training_run.check_minutes(sitting, "sitting")
     training_run.check_minutes(checkpoint_every, "checkpoint_every")
@@ -93,9 +102,11 @@ def train_tiny(
         sheet=sheet,
     )
     say = functools.partial(print, flush=True)
-    with training_folder.owned(output):
-        settled = steps or _steps_before(output)
-        trainee = order.trainee(settled or 1)
+    settled = training_folder.saved_steps(output) if steps is None else steps
+    make = order.maker(settled or 1)  # all options are checked by now, and nothing is written
+    files.check_folder(output)
+    with training_folder.owned(output), _memory_said():
+        trainee = make()
         if settled is None:
             training_run.set_minutes(trainee, minutes, say)
         if sitting is not None:  # it counts from the command's start
@@ -109,6 +120,20 @@ def train_tiny(
         f"{outcome.rate:.1f} samples/s; "
         + (f"the model is in {output}/model" if done else "the same command goes on")
     )
+
+
+@contextlib.contextmanager
+def _memory_said() -> Iterator[None]:
+    """What a device has no memory for is the batch's fault, and the user's to mend."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise Refusal(
+            f"the device has no memory for it ({files.reason(error)}): ask for a smaller --batch, "
+            "--pool or --sheet"
+        ) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,13 +157,25 @@ class Order:
 
     def __post_init__(self):
         """Refuses what is out of range, but for what the recipes refuse."""
-        if not 0 <= self.sheet <= len(tiny.captions()):
-            raise Refusal(f"sheet must be in 0..{len(tiny.captions())}; got {self.sheet}")
-        if not 0 < self.rate <= 100:
-            raise Refusal(f"rate must be above 0 and at most 100; got {self.rate}")
+        checks.one_of("part", self.part, get_args(Part))
+        checks.whole("sheet", self.sheet, 0, len(tiny.captions()))
+        checks.number("rate", self.rate, 0, 100, above=True)
+        large = jax.default_backend() != "cpu"
+        where = "" if large else "without a GPU"
+        for name, most in (("batch", MOST_CLIPS), ("pool", MOST_POOLED)):
+            if getattr(self, name) is not None:
+                checks.whole(
+                    name, getattr(self, name), 1, most if large else MOST_ON_CPU, unit=where
+                )
+        if self.model == "nothing" and self.part == "reader":
+            raise Refusal("the reader starts from nothing; --from says whose VAE it sees clips by")
 
-    def trainee(self, steps: int) -> training_run.Trainee:
-        """What a run of so many steps trains."""
+    def maker(self, steps: int) -> Callable[[], training_run.Trainee]:
+        """What makes the trainee of a run of so many steps; it alone loads the model.
+
+        Raises:
+          Refusal: an option out of range.
+        """
         large = jax.default_backend() != "cpu"
         make = {"transformer": self._transformer, "vae": self._vae, "reader": self._reader}
         return make[self.part](steps, large)
@@ -149,12 +186,12 @@ class Order:
         nothing = self.model == "nothing"
         return {"model": "tiny" if nothing else self.model, "from_nothing": nothing}
 
-    def _transformer(self, steps: int, large: bool) -> training_run.Trainee:
+    def _transformer(self, steps: int, large: bool) -> Callable[[], training_run.Trainee]:
         source = lessons.Lessons(seed=self.seed, two=self.two, spin=self.spin)
         devices = jax.device_count()
         recipe = Recipe(
             steps=steps,
-            batch=self.batch or (128 * devices if large else 4),
+            batch=_or(self.batch, 128 * devices if large else 4),
             muon_rate=6e-3 * self.rate,
             adam_rate=1.5e-3 * self.rate,
             text_rate=self.text_rate,
@@ -165,11 +202,12 @@ class Order:
             dtype="bfloat16" if large else "float32",
         )
         plan = transformer_training.PoolPlan(
-            size=self.pool or (32768 if large else 64),
+            size=_or(self.pool, 32768 if large else 64),
             block=32 * devices if large else 4,
             refresh_every=self.refresh_every,
         )
-        return transformer_training.TransformerTraining(
+        return functools.partial(
+            transformer_training.TransformerTraining,
             source=source,
             recipe=recipe,
             plan=plan,
@@ -178,41 +216,47 @@ class Order:
             **self._start,
         )
 
-    def _vae(self, steps: int, large: bool) -> training_run.Trainee:
+    def _vae(self, steps: int, large: bool) -> Callable[[], training_run.Trainee]:
         recipe = vae_training.VAERecipe(
             steps=steps,
-            clips=self.batch or (16 if large else 2),
+            clips=_or(self.batch, 16 if large else 2),
             muon_rate=0.015 * self.rate,
             adam_rate=2e-3 * self.rate,
             seed=self.seed,
             dtype="bfloat16" if large else "float32",
         )
-        return vae_training.VAETraining(
-            draw=draw_clips, recipe=recipe, data={"two": TWO}, **self._start
+        return functools.partial(
+            vae_training.VAETraining,
+            draw=draw_clips,
+            recipe=recipe,
+            data={"two": TWO},
+            **self._start,
         )
 
-    def _reader(self, steps: int, large: bool) -> training_run.Trainee:
-        folder = checkpoints.model_folder(SHIPPED.get(self.model, self.model))
-        vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
+    def _reader(self, steps: int, large: bool) -> Callable[[], training_run.Trainee]:
         recipe = reader_training.ReaderRecipe(
             steps=steps,
-            batch=self.batch or (128 if large else 16),
+            batch=_or(self.batch, 128 if large else 16),
             muon_rate=0.02 * self.rate,
             adam_rate=2e-3 * self.rate,
             # On a CPU the VAE would take nearly all of the time.
             vae_every=6 if large else 0,
             seed=self.seed,
         )
-        return reader_training.ReaderTraining(vae, recipe)
+
+        def make() -> training_run.Trainee:
+            folder = checkpoints.model_folder(SHIPPED.get(self.model, self.model))
+            vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
+            return reader_training.ReaderTraining(vae, recipe)
+
+        return make
+
+
+def _or(given: int | None, otherwise: int) -> int:
+    return otherwise if given is None else given
 
 
 def draw_clips(key: jax.Array, count: int) -> vae_training.Drawn:
     """Clips for the VAE."""
     clips = scenes.make_clips(jax.random.split(key, count), two=TWO)
     return vae_training.Drawn(clips.video, clips.cover)
-
-
-def _steps_before(folder: pathlib.Path) -> int | None:
-    """The length of the run that is in the folder: it was settled when that began."""
-    settings = training_folder.saved_settings(folder)
-    return None if settings is None else int(settings["recipe"]["steps"])

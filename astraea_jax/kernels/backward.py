@@ -48,7 +48,7 @@ def gradient(
 
     size = min(KEY_TILE, k.shape[1])
     num_tiles = -(-k.shape[1] // size)
-    start = jnp.zeros(q.shape, jnp.float32)
+    start = jnp.zeros_like(q, jnp.float32)
     q_gradient, (_, *tiles) = lax.scan(tile, start, jnp.arange(num_tiles))
     k_gradient, v_gradient = (_join(parts, k.shape[1]) for parts in tiles)
     return q_gradient.astype(q.dtype), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype)

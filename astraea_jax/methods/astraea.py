@@ -56,8 +56,14 @@ class Astraea:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
-        return "astraea, corrected" if self.correct else "astraea"
+        """What tables call it, and `METHODS` where it is there."""
+        published = "-published" if self.selection == selection.PUBLISHED else ""
+        return f"astraea{published}{'-corrected' if self.correct else ''}"
+
+    @property
+    def fresh_alike(self) -> bool:
+        """Whether a token is computed in both guidance branches or in none."""
+        return self.selection.branches == "shared"
 
     @property
     def modes(self) -> tuple[base.Mode, ...]:
@@ -81,14 +87,15 @@ class Astraea:
         config, blocks = self.selection, geometry.num_blocks
         per_block = config.scope == "block"
         sketched = config.reference == "sketch"
+        selections = blocks if per_block else len(base.splits(geometry))
         cache = token_cache.empty_cache(
             blocks=blocks,
             batch=batch,
             tokens=geometry.num_tokens,
             width=geometry.width,
             dtype=dtype,
-            selections=blocks if per_block else 1,
-            references=blocks if per_block and not config.chained else 1,
+            selections=selections,
+            references=1 if config.chained else selections,
             reference_width=config.sketch_width if sketched else geometry.width,
             reference_dtype=jnp.dtype(jnp.float32) if sketched else dtype,
         )

@@ -6,11 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
 from astraea_jax import model as core
 from astraea_jax.checks import Refusal
-from astraea_jax.model import Geometry, Modulation, Prepared, VideoDiT
+from astraea_jax.model import Geometry, Groups, Modulation, Prepared, VideoDiT
+from astraea_jax.schedule import rows_per_level
 
 
 class Mode(NamedTuple):
@@ -64,7 +65,8 @@ class Forward(NamedTuple):
       velocity: patches.
       state: for the next step.
       trace: what was done.
-      fresh: tokens whose velocity was computed now; only of methods with a true `correct`.
+      fresh: tokens whose velocity was computed now; only of methods with a true `correct`. The
+        guidance branches' may differ, unless the method has a true `fresh_alike`.
     """
 
     velocity: Float[Array, "B N P"]
@@ -79,7 +81,7 @@ class Method(Protocol):
 
     @property
     def name(self) -> str:
-        """What tables call it."""
+        """What tables call it; of the registry's methods, its name there."""
         ...
 
     @property
@@ -111,6 +113,33 @@ class Method(Protocol):
     ) -> Forward:
         """One evaluation of the model, or what stands in for it."""
         ...
+
+
+def splits(geometry: Geometry) -> tuple[Groups, ...]:
+    """The ways of splitting the tokens into groups for which a step needs a selection each.
+
+    Mostly one: a selection with equally many rows in each of some groups has them in coarser
+    groups too.
+    """
+    kept: list[Groups] = []
+    for groups in geometry.groups:
+        if not any(_serves(each, groups, geometry.num_tokens) for each in kept):
+            kept = [each for each in kept if not _serves(groups, each, geometry.num_tokens)]
+            kept.append(groups)
+    return tuple(kept)
+
+
+def split_of(geometry: Geometry, groups: Groups) -> int:
+    """Which of the `splits` serves a kind of block that has these groups."""
+    serving = [_serves(each, groups, geometry.num_tokens) for each in splits(geometry)]
+    return serving.index(True)
+
+
+def _serves(split: Groups, groups: Groups, num_tokens: int) -> bool:
+    """Whether equal rows in each group of `split` are as many, and equal, in each of `groups`."""
+    one, other = (rows_per_level(num_tokens, each.number) for each in (split, groups))
+    alike = split.contiguous == groups.contiguous and split.number % groups.number == 0
+    return one == other and (alike or groups.number == 1)
 
 
 def scan_blocks(model, prepared: Prepared, modulation: Modulation, geometry: Geometry, step, carry):
@@ -157,12 +186,12 @@ def dense_tokens(model, prepared: Prepared, modulation: Modulation, geometry: Ge
 
 def full_trace(batch: int, num_tokens: int) -> Trace:
     """The trace of a dense step."""
-    return Trace(jnp.ones((batch, num_tokens)), jnp.ones((batch,)))
+    return Trace(jnp.ones((batch, num_tokens), jnp.float32), jnp.ones((batch,), jnp.float32))
 
 
 def empty_trace(batch: int, num_tokens: int) -> Trace:
     """The trace of a skipped step."""
-    return Trace(jnp.zeros((batch, num_tokens)), jnp.ones((batch,)))
+    return Trace(jnp.zeros((batch, num_tokens), jnp.float32), jnp.ones((batch,), jnp.float32))
 
 
 def no_level(name: str, level: int, allowed: str) -> Refusal:
@@ -177,7 +206,20 @@ def is_dense(level: Int[Array, ""]) -> Bool[Array, ""]:
     return level >= 10
 
 
-def fold(key: Key[Array, ""], *numbers: int | np.integer | Int[Array, ""]) -> Key[Array, ""]:
+def seeded(*numbers: int) -> Key[Array, ""]:
+    """The key of a seed in 0..2^32-1, and of a place in what is drawn from it; see `fold`.
+
+    The numbers are sent to the device by name, as a transfer guard asks; `jax.random.key` does not.
+    """
+    return _seeded(*jax.device_put([np.uint32(number) for number in numbers]))
+
+
+@jax.jit
+def _seeded(seed, *numbers):
+    return fold(jax.random.key(seed), *numbers)
+
+
+def fold(key: Key[Array, ""], *numbers: int | np.integer | Integer[Array, ""]) -> Key[Array, ""]:
     """A key for a place in the computation."""
     for number in numbers:
         key = jax.random.fold_in(key, number)

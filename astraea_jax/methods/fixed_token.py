@@ -12,6 +12,8 @@ from astraea_jax.selection import SelectionConfig
 class FixedToken(Astraea):
     """ASTRAEA with one selection a step, made on the tokens that enter the first block.
 
+    Where kinds of block split the tokens into unlike groups, there is one for each split.
+
     Attributes:
       selection: its scope must be "step"; by default the published choices otherwise.
 

@@ -49,9 +49,14 @@ class StepLevel:
 
     @property
     def name(self) -> str:
-        """What tables call it."""
-        corrected = ", corrected" if self.correct else ""
-        return f"step-level, {self.reuse}{corrected}"
+        """What tables call it, and `METHODS`."""
+        residual = "-residual" if self.reuse == "residual" else ""
+        return f"step-level{residual}{'-corrected' if self.correct else ''}"
+
+    @property
+    def fresh_alike(self) -> bool:
+        """A step computes every token in both guidance branches, or none."""
+        return True
 
     @property
     def modes(self) -> tuple[base.Mode, ...]:

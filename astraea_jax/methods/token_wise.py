@@ -1,6 +1,7 @@
 """One evaluation of a model with some of its tokens computed: what `astraea.Astraea` runs."""
 
 import dataclasses
+import functools
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from astraea_jax import model as core
 from astraea_jax.attention import gather_rows, scatter_rows
 from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base
-from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.model import Geometry, Groups, Prepared, VideoDiT
 from astraea_jax.selection import SelectionConfig
 
 FEW_ROWS = 1024
@@ -142,15 +143,14 @@ class Run:
             cache = self._with_reference(cache, selection.view(tokens, config))
 
         def step(carry, block, index, groups):
-            del groups
             tokens, cache = carry
             residual = config.reuse == "residual"
             out, lse, kept = base.dense_block(block, tokens, residual=residual)
             lse = selection.heads_reduced(lse, config)
             cache = cache._replace(
                 out=token_cache.write_block(cache.out, index, kept),
-                lse=self._write_selection(cache.lse, index, lse),
-                age=self._write_selection(cache.age, index, jnp.zeros_like(lse)),
+                lse=self._write_selection(cache.lse, index, groups, lse),
+                age=self._write_selection(cache.age, index, groups, jnp.zeros_like(lse)),
                 reference=self._write_reference(cache.reference, index, tokens),
             )
             return out, cache
@@ -163,12 +163,12 @@ class Run:
 
     def sparse(self, state: AstraeaState, level: int | Int[Array, ""]) -> base.Forward:
         """Some tokens in every block; `level` is a number or data."""
-        whole, carry = self.begin(state, level)
-        if whole is not None and isinstance(level, int):
-            return self._sparse_rows(state, whole, carry, level)
+        choices, carry = self.begin(state, level)
+        if choices is not None and len(choices) == 1 and isinstance(level, int):
+            return self._sparse_rows(state, choices[0], carry, level)
 
         def step(carry: Carry, block, index, groups) -> Carry:
-            opened = self.open_block(carry, block, index, groups, whole, level)
+            opened = self.open_block(carry, block, index, groups, choices, level)
 
             def compute(filled: Filled, indices) -> Filled:
                 rows = gather_rows(opened.carry.tokens, indices)
@@ -176,7 +176,7 @@ class Run:
                 return write_rows(filled, index, indices, fresh)
 
             filled = self._at_level(compute, opened.filled, opened.choice, level)
-            return self.close_block(opened, filled, index)
+            return self.close_block(opened, filled, index, groups)
 
         return self.finish(self._scan(step, carry), state)
 
@@ -207,7 +207,7 @@ class Run:
 
         rows = gather_rows(carry.tokens, indices)
         left = entry.Left(carry.tokens, cache.out, rows, jnp.zeros_like(rows))
-        left, lse = self._scan(step, (left, jnp.zeros(indices.shape)))
+        left, lse = self._scan(step, (left, jnp.zeros_like(indices, jnp.float32)))
         blocks = self.geometry.num_blocks
         entered = entry.merged(left, indices, blocks, residual=residual)
         lse = scatter_rows(cache.lse[0], indices, lse)
@@ -216,41 +216,44 @@ class Run:
             cache=cache._replace(out=entered.stack, lse=lse[None]),
             previous=whole.fresh,
             computed=blocks * whole.fresh.astype(jnp.float32),
-            overlap=jnp.full(carry.overlap.shape, blocks - 1.0),
+            overlap=jnp.full_like(carry.overlap, blocks - 1.0),
         )
         return self.finish(carry, state)
 
     def begin(
         self, state: AstraeaState, level: int | Int[Array, ""]
-    ) -> tuple[Choice | None, Carry]:
-        """The selection, where one serves the whole step, and what enters the first block."""
+    ) -> tuple[tuple[Choice, ...] | None, Carry]:
+        """What enters the first block, and the selections that serve the whole step.
+
+        They are one for each of `base.splits`, or None where every block selects for itself.
+        """
         config, cache = self.config, state.cache
         tokens = self.model.embed(self.inputs.latents)
         batch, num_tokens, _ = tokens.shape
-        whole = None
+        choices = None
         if config.scope == "step":
-            groups, first = self.geometry.groups[0], jnp.int32(0)
-            whole = self._choose(tokens, cache.reference[0], cache, first, groups, level)
-            reference = self._merge_reference(cache.reference[0], tokens, whole.fresh)
-            cache = self._with_reference(cache, reference)
-        before = cache.reference[0] if config.chained else jnp.zeros((batch, num_tokens, 0))
+            choices, cache = self._choose_all(tokens, cache, level)
+        # Like the tokens also in how they differ over devices, where a `shard_map` checks it.
+        zeros = functools.partial(jnp.zeros_like, tokens, jnp.float32)
+        before = cache.reference[0] if config.chained else zeros((batch, num_tokens, 0))
         if config.chained:
             cache = self._with_reference(cache, tokens)
         carry = Carry(
             tokens,
             before,
             cache,
-            previous=jnp.zeros((batch, num_tokens), bool),
-            computed=jnp.zeros((batch, num_tokens)),
-            overlap=jnp.zeros((batch,)),
+            previous=jnp.zeros_like(tokens, bool, (batch, num_tokens)),
+            computed=zeros((batch, num_tokens)),
+            overlap=zeros((batch,)),
         )
-        return whole, carry
+        return choices, carry
 
-    def open_block(self, carry: Carry, block, index, groups, whole: Choice | None, level) -> Opened:
-        """What a block needs before any of its rows is computed."""
-        config = self.config
-        choice = whole
-        if choice is None:
+    def open_block(self, carry: Carry, block, index, groups, choices, level) -> Opened:
+        """What a block needs before any of its rows is computed; `choices` are of `begin`."""
+        config, slot = self.config, self._slot(index, groups)
+        if choices is not None:
+            choice = choices[slot]
+        else:
             tokens, before, cache = carry.tokens, carry.before, carry.cache
             if not config.chained:
                 stack, before = token_cache.read_block(cache.reference, index)
@@ -267,25 +270,20 @@ class Run:
         out, merged = token_cache.read_block(carry.cache.out, index, onto)
         before = merged if config.chained else carry.before
         merged = merged.astype(carry.tokens.dtype)  # the cache may be narrower
-        lse = carry.cache.lse[index if config.scope == "block" else 0]
+        lse = carry.cache.lse[slot]
         return Opened(carry, choice, keys_values, before, Filled(merged, out, lse))
 
-    def close_block(self, opened: Opened, filled: Filled, index) -> Carry:
+    def close_block(self, opened: Opened, filled: Filled, index, groups) -> Carry:
         """What enters the next block, once the selected rows are computed."""
-        config, carry, choice = self.config, opened.carry, opened.choice
+        carry, choice = opened.carry, opened.choice
         cache = carry.cache
-        per_block = config.scope == "block"
-        lse = filled.lse
-        if not per_block:
-            # One selection serves all blocks, weighed by the first block's attention.
-            lse = jnp.where(index == 0, lse, cache.lse[0])
         age = cache.age
-        if per_block:
+        if self.config.scope == "block":
             aged = jnp.where(choice.fresh, 0, older(cache.age[index]))
             age = token_cache.write_block(age, index, aged)
         cache = cache._replace(
             out=filled.out,
-            lse=token_cache.write_block(cache.lse, index if per_block else 0, lse),
+            lse=self._write_selection(cache.lse, index, groups, filled.lse),
             age=age,
         )
         same = selection.overlap(choice.fresh, carry.previous)
@@ -294,22 +292,18 @@ class Run:
             before=opened.before,
             cache=cache,
             previous=choice.fresh,
-            computed=carry.computed + choice.fresh,
+            computed=carry.computed + choice.fresh.astype(jnp.float32),
             overlap=carry.overlap + jnp.where(index == 0, 0.0, same),
         )
 
     def finish(self, carry: Carry, state: AstraeaState) -> base.Forward:
         """The velocity and the state that the last block leaves; `state` is the step's own."""
-        cache = carry.cache
-        if self.config.scope == "step":
-            age = jnp.where(carry.previous, 0, older(cache.age[0]))
-            cache = cache._replace(age=age[None].astype(cache.age.dtype))
         velocity = self.model.head(carry.tokens, self.modulation)
         if self.config.velocity == "kept":
             velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
         blocks = self.geometry.num_blocks
         trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
-        return base.Forward(velocity, AstraeaState(cache, velocity), trace, carry.previous)
+        return base.Forward(velocity, AstraeaState(carry.cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
         """Runs the selected rows: at once when their number is known, else as `pieces` says."""
@@ -343,34 +337,56 @@ class Run:
         added = jnp.full((batch, -count % entry.PADDING), self.geometry.num_tokens, indices.dtype)
         return jnp.concatenate([indices, added], axis=1)
 
-    def _choose(self, tokens, before, cache: TokenCache, index, groups, level) -> Choice:
-        """Selects the tokens of one block (or, with scope "step", of all)."""
+    def _choose_all(
+        self, tokens, cache: TokenCache, level
+    ) -> tuple[tuple[Choice, ...], TokenCache]:
+        """Selects the tokens of all blocks, and what the cache then holds of the selections."""
+        choices, ages, references = [], [], []
+        for slot, groups in enumerate(base.splits(self.geometry)):
+            before = cache.reference[slot]
+            choice = self._choose(tokens, before, cache, slot, groups, level)
+            choices.append(choice)
+            ages.append(jnp.where(choice.fresh, 0, older(cache.age[slot])))
+            references.append(self._merge_reference(before, tokens, choice.fresh))
+        return tuple(choices), cache._replace(
+            age=jnp.stack(ages).astype(cache.age.dtype),
+            reference=jnp.stack(references).astype(cache.reference.dtype),
+        )
+
+    def _choose(self, tokens, before, cache: TokenCache, slot, groups, level) -> Choice:
+        """Selects the tokens of one block, or with scope "step" of all that a split serves."""
         config = self.config
         batch, num_tokens, _ = tokens.shape
-        per_block = config.scope == "block"
-        age = cache.age[index if per_block else 0]
+        age = cache.age[slot]
         if config.rank == "random":
-            key: Key[Array, ""] = base.fold(self.inputs.key, index)
+            key: Key[Array, ""] = base.fold(self.inputs.key, slot)
             shape = (batch, num_tokens)
             scores = selection.random_score(key, shape, config, self.num_branches)
         else:
             delta = selection.change(selection.view(tokens, config), before, config)
-            scores = selection.score(cache.lse[index if per_block else 0], delta, age, config)
+            scores = selection.score(cache.lse[slot], delta, age, config)
             if config.branches == "shared":
                 scores = selection.shared_score(scores, self.num_branches)
         ordered = selection.order(scores, age, groups=groups.number, contiguous=groups.contiguous)
         count = level * (ordered.shape[1] // selection.LEVELS)
         return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))
 
-    def _write_selection(self, stack, index, rows):
-        """Stores LSE or age: of every block, or of the first where one selection serves all."""
-        if self.config.scope == "block":
-            return token_cache.write_block(stack, index, rows)
-        return jnp.where(index == 0, rows.astype(stack.dtype)[None], stack)
+    def _slot(self, index, groups: Groups):
+        """Where the cache holds LSE and age of a block's selection: at its index, or its split."""
+        return index if self.config.scope == "block" else base.split_of(self.geometry, groups)
+
+    def _write_selection(self, stack, index, groups: Groups, rows):
+        """Stores LSE or age of a block; where one selection serves many, of their first alone."""
+        slot = self._slot(index, groups)
+        if self.config.scope == "step":
+            slots = [base.split_of(self.geometry, each) for each in self.geometry.groups]
+            rows = jnp.where(index == slots.index(slot), rows.astype(stack.dtype), stack[slot])
+        return token_cache.write_block(stack, slot, rows)
 
     def _with_reference(self, cache: TokenCache, tokens: Float[Array, "B N W"]) -> TokenCache:
         """The cache with the one reference that serves all blocks."""
-        return cache._replace(reference=tokens[None].astype(cache.reference.dtype))
+        reference = jnp.broadcast_to(tokens.astype(cache.reference.dtype), cache.reference.shape)
+        return cache._replace(reference=reference)
 
     def _write_reference(self, stack, index, tokens):
         """Stores a block's whole input where blocks keep references of their own."""

@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
-from astraea_jax.methods import Astraea, Method, base
+from astraea_jax.methods import Astraea, Method, StepLevel, base
 from astraea_jax.model import VideoDiT
 from astraea_jax.population.sparse import Lane, sparse_forward
 from astraea_jax.schedule import LEVELS
@@ -131,6 +131,8 @@ def _denoise_many(
     if plan == "lanes":
         each = Lane(model, prepared, solver, guidance, key, settings)
         forward = _many_forward(settings.method, tiles)
+        if isinstance(settings.method, StepLevel):
+            levels = jnp.where(levels >= LEVELS, levels, 0)  # as it decides
         return Batch.of(each, forward, state, levels, dense_start).denoise(lanes)
     if plan == "masked" and isinstance(settings.method, Astraea):
         masked = dataclasses.replace(settings.method, pieces="masked")
@@ -216,7 +218,7 @@ class Batch:
         done = carry.index >= self.steps
         place = jnp.where(done & (carry.candidate < self.number), carry.candidate, self.number)
         latents = carry.latents.at[place].set(carry.state.latents, mode="drop")
-        rank = jnp.cumsum(done) - 1
+        rank = jnp.cumsum(done, dtype=jnp.int32) - 1
         following = jnp.minimum(carry.started + rank, self.number)
         candidate = jnp.where(done, following, carry.candidate)
         fresh = done & (candidate < self.number)
@@ -224,9 +226,9 @@ class Batch:
 
         def choose(shared, old):
             mask = fresh.reshape(-1, *[1] * (old.ndim - 1))
-            return jnp.where(mask, shared, old)
+            return jnp.where(mask, shared[None], old)
 
-        started = jnp.minimum(carry.started + done.sum(), self.number)
+        started = jnp.minimum(carry.started + done.sum(dtype=jnp.int32), self.number)
         refilled = jax.tree.map(choose, self.shared, carry.state)
         return Lanes(candidate, index, refilled, started, latents)
 
@@ -240,7 +242,7 @@ class Batch:
         def once(carry):
             mask, at = waiting(carry), jnp.minimum(carry.index, self.steps - 1)
             state = jax.vmap(self.each.skip)(carry.state, at, mask)
-            return carry._replace(index=carry.index + mask, state=state)
+            return carry._replace(index=carry.index + mask.astype(jnp.int32), state=state)
 
         return lax.while_loop(lambda carry: waiting(carry).any(), once, carry)
 
@@ -253,12 +255,19 @@ class Batch:
         result = self.forward(self.each, inputs, carry.state.method)
         state = jax.vmap(self.each.advance)(carry.state, result, at)
         # A lane with nothing left to do repeats its last step, which nobody reads.
-        return carry._replace(index=carry.index + active, state=state)
+        return carry._replace(index=carry.index + active.astype(jnp.int32), state=state)
 
 
 def can_run_in_lanes(method: Method) -> bool:
-    """Whether "lanes" knows how to lay out the method's steps."""
-    return isinstance(method, Astraea) or method.modes == (base.SKIP, base.DENSE)
+    """Whether "lanes" gives what the method's own `decide` and `forward` give.
+
+    Lanes read the levels themselves, and lay out the rows of ASTRAEA's steps in a way of their own:
+    they do not fit a method that decides or computes otherwise, by a class of its own say.
+    """
+    for known, own in ((Astraea, ("modes", "decide", "forward")), (StepLevel, ("modes", "decide"))):
+        if isinstance(method, known):
+            return all(getattr(type(method), name) is getattr(known, name) for name in own)
+    return False
 
 
 def _many_forward(method: Method, tiles: int):

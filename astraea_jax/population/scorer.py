@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,9 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
+from astraea_jax import checks
+from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
-from astraea_jax.denoise import Settings
 from astraea_jax.methods import Method
 from astraea_jax.model import VideoDiT
 from astraea_jax.population.lanes import (
@@ -24,6 +25,12 @@ from astraea_jax.population.lanes import (
 )
 from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver
+
+MOST = 10_000
+"""Lanes, tiles and schedules of a batch: far more than any device holds."""
+
+Rows = Int[np.ndarray, "S T"] | Sequence[Sequence[int]]
+"""Schedules, one a row."""
 
 
 class Scorer:
@@ -72,27 +79,29 @@ class Scorer:
           devices: schedules are spread over them; None is the first one.
 
         Raises:
-          Refusal: a plan that the method does not have, or a number out of range.
+          Refusal: shapes that do not fit, a plan that the method does not have, or a number out of
+            range.
         """
+        settings = loop.check(model, latents, context, method, guidance, False)
         in_lanes = can_run_in_lanes(method)
         plan = ("lanes" if in_lanes else "map") if plan is None else plan
+        checks.one_of("plan", plan, get_args(Plan))
         if plan == "lanes" and not in_lanes:
             raise Refusal(f'{method.name} has no plan "lanes"; use "map"')
-        if lanes < 1 or not 1 <= dense_start <= solver.steps:
-            raise Refusal(
-                f"expected lanes of at least 1 and dense_start in 1..{solver.steps}; "
-                f"got {lanes} and {dense_start}"
-            )
+        checks.whole("dense_start", dense_start, 1, solver.steps)
+        for name, value in (("lanes", lanes), ("tiles", tiles), ("batch", batch)):
+            if value is not None:
+                checks.whole(name, value, 1, MOST)
+        self._method, self._dense_start = method, dense_start
         self.steps, self.num_prompts = solver.steps, latents.shape[0]
         self._devices = list(devices or jax.devices()[:1])
         self._batch = (batch or 4 * lanes) * len(self._devices)
         self._decode = decode
         mesh = Mesh(np.array(self._devices), (AXIS,)) if len(self._devices) > 1 else None
-        branches = 1 if guidance is None else 2
-        settings = Settings(method, model.geometry(latents.shape), branches, False)
         scale = jnp.float32(1.0 if guidance is None else guidance)
         key = jax.random.key(0) if key is None else key
         latents = jnp.asarray(latents, jnp.float32)
+        self._shape = latents.shape
         prepared, state = denoise_start(
             model, latents, context, solver, scale, key,
             settings=settings, dense_start=dense_start, precision=precision,
@@ -116,14 +125,26 @@ class Scorer:
     def _full(self) -> np.ndarray:
         return np.full((1, self.steps), LEVELS, np.int8)
 
-    def latents(self, levels: Int[np.ndarray, "S T"]) -> Float[Array, "S P F Y X C"]:
-        """Denoised latents of each schedule."""
-        batches = [latents[places] for latents, places in self._batches(levels)]
-        return jnp.concatenate(batches)
+    def latents(self, levels: Rows) -> Float[Array, "S P F Y X C"]:
+        """Denoised latents of each schedule.
 
-    def __call__(self, levels: Int[np.ndarray, "S T"]) -> Float[np.ndarray, "S P"]:
-        """Mean squared error of each schedule and prompt: of latents, or of what `decode` gives."""
+        Raises:
+          Refusal: levels that are none or that the method can't do, another number of them than
+            steps, or a start that is not as dense as the one that all share.
+        """
+        batches = [latents[places] for latents, places in self._batches(self._checked(levels))]
+        return jnp.concatenate(batches or [jnp.zeros((0, *self._shape), jnp.float32)])
+
+    def __call__(self, levels: Rows) -> Float[np.ndarray, "S P"]:
+        """Mean squared error of each schedule and prompt: of latents, or of what `decode` gives.
+
+        Raises:
+          Refusal: as `latents`.
+        """
+        levels = self._checked(levels)
         number = len(levels)
+        if not number:
+            return np.zeros((0, self.num_prompts))
         if self._dense is None:
             # Along with the schedules, so that its lane is not the only one at work.
             levels = np.concatenate([self._full, levels])
@@ -151,11 +172,25 @@ class Scorer:
 
     def _batches(self, levels) -> Iterator[tuple[Array, np.ndarray]]:
         """Latents of a whole batch, and where in it the next rows of `levels` are."""
-        levels = np.asarray(levels, np.int8)
-        if levels.ndim != 2 or levels.shape[1] != self.steps:
-            raise Refusal(f"expected levels [S, {self.steps}]; got {levels.shape}")
         for first in range(0, len(levels), self._batch):
             yield self._run(levels[first : first + self._batch])
+
+    def _checked(self, levels: Rows) -> np.ndarray:
+        """The schedules as an array, int8 [S, T]."""
+        if hasattr(levels, "__array__"):
+            levels = np.asarray(levels)
+        if not (isinstance(levels, list | tuple) or np.ndim(levels)):
+            raise Refusal(f"expected levels [S, {self.steps}]; got {checks.shown(levels)}")
+        rows = []
+        for number, row in enumerate(levels, 1):
+            try:
+                known = loop.known_levels(
+                    row, self.steps, self._method, dense_start=self._dense_start
+                )
+            except Refusal as refusal:
+                raise Refusal(f"schedule {number}: {refusal}") from None
+            rows.append(known)
+        return np.array(rows, np.int8).reshape(len(rows), self.steps)
 
     def _run(self, levels: np.ndarray) -> tuple[Array, np.ndarray]:
         """One program: rows dealt out so that every device has as much to do."""

@@ -67,13 +67,13 @@ def sparse_forward(each: Lane, inputs: base.StepInputs, state, *, tiles: int) ->
     """
     model, geometry = each.model, each.settings.geometry
     step = SparseStep(each, inputs, jax.vmap(model.modulation)(inputs.timestep), tiles)
-    wholes, carries = step.mapped(lambda run, state: run.begin(state, run.inputs.level), state)
+    choices, carries = step.mapped(lambda run, state: run.begin(state, run.inputs.level), state)
 
     def layer_step(carries, xs):
         layer, layer_index = xs
         for kind in range(len(geometry.groups)):
             index = layer_index * len(geometry.groups) + kind
-            carries = step.block(layer, kind, index, wholes, carries)
+            carries = step.block(layer, kind, index, choices, carries)
         return carries, None
 
     numbers = jnp.arange(geometry.num_layers, dtype=jnp.int32)
@@ -116,31 +116,31 @@ class SparseStep:
 
         return jax.vmap(one)(self.modulations, self.inputs, *operands)
 
-    def block(self, layer, kind: int, index, wholes, carries):
+    def block(self, layer, kind: int, index, choices, carries):
         """A block of every lane: opened, its selected rows computed, closed."""
         each, groups = self.each, self.each.settings.geometry.groups[kind]
 
-        def open_block(run: Run, carry, whole):
+        def open_block(run: Run, carry, choices):
             block = each.model.bind(layer, each.prepared, run.modulation)[kind]
-            return run.open_block(carry, block, index, groups, whole, run.inputs.level)
+            return run.open_block(carry, block, index, groups, choices, run.inputs.level)
 
         def close_block(run: Run, opened, filled):
-            return run.close_block(opened, filled, index)
+            return run.close_block(opened, filled, index, groups)
 
-        opened = self.mapped(open_block, carries, wholes)
+        opened = self.mapped(open_block, carries, choices)
         return self.mapped(close_block, opened, self.rows(layer, kind, index, opened))
 
     def rows(self, layer, kind: int, index, opened: Opened) -> Filled:
         """The selected rows of all lanes, one list of tiles, some of them at a time."""
         each, levels, geometry = self.each, self.inputs.level, self.each.settings.geometry
-        ends = jnp.cumsum(levels)
+        ends = jnp.cumsum(levels, dtype=jnp.int32)
 
         def compute_tile(modulation, rows, indices, keys_values) -> Filled:
             block = each.model.bind(layer, each.prepared, modulation)[kind]
             return compute_rows(self.config, block, rows, indices, keys_values)
 
         def compute(turn, filled: Filled) -> Filled:
-            place = turn * self.tiles + jnp.arange(self.tiles)
+            place = turn * self.tiles + jnp.arange(self.tiles, dtype=jnp.int32)
             lane = jnp.minimum(jnp.searchsorted(ends, place, side="right"), len(levels) - 1)
             tenth = place - (ends[lane] - levels[lane])
             pick = lambda tree: jax.tree.map(lambda leaf: leaf[lane], tree)  # noqa: E731
@@ -165,7 +165,7 @@ class SparseStep:
 def _tenths(indices: Int[Array, "W B M"], lane, tenth, used, geometry) -> Int[Array, "V B K"]:
     """The tiles' token positions; those of a tile that is not used lie past the tokens."""
     rows = indices.shape[2] // LEVELS
-    columns = tenth[:, None] * rows + jnp.arange(rows)
+    columns = tenth[:, None] * rows + jnp.arange(rows, dtype=jnp.int32)[None]
     picked = jax.vmap(lambda lane, columns: indices[lane][:, columns])(
         lane, jnp.clip(columns, 0, indices.shape[2] - 1)
     )

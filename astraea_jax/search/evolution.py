@@ -13,12 +13,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.space import Space
 
 _ATTEMPTS = 64
+
+MOST_CHILDREN = 10_000
+"""Of a generation: children are compared pair by pair, 200 MB here."""
+
+MOST_GENERATIONS = 100_000
+"""Of a search: a generation takes seconds at best."""
+
+LEAST_MUTATION = 1e-6
+"""Below it no step of a whole search mutates."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +58,21 @@ class SearchConfig:
     replacement: Literal["plus", "generational"] = "plus"
 
     def __post_init__(self):
+        checks.whole("population", self.population, 0, MOST_CHILDREN, unit="children")
+        checks.whole("parents", self.parents, 0, MOST_CHILDREN)
         if self.population < 2 or not 2 <= self.parents <= self.population:
             raise Refusal(
                 "expected a population of at least 2, and 2 parents up to the population; "
                 f"got {self.population} and {self.parents}"
             )
-        if self.generations < 0:
-            raise Refusal(f"generations must be at least 0; got {self.generations}")
-        if not 0 <= self.p_final <= self.p0 <= 1:
+        checks.whole("generations", self.generations, 0, MOST_GENERATIONS)
+        for name in ("p0", "p_final"):
+            share = checks.number(name, getattr(self, name), 0, 1)
+            if 0 < share < LEAST_MUTATION:
+                raise Refusal(f"{name} must be 0 or at least {LEAST_MUTATION:g}; got {share:g}")
+        if self.p_final > self.p0:
             raise Refusal(f"expected 0 <= p_final <= p0 <= 1; got {self.p_final} and {self.p0}")
-        if self.replacement not in ("plus", "generational"):
-            raise Refusal(f"replacement must be plus or generational; got {self.replacement!r}")
+        checks.one_of("replacement", self.replacement, ("plus", "generational"))
 
     def mutation(self, generation: Int[Array, ""] | int) -> Float[Array, ""]:
         """Probability that a step mutates in a generation, 1..generations (equation 8)."""
@@ -131,10 +145,7 @@ def initial_population(
     genes, usable = _first(space.without_band(), space.band, key, padded, len(chosen))
     genes = np.asarray(genes)[np.asarray(usable)]
     if len(genes) < 2:
-        raise Refusal(
-            f"the space holds {len(genes)} schedule(s) of {space.steps} steps and cost "
-            f"{space.low}..{space.high}: there is nothing to search; widen the band"
-        )
+        raise Refusal(space.too_small(len(genes)))
     return genes
 
 
@@ -183,14 +194,14 @@ def uniform_crossover(
     key: Key[Array, ""], first: Int[Array, "T"], second: Int[Array, "T"]
 ) -> Int[Array, "T"]:
     """Each gene from either parent with equal probability."""
-    return jnp.where(jax.random.bernoulli(key, shape=first.shape), first, second)
+    return jnp.where(jax.random.bernoulli(key, jnp.float32(0.5), first.shape), first, second)
 
 
 def block_crossover(
     key: Key[Array, ""], first: Int[Array, "T"], second: Int[Array, "T"]
 ) -> Int[Array, "T"]:
     """One run of steps from one parent, the rest from the other."""
-    ends = jax.random.randint(key, (2,), 0, first.shape[0] + 1)
+    ends = jax.random.randint(key, (2,), 0, first.shape[0] + 1, jnp.int32)
     index = jnp.arange(first.shape[0])
     return jnp.where((index >= ends.min()) & (index < ends.max()), first, second)
 
@@ -228,7 +239,7 @@ def repair(
         key, use = jax.random.split(key)
         down = costs[genes].sum() > band[1]
         movable = free & jnp.where(down, genes > 0, genes < top)
-        weight = jnp.where(movable, jax.random.uniform(use, genes.shape), -1.0)
+        weight = jnp.where(movable, jax.random.uniform(use, genes.shape, jnp.float32), -1.0)
         change = jnp.where(down, -1, 1).astype(genes.dtype)
         return key, genes.at[jnp.argmax(weight)].add(change), turn + 1
 
@@ -303,7 +314,7 @@ def _children(space: Space, population: int, band, key, parents, fitness, probab
         pair, kind, cross, change, mend = jax.random.split(key, 5)
         first, second = jax.random.choice(pair, parents.shape[0], (2,), replace=False, p=weights)
         crossed = jnp.where(
-            jax.random.bernoulli(kind),
+            jax.random.bernoulli(kind, jnp.float32(0.5)),
             uniform_crossover(cross, parents[first], parents[second]),
             block_crossover(cross, parents[first], parents[second]),
         )

@@ -2,18 +2,24 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 
 Score = Callable[[np.ndarray], np.ndarray]
 """Levels int8 [S, T] -> errors float [S, prompts]: squared error against the dense videos."""
 
 Record = Callable[["Evaluation"], None]
+
+
+def check_patience(patience: float) -> float:
+    """Returns `patience` if it is a factor that gives candidates up; raises Refusal otherwise."""
+    return checks.number("patience", patience, 1, 1e6)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Evaluation:
       errors: squared error of each prompt; fewer than the prompts when it was stopped early.
       seconds: its share of the time that its batch took.
       stopped: whether it was given up after some of the prompts.
-      search: which of several searches that share a journal it belongs to.
+      search: which of several searches that share a journal it belongs to: what one of them gave
+        up, another has to see for itself.
     """
 
     levels: tuple[int, ...]
@@ -33,6 +40,15 @@ class Evaluation:
     seconds: float
     stopped: bool = False
     search: str = ""
+
+
+def known_to(search: str, evaluations: Iterable[Evaluation]) -> dict[tuple[int, ...], Evaluation]:
+    """Evaluations by levels that a search need not compute: all but what others gave up."""
+    known: dict[tuple[int, ...], Evaluation] = {}
+    for each in evaluations:
+        if not each.stopped or (each.search == search and each.levels not in known):
+            known[each.levels] = each
+    return known
 
 
 @dataclasses.dataclass
@@ -67,12 +83,15 @@ class Evaluator:
     search: str = ""
 
     def __post_init__(self):
-        if not self.parts or self.batch < 1 or self.keep < 1:
-            raise Refusal("expected at least one part, and batch and keep of at least 1")
-        if self.reduce not in ("mean", "log"):
-            raise Refusal(f"reduce must be mean or log; got {self.reduce!r}")
-        if self.patience is not None and not (self.patience >= 1 and len(self.parts) > 1):
-            raise Refusal("patience must be at least 1, and needs at least two parts")
+        if not self.parts:
+            raise Refusal("expected at least one part to score on; got none")
+        checks.whole("batch", self.batch, 1, 1_000_000, unit="schedules")
+        checks.whole("keep", self.keep, 1, 1_000_000, unit="schedules")
+        checks.one_of("reduce", self.reduce, ("mean", "log"))
+        if self.patience is not None:
+            check_patience(self.patience)
+            if len(self.parts) < 2:
+                raise Refusal("patience looks at a first part: it needs at least two; got one")
         self.evaluations = 0  # computed by this evaluator
         self.rejected = 0  # of those, not finite
         self.asked: set[tuple[int, ...]] = set()  # computed or known

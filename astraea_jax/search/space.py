@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule, check_budget, check_steps
 
@@ -15,6 +16,13 @@ ALL_LEVELS = tuple(range(LEVELS + 1))
 
 WHOLE_STEPS = (0, LEVELS)
 """Steps computed or skipped."""
+
+
+MOST_STEPS = 1000
+"""Denoising steps of a search: models know no more noise levels."""
+
+MOST_COST = 1_000_000
+"""Of a step: dynamic programming has a column for every cost of a schedule."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Space:
 
     def __post_init__(self):
         check_steps(self.steps)
+        checks.whole("steps", self.steps, 1, MOST_STEPS)
         rising = all(a < b for a, b in zip(self.choices, self.choices[1:], strict=False))
         if len(self.choices) < 2 or not rising or self.choices[0] < 0 or self.choices[-1] != LEVELS:
             raise Refusal(f"choices must be rising levels up to {LEVELS}; got {self.choices}")
@@ -53,12 +62,14 @@ class Space:
                 f"expected a cost of at least 0 for each of {len(self.choices)} choices; "
                 f"got {self.costs}"
             )
-        if not 1 <= self.dense_start <= self.steps:
-            raise Refusal(
-                f"dense_start must be in 1..{self.steps} (the steps); got {self.dense_start}"
-            )
-        wanted = (1 << max(self.high - self.low + 1, 0)) - 1
-        if not (self._reachable >> max(self.low, 0)) & wanted:
+        for cost in self.costs:
+            checks.whole("a cost", cost, 0, MOST_COST)
+        checks.whole("dense_start", self.dense_start, 1, self.steps, unit="(the steps)")
+        # No schedule costs more than the dense one: bits beyond it would only take memory.
+        most = self.costs[-1] * self.steps
+        low, high = max(self.low, 0), min(self.high, most)
+        wanted = (1 << max(high - low + 1, 0)) - 1
+        if low > most or not (self._reachable >> low) & wanted:
             raise Refusal(self._unreachable())
 
     @classmethod
@@ -110,8 +121,11 @@ class Space:
           band: share of the limit that is used at least, in (0, 1].
           dense_start: leading dense steps.
         """
-        if not (math.isfinite(limit) and limit > 0):
-            raise Refusal(f"expected a limit above 0; got {limit}")
+        checks.number("limit", limit, 0, 1e12, above=True)
+        for cost in costs:
+            checks.number("a cost", cost, 0, 1e12)
+        if not len(costs) or not max(costs) > 1e-12:
+            raise Refusal(f"expected costs of which the last is above 1e-12; got {costs}")
         rising = np.maximum.accumulate(np.asarray(costs, np.float64))
         unit = rising[-1] / 1000
         whole = tuple(round(float(cost / unit)) for cost in rising)
@@ -133,6 +147,24 @@ class Space:
     def free_steps(self) -> int:
         """Steps that are not pinned."""
         return self.steps - self.dense_start
+
+    @functools.cached_property
+    def number(self) -> int:
+        """How many schedules lie in the space; 1000 where there are more."""
+        ways = np.zeros(self.costs[-1] * self.steps + 1)
+        ways[self.costs[-1] * self.dense_start] = 1
+        for _ in range(self.free_steps):
+            ways = np.minimum(
+                sum(np.pad(ways, (cost, 0))[: len(ways)] for cost in self.costs), 1000
+            )
+        return int(min(ways[max(self.low, 0) : self.high + 1].sum(), 1000))
+
+    def too_small(self, number: int) -> str:
+        """What is said of a space that holds so few schedules that there is nothing to search."""
+        return (
+            f"the space holds {number} schedule(s) of {self.steps} steps and cost "
+            f"{self.low}..{self.high}: there is nothing to search; widen the band"
+        )
 
     def cost(self, genes: np.ndarray) -> np.ndarray:
         """Total cost of each row of genes [..., T]."""
@@ -183,7 +215,8 @@ class Space:
     def _unreachable(self) -> str:
         """What the error says: the nearest costs that can be reached, as shares of dense."""
         dense = self.costs[-1] * self.steps
-        reachable = [cost for cost in range(dense + 1) if self._reachable >> cost & 1]
+        bits = reversed(f"{self._reachable:b}")
+        reachable = [cost for cost, bit in enumerate(bits) if bit == "1"]
         below = [cost for cost in reachable if cost < self.low]
         above = [cost for cost in reachable if cost > self.high]
         near = [cost / dense for cost in (*below[-1:], *above[:1])]
@@ -198,7 +231,7 @@ class Space:
 
 def check_band(band: tuple[float, float]) -> tuple[float, float]:
     """Returns the band if it is 0 < low <= high; raises Refusal otherwise."""
-    low, high = band
-    if not (math.isfinite(high) and 0 < low <= high):
+    low, high = (checks.number("a band's share", share, 0, 100, above=True) for share in band)
+    if low > high:
         raise Refusal(f"a band must be two shares, 0 < low <= high; got {band}")
     return low, high

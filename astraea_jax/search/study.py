@@ -21,9 +21,9 @@ import numpy as np
 from jaxtyping import Array, Key
 from orbax import checkpoint
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_jax.schedule import Schedule
+from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search import evolution
 from astraea_jax.search.evolution import SearchConfig, SearchState
 from astraea_jax.search.scoring import Evaluation, Evaluator
@@ -31,6 +31,25 @@ from astraea_jax.search.space import Space
 
 JOURNAL = "journal.jsonl"
 STATES = "states"
+
+JOURNAL_BYTES = 1 << 30
+"""The largest journal that is read: two million evaluations of fifty steps."""
+
+_OPENING = b'{"header": '
+"""What a journal begins with."""
+
+_HEADER = {"header": checks.ByName(checks.Anything())}
+
+_ERROR = checks.EitherOf((checks.Number(0, 1e39), checks.OneOf(("nan", "inf", "-inf"))))
+
+_FIELDS = {
+    "levels": checks.ListOf(checks.Whole(0, LEVELS), 1, 10_000),
+    "errors": checks.ListOf(_ERROR, 1, 10_000),
+    "seconds": checks.Number(0, 1e9),
+    "stopped": checks.Flag(),
+    "search": checks.Text(1000, empty=True),
+}
+"""What a line says of an evaluation."""
 
 
 class Journal:
@@ -52,13 +71,21 @@ class Journal:
 
 
 @contextlib.contextmanager
-def open_journal(folder: str | os.PathLike, header: Mapping[str, Any]) -> Iterator[Journal]:
+def open_journal(
+    folder: str | os.PathLike,
+    header: Mapping[str, Any],
+    *,
+    steps: int | None = None,
+    prompts: int | None = None,
+) -> Iterator[Journal]:
     """Opens or starts the journal of a folder, and holds it until the block ends.
 
     Args:
       folder: made where it is missing.
       header: what the evaluations depend on: the model's fingerprint, prompts, steps, solver. A
         journal with another header is refused.
+      steps: levels of each evaluation, where all have as many.
+      prompts: errors of each evaluation that was not stopped, where all have as many.
 
     Raises:
       Refusal: a folder that can't be written, a journal that another process holds, one of
@@ -66,31 +93,54 @@ def open_journal(folder: str | os.PathLike, header: Mapping[str, Any]) -> Iterat
     """
     path = pathlib.Path(folder) / JOURNAL
     with files.held(path) as file:
-        yield Journal(file, _read(file, path, json.loads(json.dumps(header))))
+        yield Journal(file, _read(file, path, json.loads(json.dumps(header)), steps, prompts))
 
 
-def _read(file, path: pathlib.Path, header: dict) -> list[Evaluation]:
+def _read(file, path: pathlib.Path, header: dict, steps, prompts) -> list[Evaluation]:
     """The evaluations that the file holds; writes the header into an empty one."""
+    files.check_input(path, what="search journal", largest=JOURNAL_BYTES)
     file.seek(0)
     content = file.read()
     whole = content.rfind(b"\n") + 1
+    lines = content[:whole].splitlines()
+    if not lines and content[: len(_OPENING)] != _OPENING[: len(content)]:
+        raise Refusal(f"{path} is no search journal: choose another folder")
+    evaluations = _parsed(lines, path, header, steps, prompts) if lines else []
+    # Only now: a file that is no journal is left as it was.
     if whole < len(content):
         warnings.warn(
             f"the last line of {path} was cut off ({len(content) - whole} bytes) and is dropped; "
-            f"{content.count(b'\n', 0, whole)} lines are intact",
+            f"{len(lines)} lines are intact",
             stacklevel=4,
         )
         file.truncate(whole)
-    lines = content[:whole].splitlines()
     if not lines:
         _append(file, {"header": header})
-        return []
-    try:
-        first, *rest = (json.loads(line) for line in lines)
-        found = first["header"]
-        evaluations = [_evaluation(line) for line in rest]
-    except (ValueError, TypeError, KeyError) as error:
-        raise Refusal(f"{path} is no search journal ({error}): choose another folder") from error
+    return evaluations
+
+
+def _parsed(lines: list[bytes], path: pathlib.Path, header: dict, steps, prompts):
+    """The evaluations of a journal's lines, if its header is the one asked for."""
+    evaluations = []
+    for number, line in enumerate(lines, 1):
+        found = None
+        try:
+            content = json.loads(line)
+            if number == 1:
+                found = checks.fields(content, _HEADER, name="header", required=_HEADER)["header"]
+            else:
+                evaluations.append(_evaluation(content, steps, prompts))
+        except (ValueError, RecursionError) as error:
+            raise Refusal(
+                f"{path} is no search journal (line {number}: {files.reason(error)}): choose "
+                "another folder"
+            ) from error
+        if found is not None:
+            _same_search(found, header, path)
+    return evaluations
+
+
+def _same_search(found: dict, header: dict, path: pathlib.Path) -> None:
     differing = [key for key in {**found, **header} if found.get(key) != header.get(key)]
     if differing:
         said = "; ".join(
@@ -98,13 +148,18 @@ def _read(file, path: pathlib.Path, header: dict) -> list[Evaluation]:
             for key in differing
         )
         raise Refusal(f"{path} is the journal of another search ({said}): choose another folder")
-    return evaluations
 
 
-def _evaluation(line: dict) -> Evaluation:
-    errors = tuple(float(value) for value in line["errors"])
-    levels = tuple(int(level) for level in line["levels"])
-    return Evaluation(levels, errors, float(line["seconds"]), bool(line["stopped"]), line["search"])
+def _evaluation(line: Any, steps: int | None, prompts: int | None) -> Evaluation:
+    known = checks.fields(line, _FIELDS, name="evaluation", required=_FIELDS)
+    levels = Schedule(tuple(known["levels"])).levels
+    errors = tuple(float(value) for value in known["errors"])
+    if steps not in (None, len(levels)):
+        raise Refusal(f"expected {steps} levels, one a step; got {len(levels)}")
+    enough = prompts is None or known["stopped"] or len(errors) == prompts
+    if not enough or len(errors) > (prompts or len(errors)):
+        raise Refusal(f"expected {prompts} errors, one a prompt; got {len(errors)}")
+    return Evaluation(levels, errors, float(known["seconds"]), known["stopped"], known["search"])
 
 
 def _append(file, content: dict) -> None:
@@ -183,6 +238,8 @@ def evolve(
     Returns:
       The last generation.
     """
+    if states is not None and pathlib.Path(states).exists() and not pathlib.Path(states).is_dir():
+        raise Refusal(f"expected a folder for states; {states} is none: choose another folder")
     began = time.perf_counter()
     saved = _restore(states, space, config) if states is not None else None
     state = evolution.start(space, config, key) if saved is None else saved
@@ -251,7 +308,8 @@ def _restore(folder: str | os.PathLike, space: Space, config: SearchConfig) -> S
     for number in sorted(_numbers(base), reverse=True):
         try:
             with checkpoint.StandardCheckpointer() as saver:
-                return SearchState(**saver.restore(base / str(number), like))
+                state = SearchState(**saver.restore(base / str(number), like))
+            return _checked(state, number, space)
         except (OSError, KeyError, TypeError, ValueError) as error:
             warnings.warn(
                 f"the state {base / str(number)} can't be read ({type(error).__name__}); "
@@ -261,9 +319,19 @@ def _restore(folder: str | os.PathLike, space: Space, config: SearchConfig) -> S
     return None
 
 
+def _checked(state: SearchState, number: int, space: Space) -> SearchState:
+    """The state, if it is that of a generation of this space."""
+    best = np.asarray(state.best_genes)
+    genes = np.concatenate([state.genes, best[None]])
+    inside = (genes >= 0).all() and (genes < len(space.choices)).all()
+    if int(state.generation) != number or not inside or not space.holds(best):
+        raise ValueError("not a generation of this search")
+    return state
+
+
 def _numbers(base: pathlib.Path) -> list[int]:
     """Generations saved whole: Orbax renames a folder to its number when it is complete."""
-    return [int(path.name) for path in base.glob("*") if path.name.isdigit()]
+    return [int(path.name) for path in base.glob("*") if path.name.isdecimal()]
 
 
 def _remove(folder: pathlib.Path) -> None:

@@ -5,7 +5,10 @@ it together, before a single weight is read. Weights then come one tensor at a t
 holds more than the parameters and a copy or two of one tensor.
 """
 
+import collections
 import hashlib
+import itertools
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +20,9 @@ from jax.typing import DTypeLike
 
 from astraea_jax.checks import Refusal
 from astraea_ports import converted
-from astraea_ports.folders import checkpoint_files
+from astraea_ports.folders import ModelFolder, checkpoint_files
+from astraea_ports.folders import Source as Source
+from astraea_ports.folders import find_model as find_model
 from astraea_ports.folders import model_folder as model_folder
 from astraea_ports.folders import read_config as read_config
 from astraea_ports.matching import Entry as Entry
@@ -33,7 +38,7 @@ from astraea_ports.matching import parameter_shapes as parameter_shapes
 from astraea_ports.matching import time_conv as time_conv
 from astraea_ports.matching import vector as vector
 from astraea_ports.tensor_files import Tensor as Tensor
-from astraea_ports.tensor_files import TensorFiles
+from astraea_ports.tensor_files import TensorFiles, all_finite
 from astraea_ports.tensor_files import aligned_empty as aligned_empty
 
 Table = Sequence[Entry]
@@ -78,7 +83,8 @@ class Checkpoint[M](NamedTuple):
         """The module with jax arrays for leaves.
 
         Raises:
-          Refusal: a parameter was saved under two names and the two differ.
+          Refusal: a parameter holds NaN, infinity or more than its dtype can; or was saved under
+            two names and the two differ.
         """
         arrays = []
         for path, slot in parameter_shapes(self.template).items():
@@ -94,11 +100,18 @@ class Checkpoint[M](NamedTuple):
         for tensor, entry, layer in self.matches[path]:
             target = out if layer is None else out[layer]
             values = entry.transform(self.files.read(tensor))
-            if (path, layer) in self.deltas:
+            changed = (path, layer) in self.deltas
+            if changed:
                 values = values.astype(np.float32) + self.deltas[path, layer]()
             if layer not in first:
                 first[layer] = tensor.key
-                target[...] = values
+                with np.errstate(over="ignore"):  # told here, by the name
+                    target[...] = values
+                if (changed or values.dtype != slot.dtype) and not all_finite(target):
+                    raise Refusal(
+                        f"{tensor.key}: expected numbers within the range of {slot.dtype}, got "
+                        "larger ones: choose a wider dtype"
+                    )
             elif not np.array_equal(target, values.astype(slot.dtype)):
                 raise Refusal(
                     f"expected one value for {path}, got two that differ: {first[layer]} and "
@@ -156,28 +169,79 @@ def load_parameters[M](
     return open_checkpoint(source, template, *tables).load()
 
 
+STORED = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+"""Names of dtypes in files, and NumPy's."""
+
+
+def stored_dtype(loadable: Loadable) -> str:
+    """The dtype that most bytes of a checkpoint have, by the headers; NumPy's name of it."""
+    if isinstance(loadable, converted.Converted):
+        return converted.stored_dtype(loadable.folder)
+    assert isinstance(loadable, Checkpoint)
+    held = collections.Counter[str]()
+    for match in itertools.chain.from_iterable(loadable.matches.values()):
+        name = STORED.get(match.tensor.dtype, match.tensor.dtype)
+        width = np.dtype(name).itemsize if match.tensor.dtype in STORED else 1  # fp8
+        held[name] += math.prod(match.tensor.shape) * width
+    return max(held, key=held.__getitem__)
+
+
+def retyped[M](loadable: Loadable[M], template: M) -> Loadable[M]:
+    """What loads the same weights in the dtypes of another template of the same shapes."""
+    assert isinstance(loadable, Checkpoint | converted.Converted)
+    return loadable._replace(template=template)
+
+
 def with_dtype[M](template: M, dtype: DTypeLike) -> M:
     """The template with another dtype for every leaf."""
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
 
 
 class Place(NamedTuple):
-    """Where one part of a model lies, and what its config says."""
+    """Where one part of a model lies, and what its config says.
 
-    weights: Path
+    Attributes:
+      config: of the part.
+      model: the folder that it is part of.
+      folder: the part's own in it, "" where that is the same.
+      single: names that the part's file may have instead, the first that is there counts.
+    """
+
     config: Mapping[str, Any]
+    model: ModelFolder
+    folder: str = ""
+    single: Sequence[str] = ()
+
+    def weights(self) -> Path:
+        """The part's folder or file; fetched now where the model is on the hub.
+
+        Raises:
+          Refusal: it can't be fetched, or none of the files is there.
+        """
+        if not self.single:
+            self.model.fetch_weights(self.folder)
+            return self.model.path / self.folder
+        for name in self.single:
+            self.model.fetch(name)
+            if (self.model.path / name).is_file():
+                return self.model.path / name
+        raise Refusal(
+            f"expected {' or '.join(self.single)} in {self.model.name or self.model.path}, got "
+            "neither; point to the folder of a whole model"
+        )
 
 
 def find_part(
-    source: str | os.PathLike[str],
+    source: Source,
     *,
     folder: str,
     kinds: Sequence[str],
     config: Mapping[str, Any] | None,
     single: Sequence[str] = (),
     single_config: Mapping[str, Any] | None = None,
+    revision: str | None = None,
 ) -> Place:
-    """Finds a part of a model: its weights and its config.
+    """Finds a part of a model and its config; weights are not fetched yet.
 
     Args:
       source: a file of weights; the part's folder; the model's folder or hub id.
@@ -186,24 +250,42 @@ def find_part(
       config: what config.json would hold; None reads it.
       single: names of the part's file in a model's folder of the original layout.
       single_config: the config of such a file, which has none beside it.
+      revision: of a hub id.
 
     Raises:
       Refusal: there is no such part, or a file comes without a config.
     """
-    path = Path(source).expanduser()
-    if path.is_file():
-        if config is None and path.name in single:
-            config = single_config
-        if config is None:
-            raise Refusal(f"{path} has no config.json beside it; pass config={{...}} or a folder")
-        return Place(path, config)
-    path = model_folder(source, [f"{folder}/*.safetensors", "diffusion_pytorch_model*", *single])
-    if (path / "model_index.json").is_file():
-        path = path / folder
-    named = next((path / name for name in single if (path / name).is_file()), None)
-    if named is not None and single_config is not None:
-        return Place(named, single_config if config is None else config)
-    return Place(path, read_config(path, expected=kinds) if config is None else config)
+    if not isinstance(source, ModelFolder):
+        path = Path(os.path.expanduser(source))
+        if os.path.isfile(path):
+            if config is None and path.name in single:
+                config = single_config
+            if config is None and os.path.lexists(path.with_name("config.json")):
+                config = read_config(path.parent, expected=kinds)
+            if config is None:
+                raise Refusal(
+                    f"{path} has no config.json beside it; pass config={{...}} or a folder"
+                )
+            return Place(config, ModelFolder(path.parent), single=(path.name,))
+    model = find_model(source, revision=revision)
+    if (model.path / "model_index.json").is_file():
+        found = read_config(model.path / folder, expected=kinds) if config is None else config
+        return Place(found, model, folder)
+    if single_config is not None and _is_single(model, kinds, single):
+        return Place(single_config if config is None else config, model, single=tuple(single))
+    found = read_config(model.path, expected=kinds) if config is None else config
+    return Place(found, model)
+
+
+def _is_single(model: ModelFolder, kinds: Sequence[str], single: Sequence[str]) -> bool:
+    """Whether a part is one file in a model's folder of the original layout."""
+    if any((model.path / name).is_file() for name in single):
+        return True
+    # On the hub it may be there and not fetched; the config beside it is the transformer's.
+    described = read_config(model.path) if model.name is not None else {}
+    return (
+        bool(described) and described.get("_class_name", described.get("model_type")) not in kinds
+    )
 
 
 def fingerprint(loadable: Loadable) -> str:

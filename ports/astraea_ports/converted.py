@@ -5,6 +5,8 @@ parameter straight into its own memory. Orbax's own restore holds what it reads 
 it anew.
 """
 
+import collections
+import math
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import jax
 import numpy as np
 
 from astraea_jax.checks import Refusal
+from astraea_jax.files import read_json
 from astraea_ports.matching import parameter_shapes
 from astraea_ports.tensor_files import aligned_empty
 
@@ -113,6 +116,23 @@ def save(module: Any, folder: str | os.PathLike[str]) -> None:
             (Path(folder) / FOLDER).resolve(),
             args=orbax.args.PyTreeSave(arrays, pieces),
         )
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that most bytes of converted weights have, by NumPy's name.
+
+    Raises:
+      Refusal: the checkpoint is broken.
+    """
+    held = collections.Counter[str]()
+    for marker in sorted((folder / FOLDER).glob(f"*/{MARKER}")):
+        header = read_json(marker)
+        try:
+            dtype = np.dtype(header["dtype"])  # JAX has made NumPy know bfloat16
+            held[dtype.name] += math.prod(header["shape"]) * dtype.itemsize
+        except (KeyError, TypeError) as error:
+            raise Refusal(_broken(folder / FOLDER, error)) from error
+    return max(held, key=held.__getitem__, default="float32")
 
 
 def files(loadable: Any) -> list[Path]:

@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints
+from astraea_ports import checkpoints, converted
 from astraea_ports.checkpoints import Entry
+from astraea_ports.tensor_files import TensorFiles
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
 
@@ -46,9 +46,9 @@ def save_parameters(
     Raises:
       Refusal: the source is no checkpoint of such a module, or the disk is full.
     """
-    found = checkpoint_tensors(source)
+    checks.one_of("dtype", dtype, tuple(_DTYPES))
+    matches = match_source(module, source, table)
     slots = checkpoints.parameter_shapes(module)
-    matches = checkpoints.match_tensors(found, slots, table, name=str(source))
     values = dict(zip(slots, jax.tree.leaves(module), strict=True))
     arrays = {}
     for path, matched in matches.items():
@@ -61,16 +61,22 @@ def save_parameters(
     write_tensors(target / name, arrays)
 
 
-def checkpoint_tensors(source: str | os.PathLike[str]) -> list[checkpoints.Tensor]:
-    """What the headers of a checkpoint's files say."""
-    tensors = []
-    for file in checkpoints.checkpoint_files(source):
-        with safe_open(file, framework="numpy") as handle:
-            for key in handle.keys():  # noqa: SIM118 - a file handle, no mapping
-                view = handle.get_slice(key)
-                shape = tuple(view.get_shape())
-                tensors.append(checkpoints.Tensor(key, view.get_dtype(), shape, file))
-    return tensors
+def match_source(
+    module: Any, source: str | os.PathLike[str], table: Sequence[Entry]
+) -> Mapping[str, list[checkpoints.Match]]:
+    """The tensors of a checkpoint that a module's parameters would be written as.
+
+    Raises:
+      Refusal: the source is no checkpoint of such a module in the table's layout.
+    """
+    if converted.is_converted(source):
+        raise Refusal(
+            f"expected weights in the Diffusers layout at {source}; these are as `astraea convert` "
+            "writes them, and what is trained is not written so: start from the original model"
+        )
+    found = TensorFiles(checkpoints.checkpoint_files(source)).tensors()
+    slots = checkpoints.parameter_shapes(module)
+    return checkpoints.match_tensors(found, slots, table, name=str(source))
 
 
 def invert(entry: Entry, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

@@ -1,53 +1,94 @@
 """Where a model lies: a local folder or the hub, its JSON configs and the files of its weights."""
 
+import glob
 import os
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from astraea_jax import files
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, files
+from astraea_jax.checks import Refusal, shown
+from astraea_ports import hub
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
+PARTS = ("text_encoder", "transformer", "vae")
+"""The folders of a model's weights in the Diffusers layout."""
 
-def model_folder(
-    source: str | os.PathLike[str], weights: Sequence[str] = ("*.safetensors",)
-) -> Path:
-    """The local folder of a model: itself, or a snapshot of it from the Hugging Face hub.
+
+class ModelFolder(NamedTuple):
+    """Where a model lies.
+
+    Attributes:
+      path: its folder; of a model of the hub, with what was fetched so far: at first its JSON.
+      name: on the hub, or None.
+      revision: of the hub's files.
+    """
+
+    path: Path
+    name: str | None = None
+    revision: str | None = None
+
+    def __str__(self):
+        return self.name or str(self.path)
+
+    def fetch(self, *patterns: str) -> None:
+        """Fetches more files where the model is on the hub; see `hub.fetch`."""
+        if self.name is not None:
+            hub.fetch(self.name, patterns, self.revision)
+
+    def fetch_weights(self, part: str) -> None:
+        """Fetches a part's files of weights and no others: `part` is its folder, "" the model's."""
+        if self.name is None:
+            return
+        index = _index(self.path / part)
+        names = SINGLE_FILES if index is None else tuple(shard_names(index))
+        within = f"{part}/" if part else ""
+        self.fetch(*(within + glob.escape(name) for name in names), f"{within}orbax/*")
+
+
+Source = str | os.PathLike[str] | ModelFolder
+"""A folder, a hub id `owner/name`, or what was found of either."""
+
+
+def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
+    """A model's folder: itself, or one that holds the JSON files of a model of the hub.
 
     Args:
-      source: a folder, or a hub id `owner/name`. Only JSON, the tokenizer and weights are fetched;
-        the hub's local cache stands in when the hub can't be reached.
-      weights: patterns of the files of weights to fetch.
+      source: a folder, or a hub id `owner/name`.
+      revision: of the hub's files: a branch, a tag or a commit. All that is fetched later is of
+        the same commit.
 
     Raises:
-      Refusal: it is neither, or the hub has no such model or can't be reached.
+      Refusal: it is neither, a revision is asked of a folder, or it can't be fetched.
     """
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(source)
-    if folder.exists() or not re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name):
-        what = "a file" if folder.exists() else "no such folder"
-        raise Refusal(
-            f"expected the folder of a model or a hub id `owner/name`, got {name!r} ({what})"
-        )
-    import huggingface_hub  # slow to import, and most models are local
-
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                name, allow_patterns=["*.json", *weights, "tokenizer/*"]
+    if isinstance(source, ModelFolder):
+        return source
+    name = os.fspath(source)
+    path = os.path.expanduser(name)
+    if os.path.isdir(path):
+        if revision is not None:
+            raise Refusal(
+                f"a revision is of a model on the hub; {name!r} is a folder: leave it out"
             )
-        )
-    except Exception as error:  # a dozen classes of several libraries: for the user all one
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        return ModelFolder(Path(path))
+    if os.path.exists(path) or not hub.NAME.fullmatch(name):
+        what = "a file" if os.path.exists(path) else "no such folder"
         raise Refusal(
-            f"{name!r} is no folder here and could not be fetched from the hub ({reason}); check "
-            "the name and the network, or download it and pass its folder"
-        ) from error
+            f"expected the folder of a model or a hub id `owner/name`, got {shown(name)} ({what})"
+        )
+    folder = hub.fetch(name, hub.JSON, revision)
+    pinned = folder.name if hub.COMMIT.fullmatch(folder.name) else revision
+    return ModelFolder(folder, name, pinned)
+
+
+def model_folder(source: Source, *, revision: str | None = None) -> Path:
+    """The folder of a whole model in the Diffusers layout; see `find_model`."""
+    model = find_model(source, revision=revision)
+    for part in PARTS:
+        model.fetch_weights(part)
+    model.fetch("tokenizer/*.json")
+    return model.path
 
 
 def read_config(
@@ -68,13 +109,15 @@ def read_config(
       Refusal: the file is missing or broken, or describes another kind of model.
     """
     path = Path(folder) / name
+    if not os.path.lexists(path):
+        raise Refusal(f"expected the file {path}, which is not there; check the folder")
     config = _read_json(path)
     allowed = (expected,) if isinstance(expected, str) else tuple(expected or ())
     got = config.get("_class_name", config.get("model_type"))
     if allowed and got not in allowed:
         raise Refusal(
             f"expected {path} to describe {' or '.join(allowed)} (`_class_name` or `model_type`), "
-            f"got {got!r}; point to the folder of such a model"
+            f"got {shown(got)}; point to the folder of such a model"
         )
     return config
 
@@ -91,14 +134,14 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
     if not folder.is_dir():
         raise Refusal(f"expected a .safetensors file or a folder with one; {folder} is neither")
     single = [folder / name for name in SINGLE_FILES if (folder / name).is_file()]
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if len(single) + len(indexes) > 1:
-        found = ", ".join(path.name for path in (*single, *indexes))
+    index = _index(folder)
+    if len(single) + (index is not None) > 1:
+        found = ", ".join(path.name for path in (*single, *((index,) if index else ())))
         raise Refusal(f"expected one checkpoint in {folder}, got {found}; name the file to load")
     if single:
         return single
-    if indexes:
-        return _shards(indexes[0])
+    if index is not None:
+        return _shards(index)
     found = ", ".join(sorted(path.name for path in folder.iterdir())[:10]) or "nothing"
     raise Refusal(
         f"expected {' or '.join(SINGLE_FILES)} or an index of shards (*.safetensors.index.json) in "
@@ -107,12 +150,23 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
     )
 
 
+def _index(folder: Path) -> Path | None:
+    """The index of a checkpoint's shards: of the usual name, else the only one.
+
+    Raises:
+      Refusal: there are several, none of the usual name.
+    """
+    usual = [folder / f"{name}.index.json" for name in SINGLE_FILES]
+    # Others are of the same weights in another precision, as a rule.
+    found = [path for path in usual if path.is_file()]
+    found = found or sorted(folder.glob("*.safetensors.index.json"))
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise Refusal(f"expected one checkpoint in {folder}, got {names}; name the file to load")
+    return found[0] if found else None
+
+
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(n, str) for n in weight_map.values()):
-        raise Refusal(
-            f"expected {index} to hold a `weight_map` of key -> file name; fetch it again"
-        )
     root = index.parent.resolve()
     roots = [root]
     # The hub's cache keeps a snapshot as links into the blobs folder of the same model.
@@ -120,20 +174,63 @@ def _shards(index: Path) -> list[Path]:
     if snapshots is not None and (snapshots.parent / "blobs").is_dir():
         roots.append(snapshots.parent / "blobs")
     found = []
-    for name in dict.fromkeys(weight_map.values()):
+    for name in shard_names(index):
         file = index.parent / name
-        plain = not Path(name).is_absolute() and ".." not in Path(name).parts
-        if not plain or not any(file.resolve().is_relative_to(allowed) for allowed in roots):
-            raise Refusal(
-                f"{index} names {name!r}, which lies outside its folder; expected files of that "
-                "folder only: do not trust this checkpoint"
-            )
+        if not any(file.resolve().is_relative_to(allowed) for allowed in roots):
+            raise Refusal(_outside(index, name))
         if not file.is_file():
             raise Refusal(f"{index} names {name}, which is not there; fetch the missing shard")
         found.append(file)
-    if not found:
-        raise Refusal(f"{index} names no file at all; fetch it again")
     return found
+
+
+def _outside(index: Path, name: str) -> str:
+    return (
+        f"{index} names {name!r}, which lies outside its folder; expected files of that folder "
+        "only: do not trust this checkpoint"
+    )
+
+
+SHARDS = 10_000
+"""Files of one checkpoint: ten times those of the largest."""
+
+
+class _FileName:
+    """A file's name that every system takes."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `checks.Rule`."""
+        problem = checks.Text(255).problem(value)
+        if problem is None and not value.isprintable():
+            problem = f"must be a file's name; got {shown(value)}"
+        return problem
+
+
+def shard_names(index: Path) -> list[str]:
+    """The files that an index of shards names, each once.
+
+    Raises:
+      Refusal: the index is broken, or names none, far too many, or one outside its folder.
+    """
+    try:
+        weight_map = checks.fields(
+            _read_json(index),
+            {"weight_map": checks.ByName(_FileName(), most=1_000_000)},
+            name=str(index),
+            required=["weight_map"],
+            others=True,
+        )["weight_map"]
+    except Refusal as error:
+        raise Refusal(f"expected a `weight_map` of key -> file name: {error}") from error
+    names = list(dict.fromkeys(weight_map.values()))
+    if not names:
+        raise Refusal(f"{index} names no file at all; fetch it again")
+    if len(names) > SHARDS:
+        raise Refusal(f"{index} names {len(names)} files; at most {SHARDS} are read")
+    for name in names:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise Refusal(_outside(index, name))
+    return names
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,10 +13,14 @@ import jax
 import numpy as np
 
 from astraea_jax.checks import Refusal
-from astraea_ports.tensor_files import Tensor
+from astraea_ports.tensor_files import FLOAT_DTYPES, Tensor
 
-FLOAT_DTYPES = {"F64", "F32", "F16", "BF16"}
 SHOWN_PER_KIND = 20  # a wrong file gives thousands of problems; the counts say the rest
+
+_SCALES = re.compile(r".*\.(scale_weight|weight_scale|scale_input|input_scale)|scaled_fp8")
+_QUANTISED = re.compile(r".*\.(comfy_quant|absmax|quant_map|quant_state\..*|qweight|qzeros)")
+_WRAPPERS = ("model.diffusion_model.", "diffusion_model.", "model.", "module.", "_orig_mod.")
+"""Prefixes that other programs' files have before every key."""
 
 Transform = Callable[[np.ndarray], np.ndarray]
 
@@ -98,9 +102,11 @@ def match_tensors(
     compiled = [(re.compile(entry.pattern), entry) for entry in table]
     matches: dict[str, list[Match]] = defaultdict(list)
     problems: list[tuple[str, str]] = []
+    unknown = []
     for tensor in tensors:
         hits = [(m, entry) for regex, entry in compiled if (m := regex.fullmatch(tensor.key))]
         if not hits:
+            unknown.append(tensor.key)
             problems.append(("unexpected", f"{tensor.key}: no such tensor in this model"))
             continue
         if len(hits) > 1:
@@ -118,7 +124,7 @@ def match_tensors(
             matches[path].append(match)
     problems += _missing(matches, slots, table)
     if problems:
-        raise Refusal(_report(name, problems))
+        raise Refusal(_report(name, problems, _what_else(unknown)))
     return matches
 
 
@@ -141,7 +147,7 @@ def misfit(match: Match, path: str, slots: Mapping[str, Any]) -> tuple[str, str]
     try:
         # One element seen as an array of this shape: the transforms run on it and read no weights.
         got = entry.transform(np.broadcast_to(np.zeros((), np.int8), tensor.shape)).shape
-    except (ValueError, IndexError):
+    except (ValueError, IndexError, OverflowError):
         got = None
     if got == expected:
         return None
@@ -175,12 +181,24 @@ def _may_feed(entry: Entry, path: str) -> bool:
     return re.fullmatch(r"\w+".join(map(re.escape, literal)), path) is not None
 
 
-def _report(name: str, problems: Sequence[tuple[str, str]]) -> str:
+def _what_else(keys: Sequence[str]) -> str:
+    """What a file is that has names no model has, and what to do, where that can be told."""
+    if any(_SCALES.fullmatch(key) for key in keys):
+        return "; these are scaled 8-bit floats, whose scales are not read: use the unscaled file"
+    if any(_QUANTISED.fullmatch(key) for key in keys):
+        return "; these are quantised weights: use the file in bfloat16, float16 or float32"
+    for prefix in _WRAPPERS:
+        if keys and all(key.startswith(prefix) for key in keys):
+            return f"; every key begins with {prefix!r}, as other programs write it: take that off"
+    return ""
+
+
+def _report(name: str, problems: Sequence[tuple[str, str]], what_else: str = "") -> str:
     kinds: dict[str, list[str]] = defaultdict(list)
     for kind, text in problems:
         kinds[kind].append(text)
     counts = ", ".join(f"{len(texts)} {kind}" for kind, texts in kinds.items())
-    lines = [f"{name} does not fit this model: {counts}"]
+    lines = [f"{name} does not fit this model: {counts}{what_else}"]
     for kind, texts in kinds.items():
         lines += [f"  {kind}: {text}" for text in texts[:SHOWN_PER_KIND]]
         if len(texts) > SHOWN_PER_KIND:

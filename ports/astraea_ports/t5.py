@@ -6,9 +6,8 @@ relative positions for each layer); tensor names as in transformers' `T5EncoderM
 """
 
 import math
-import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import jax
@@ -18,8 +17,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints
+from astraea_jax import checks
+from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Text, Whole
+from astraea_ports import checkpoints, configs
 from astraea_ports.checkpoints import Entry
 
 _BLOCK = r"encoder\.block\.(?P<layer>\d+)\."
@@ -70,6 +70,49 @@ UMT5_XXL: Mapping[str, Any] = {
 """What config.json says of the encoder of both sizes of Wan."""
 
 
+_SIZES = {
+    "vocab_size": Whole(1, 1 << 21),
+    "d_model": Whole(1, configs.WIDEST),
+    "d_kv": Whole(1, configs.WIDEST),
+    "d_ff": Whole(1, 4 * configs.WIDEST),
+    "num_layers": Whole(1, configs.LAYERS),
+    "num_heads": Whole(1, 1024),
+}
+
+_RULES = _SIZES | {
+    "model_type": OneOf(("umt5", "t5")),
+    "relative_attention_num_buckets": Whole(4, 1024),
+    "relative_attention_max_distance": Whole(2, 1 << 20),
+    "layer_norm_epsilon": configs.EPSILON,
+    "shared_position_bias": Flag(),
+    # The MLP of T5 v1.1 and UMT5; that of the first T5 is another.
+    "feed_forward_proj": OneOf(("gated-gelu",)),
+    "dense_act_fn": OneOf(("gelu_new",)),
+    "is_gated_act": OneOf((True,)),
+    "is_decoder": OneOf((False,)),
+    "quantization_config": configs.OFF,
+    # Of the decoder, of training and of other programs.
+    "num_decoder_layers": OrNone(Whole(0, configs.LAYERS)),
+    "dropout_rate": Number(0, 1),
+    "classifier_dropout": Number(0, 1),
+    "initializer_factor": Number(0, 1000),
+    "is_encoder_decoder": Flag(),
+    "tie_word_embeddings": Flag(),
+    "scalable_attention": Flag(),
+    "output_past": Flag(),
+    "use_cache": Flag(),
+    "pad_token_id": OrNone(Whole(-1, 1 << 21)),
+    "eos_token_id": OrNone(Whole(-1, 1 << 21)),
+    "decoder_start_token_id": OrNone(Whole(-1, 1 << 21)),
+    "architectures": OrNone(ListOf(Text(), 0, 10)),
+    "tokenizer_class": OrNone(Text()),
+    "torch_dtype": OrNone(Text()),
+    "dtype": OrNone(Text()),
+    "transformers_version": OrNone(Text()),
+}
+"""The fields of config.json. Transformers' own are many more, and let through."""
+
+
 @dataclass(frozen=True)
 class T5Config:
     """Sizes of an encoder; the names are those of transformers' config.json.
@@ -91,39 +134,49 @@ class T5Config:
     shared_position_bias: bool = False
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "T5Config":
+    def from_dict(
+        cls, config: Mapping[str, Any], *, name: str = "the text encoder's config"
+    ) -> "T5Config":
         """Reads a config.json.
 
+        Args:
+          config: what the file holds.
+          name: of the file, for the message.
+
         Raises:
-          Refusal: a size is missing or no positive integer, or the kind of model or of MLP is
-            another than this file's.
+          Refusal: a size is missing, out of range or at odds with another, or the kind of model or
+            of MLP is another than this file's; all of it in one message.
         """
-        kind = config.get("model_type", "umt5")
-        if kind not in ("t5", "umt5"):
-            raise Refusal(f"model_type must be t5 or umt5, got {kind!r}; this is no T5 encoder")
-        mlp = config.get("feed_forward_proj", "gated-gelu")
-        if mlp != "gated-gelu":
-            raise Refusal(
-                f"feed_forward_proj must be gated-gelu (T5 v1.1, UMT5), got {mlp!r}; "
-                "use a v1.1 or UMT5 checkpoint"
+        values = configs.read(config, _RULES, name=name, required=tuple(_SIZES), others=True)
+        known = {field.name for field in fields(cls)}
+        chosen = {key: value for key, value in values.items() if key in known}
+        shared = values.get("model_type", "umt5") == "t5"
+        read = cls(**chosen | {"shared_position_bias": shared})
+        problems = read._problems()
+        if values.get("shared_position_bias", shared) != shared:
+            problems.append(f"shared_position_bias must be {shared} for this model_type")
+        checks.refuse(name, problems, "mend the file or fetch it again")
+        return read
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads."""
+        return {"model_type": "t5" if self.shared_position_bias else "umt5"} | asdict(self)
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the sizes together."""
+        inner, problems = self.num_heads * self.d_kv, []
+        if inner > configs.WIDEST:
+            problems.append(f"num_heads x d_kv must be at most {configs.WIDEST}; got {inner}")
+        exact = self.relative_attention_num_buckets // 4
+        if self.relative_attention_max_distance <= exact:
+            problems.append(
+                "relative_attention_max_distance must be above a quarter of "
+                f"relative_attention_num_buckets ({exact}), the distances with a bucket of their "
+                f"own; got {self.relative_attention_max_distance}"
             )
-        sizes = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads")
-        buckets = ("relative_attention_num_buckets", "relative_attention_max_distance")
-        given: dict[str, Any] = {name: config.get(name) for name in sizes}
-        given |= {name: config[name] for name in buckets if name in config}
-        wrong = {
-            name: value for name, value in given.items() if type(value) is not int or value < 1
-        }
-        if wrong:
-            raise Refusal(
-                f"expected positive integers, got {wrong} (None: missing); check the text "
-                "encoder's config.json"
-            )
-        return cls(
-            **given,
-            layer_norm_epsilon=float(config.get("layer_norm_epsilon", 1e-6)),
-            shared_position_bias=kind == "t5",
-        )
+        block = self.d_model * (4 * inner + 3 * self.d_ff)
+        total = self.num_layers * block + self.vocab_size * self.d_model
+        return [*problems, *configs.too_many(total)]
 
 
 @jax.custom_vjp
@@ -172,7 +225,7 @@ def rms_norm(x: Float[Array, "*rows H"], weight: Float[Array, " H"], epsilon: fl
     """Root-mean-square norm; statistics in float32, result in the weight's dtype."""
     wide = x.astype(jnp.float32)
     wide = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), -1, keepdims=True) + epsilon)
-    return weight * wide.astype(weight.dtype)
+    return jax.lax.broadcast_to_rank(weight, x.ndim) * wide.astype(weight.dtype)
 
 
 class T5Block(nnx.Module):
@@ -182,18 +235,18 @@ class T5Block(nnx.Module):
         """Random weights of a trainable scale."""
 
         def matrix(rows: int, columns: int, scale: float = 1.0) -> nnx.Param:
-            values = jax.random.normal(rngs.params(), (rows, columns))
+            values = jax.random.normal(rngs.params(), (rows, columns), jnp.float32)
             return nnx.Param(values * (scale * rows**-0.5))
 
         inner = config.num_heads * config.d_kv
         self.config = config
-        self.attention_norm = nnx.Param(jnp.ones(config.d_model))
+        self.attention_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         # The scores are not divided by sqrt(d_kv), so the first queries are.
         self.q = matrix(config.d_model, inner, config.d_kv**-0.5)
         self.k = matrix(config.d_model, inner)
         self.v = matrix(config.d_model, inner)
         self.o = matrix(inner, config.d_model)
-        self.mlp_norm = nnx.Param(jnp.ones(config.d_model))
+        self.mlp_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
         self.wi_0 = matrix(config.d_model, config.d_ff)
         self.wi_1 = matrix(config.d_model, config.d_ff)
         self.wo = matrix(config.d_ff, config.d_model)
@@ -215,7 +268,7 @@ class T5Block(nnx.Module):
     def _attend(self, x: Array, bias: Array, mask: Array) -> Array:
         heads = (*x.shape[:2], self.config.num_heads, self.config.d_kv)
         q, k, v = ((x @ weight[...]).reshape(heads) for weight in (self.q, self.k, self.v))
-        scores = jnp.einsum("bqad,bkad->baqk", q, k).astype(jnp.float32) + bias
+        scores = jnp.einsum("bqad,bkad->baqk", q, k).astype(jnp.float32) + bias[None]
         scores = jnp.where(mask[:, None, None, :] > 0, scores, jnp.finfo(jnp.float32).min)
         weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
         out = jnp.einsum("baqk,bkad->bqad", weights, v)
@@ -229,14 +282,14 @@ class T5Encoder(nnx.Module):
         """Random weights of a trainable scale."""
         self.config = config
         self.embedding = nnx.Param(
-            jax.random.normal(rngs.params(), (config.vocab_size, config.d_model))
+            jax.random.normal(rngs.params(), (config.vocab_size, config.d_model), jnp.float32)
         )
         num_tables = 1 if config.shared_position_bias else config.num_layers
         table = (num_tables, config.relative_attention_num_buckets, config.num_heads)
-        self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table) * 0.1)
+        self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table, jnp.float32) * 0.1)
         keys = jax.random.split(rngs.params(), config.num_layers)
         self.blocks = jax.vmap(lambda key: T5Block(config, nnx.Rngs(key)))(keys)
-        self.final_norm = nnx.Param(jnp.ones(config.d_model))
+        self.final_norm = nnx.Param(jnp.ones(config.d_model, jnp.float32))
 
     def __call__(self, ids: Int[Array, "B L"], mask: Int[Array, "B L"]) -> Float[Array, "B L H"]:
         """Encodes token ids.
@@ -279,41 +332,47 @@ class T5Encoder(nnx.Module):
 
 
 def open_text_encoder(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | T5Config | None = None,
     dtype: DTypeLike | None = None,
+    revision: str | None = None,
 ) -> checkpoints.Loadable[T5Encoder]:
     """Finds an encoder and holds its headers against its config; see `load_text_encoder`."""
+    config = config.to_dict() if isinstance(config, T5Config) else config
     place = checkpoints.find_part(
         source,
         folder="text_encoder",
         kinds=("umt5", "t5"),
         config=config,
         single=ORIGINAL_FILES,
+        revision=revision,
         single_config=UMT5_XXL,
     )
-    parsed = T5Config.from_dict(place.config)
+    parsed = T5Config.from_dict(place.config, name=f"the text encoder's config of {source}")
     template = jax.eval_shape(lambda: T5Encoder(parsed, nnx.Rngs(0)))
     template = template if dtype is None else checkpoints.with_dtype(template, dtype)
-    return checkpoints.open_checkpoint(place.weights, template, TABLE, ORIGINAL)
+    return checkpoints.open_checkpoint(place.weights(), template, TABLE, ORIGINAL)
 
 
 def load_text_encoder(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | T5Config | None = None,
     dtype: DTypeLike | None = None,
+    revision: str | None = None,
 ) -> T5Encoder:
     """Loads an encoder in transformers' layout or Wan's original one.
 
     Args:
       source: a folder with config.json and the weights, a whole model's folder or hub id, or a
         single file of weights (.safetensors; .pth where torch is installed).
-      config: what config.json holds; needed with a single file that is not the original's.
+      config: what config.json holds; needed with a single file that has none beside it and is not
+        the original's.
       dtype: of the parameters and of the computation; None is float32.
+      revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
       Refusal: the config or the weights are missing, broken, or don't fit.
     """
-    return open_text_encoder(source, config=config, dtype=dtype).load()
+    return open_text_encoder(source, config=config, dtype=dtype, revision=revision).load()

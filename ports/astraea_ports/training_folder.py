@@ -7,13 +7,13 @@ import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 
-from astraea_jax import files, report
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, files, report
+from astraea_jax.checks import Anything, ByName, Refusal, Text, Whole
 
 KEPT = 2
 """Checkpoints that are kept."""
@@ -23,26 +23,88 @@ KEPT = 2
 def owned(folder: pathlib.Path) -> Iterator[None]:
     """Holds a run's folder; the hold ends with the process, even one that is killed.
 
+    What ends in an error before there is a first checkpoint leaves nothing that was not there.
+
     Raises:
       Refusal: another process holds it, or it can't be made or written to.
     """
-    with files.held(folder / "run.lock", choose="another --output"):
-        yield
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    before = {name for name in _OWN if (folder / name).exists()}
+    try:
+        with files.held(folder / "run.lock", choose="another --output"):
+            try:
+                yield
+            except BaseException:
+                # While it is held: no other run may have begun in the folder.
+                if not _steps_kept(folder / "checkpoints"):
+                    _take_away([folder / name for name in _OWN if name not in before])
+                raise
+    except BaseException:
+        for each in made:
+            with contextlib.suppress(OSError):
+                each.rmdir()  # only where it is empty
+        raise
+
+
+_OWN = ("run.json", "losses.npy", "checkpoints", "run.lock")
+"""What a run writes up to its first checkpoint."""
+
+
+def _steps_kept(checkpoints: pathlib.Path) -> list[int]:
+    """Steps of the checkpoints that a folder holds, whole by their name."""
+    try:
+        return [int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()]
+    except OSError:
+        return []
+
+
+def _take_away(paths: Sequence[pathlib.Path]) -> None:
+    for path in paths:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):  # Windows keeps a file that is open
+                path.unlink(missing_ok=True)
 
 
 def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     """What the run in a folder trains, or None where there is none.
 
     Raises:
-      Refusal: a run.json that can't be read.
+      Refusal: a run.json that can't be read, or is none.
     """
     path = folder / "run.json"
-    if not path.is_file():
+    if not os.path.lexists(path):
         return None
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path} can't be read ({error}): choose another --output") from error
+        content = files.read_json(path, what="run.json of a training")
+    except Refusal as error:
+        raise Refusal(f"{error}; or choose another --output") from error
+    rules = {"part": Text(100), "recipe": ByName(Anything())}
+    checks.fields(
+        content, rules, name=str(path), required=("part",), others=True, advice=_OTHER_RUN
+    )
+    return content
+
+
+def saved_steps(folder: pathlib.Path) -> int | None:
+    """The length of the run that is in a folder; it was settled when that began.
+
+    Raises:
+      Refusal: as `saved_settings`, or it says no length.
+    """
+    settings = saved_settings(folder)
+    if settings is None:
+        return None
+    rules = {"steps": Whole(1, 10**9)}
+    name = f"recipe in {folder / 'run.json'}"
+    recipe = checks.fields(
+        settings.get("recipe"), rules, name=name, required=rules, others=True, advice=_OTHER_RUN
+    )
+    return recipe["steps"]
+
+
+_OTHER_RUN = "choose another --output"
 
 
 def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -56,23 +118,37 @@ def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     if found is None:
         report.write_json(folder / "run.json", asked)
         return
+    there, here = _flat(found), _flat(asked)
     other = [
-        f"{name}: expected {found.get(name)}, got {asked.get(name)}"
-        for name in sorted({*found, *asked})
-        if found.get(name) != asked.get(name)
+        f"{name}: expected {checks.shown(there.get(name))}, got {checks.shown(here.get(name))}"
+        for name in sorted({*there, *here})
+        if there.get(name) != here.get(name)
     ]
     if other:
         raise Refusal(
-            f"{folder} holds a run of another kind ({'; '.join(other)}): ask for the same to take "
-            "it up again, or choose another --output"
+            f"{folder} holds a run of another kind ({'; '.join(other[: checks.PROBLEMS])}): ask "
+            "for the same to take it up again, or choose another --output"
         )
+
+
+def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:
+    """Settings within settings by one name each, as "recipe.batch"."""
+    flat = {}
+    for name, value in settings.items():
+        inner = _flat(value, f"{before}{name}.") if isinstance(value, Mapping) else {}
+        flat |= inner or {before + name: value}
+    return flat
 
 
 class Checkpoints:
     """The last states of a run, each written whole or not at all."""
 
     def __init__(self, folder: pathlib.Path):
-        """Those in `folder`, which is made if need be."""
+        """Those in `folder`, which is made if need be.
+
+        Raises:
+          Refusal: it is no folder, or can't be made or read.
+        """
         import orbax.checkpoint as ocp  # slow to import, and only training needs it
 
         self._ocp = ocp
@@ -80,7 +156,13 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             max_to_keep=KEPT, enable_async_checkpointing=False, cleanup_tmp_directories=True
         )
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._manager = ocp.CheckpointManager(self._folder, options=options)
+        except (OSError, ValueError) as error:
+            raise Refusal(
+                f"can't use {self._folder} for checkpoints ({files.reason(error)}): {_OTHER_RUN}"
+            ) from error
 
     def latest(self) -> int | None:
         """The step of the last one."""
@@ -103,7 +185,7 @@ class Checkpoints:
             kept = self.latest()
             raise Refusal(
                 f"the checkpoint of step {step} could not be written to {self._folder} "
-                f"({_reason(error)}; it takes {report.human_bytes(needed)}, "
+                f"({files.reason(error)}; it takes {report.human_bytes(needed)}, "
                 f"{report.human_bytes(free)} are free); "
                 + (f"that of step {kept} is kept" if kept is not None else "there is none before")
                 + ": make room and run the same command again"
@@ -125,14 +207,18 @@ class Checkpoints:
         except Exception as error:  # of many classes; for the user all one
             raise Refusal(
                 f"the checkpoint of step {step} in {self._folder} does not fit this run or is "
-                f"broken ({_reason(error)}): delete it to go back to the one before, or choose "
-                "another --output"
+                f"broken ({files.reason(error)}): delete it to go back to the one before, or "
+                f"{_OTHER_RUN}"
             ) from error
         return jax.tree.unflatten(jax.tree.structure(template), [found[name] for name in named])
 
     def close(self) -> None:
-        """Lets go of the folder."""
+        """Lets go of the folder; what was stopped half-written goes too."""
         self._manager.close()
+        _take_away(list(self._folder.glob(f"*{_HALF_WRITTEN}*")))
+
+
+_HALF_WRITTEN = ".orbax-checkpoint-tmp"
 
 
 def _named(state: Any) -> dict[str, jax.Array]:
@@ -143,7 +229,19 @@ def _named(state: Any) -> dict[str, jax.Array]:
     return {f"{i:04d}.{clean[i]}": leaf for i, (_, leaf) in enumerate(leaves)}
 
 
-def _reason(error: Exception) -> str:
-    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).splitlines()[0][
-        :200
-    ]
+@contextlib.contextmanager
+def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Gives a new folder beside `folder`, which takes its place if the block ends well."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    before = folder.with_name(f".{folder.name}.before")
+    for left in (partial, before):  # by a run that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        if folder.exists():
+            os.replace(folder, before)
+        os.replace(partial, folder)
+    finally:
+        for left in (partial, before):
+            shutil.rmtree(left, ignore_errors=True)

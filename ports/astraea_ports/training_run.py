@@ -23,9 +23,9 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import jax
 import numpy as np
 
-from astraea_jax import files, video
+from astraea_jax import checks, files, video
 from astraea_jax.checks import Refusal
-from astraea_ports.training_folder import Checkpoints, check_settings
+from astraea_ports.training_folder import Checkpoints, check_settings, whole_folder
 
 LONGEST_MINUTES = 60 * 24 * 14
 _IN_FLIGHT = 4  # steps whose loss is not waited for
@@ -101,17 +101,23 @@ def check_minutes(minutes: float, name: str = "minutes") -> float:
     Raises:
       Refusal: zero, negative, not a number, or more than two weeks.
     """
-    if not 0 < minutes <= LONGEST_MINUTES:
+    if checks.Number(0, LONGEST_MINUTES, above=True).problem(minutes) is not None:
         raise Refusal(
-            f"{name} must be above 0 and at most {LONGEST_MINUTES} (two weeks); got {minutes:g}"
+            f"{name} must be above 0 and at most {LONGEST_MINUTES} (two weeks); got "
+            f"{checks.shown(minutes)}"
         )
-    return minutes
+    return float(minutes)
 
 
 def set_minutes(
     trainee: Trainee, minutes: float, say: Callable[[str], None], timed: int = 6
 ) -> None:
-    """Makes the run as long as `minutes` allow on this machine, from a few steps thrown away."""
+    """Makes the run as long as `minutes` allow on this machine, from a few steps thrown away.
+
+    Raises:
+      Refusal: minutes out of range, or a run of more steps than its recipe allows.
+    """
+    check_minutes(minutes)
     timed += -timed % trainee.period
     state, value, began = trainee.start(), None, 0.0
     for index in range(trainee.period + timed):
@@ -149,9 +155,13 @@ def run(
       How far it came.
 
     Raises:
-      Refusal: the folder's run is another one, the loss is no number, or the disk is full.
+      Refusal: minutes out of range, the folder's run is another one, the loss is no number, or the
+        disk is full.
     """
     began = time.monotonic()
+    check_minutes(checkpoint_every, "checkpoint_every")
+    if sitting is not None:
+        check_minutes(sitting, "sitting")
     check_settings(folder, trainee.settings)
     checkpoints = Checkpoints(folder / "checkpoints")
     try:
@@ -171,8 +181,9 @@ def run(
 
 def _read_losses(folder: pathlib.Path, steps: int) -> np.ndarray:
     try:
-        losses = np.load(folder / "losses.npy", allow_pickle=False)
-    except (OSError, ValueError):
+        losses = np.load(files.check_input(folder / "losses.npy"), allow_pickle=False)
+        losses = losses.astype(np.float32, casting="same_kind").reshape(len(losses))
+    except (OSError, ValueError, TypeError, EOFError, MemoryError):  # none, or no such file
         losses = np.zeros(0, np.float32)
     # A picture without its beginning is no reason not to go on.
     return np.pad(losses[:steps], (max(0, steps - len(losses)), 0), constant_values=math.nan)
@@ -189,6 +200,7 @@ class _Loop:
         # When the first step was done, which compiles, and how many losses there were then.
         self.since: tuple[float, int] | None = None
         self.kept_for = 0.0  # seconds since then that went into checkpoints
+        self.written = False  # whether the last checkpoint's model is known to be there
 
     @property
     def step(self) -> int:
@@ -216,6 +228,8 @@ class _Loop:
         rate = self.rate()
         if self.saved != self.step:
             self.keep()
+        elif not self.written:  # stopped after the checkpoint, it may not have come to the model
+            self.write()
         return Outcome(self.step, trainee.steps, self.loss(), rate)
 
     def collect(self, leave: int) -> None:
@@ -255,24 +269,35 @@ class _Loop:
         with files.replacing(self.folder / "losses.npy") as partial:
             np.save(partial, np.asarray(self.losses, np.float32))
         self.checkpoints.save(self.step, self.state)
-        self.saved = self.step
-        self.trainee.export(self.state, self.folder / "model")
+        self.saved, self.written = self.step, False
+        self.write()
+        self.kept_for += time.monotonic() - began
+        self.say(f"checkpoint of step {self.step}  loss {self.loss():.4f}")
+
+    def write(self) -> None:
+        """The model and the pictures of the last checkpoint."""
+        try:
+            with whole_folder(self.folder / "model") as partial:
+                self.trainee.export(self.state, partial)
+        except (OSError, Refusal) as error:
+            raise Refusal(
+                f"the model of step {self.step} could not be written ({files.reason(error)}); its "
+                "checkpoint is kept: make room and run the same command again"
+            ) from error
         draw_losses(self.folder / "loss.png", np.asarray(self.losses))
         sheet = self.trainee.sheet(self.state)
         if sheet is not None:
             video.write_image(self.folder / "sheet.png", sheet)
-        self.kept_for += time.monotonic() - began
-        self.say(f"checkpoint of step {self.step}  loss {self.loss():.4f}")
+        self.written = True
 
 
 def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
     """The loss of every step and its running mean, as a picture."""
-    import matplotlib
+    # Without pyplot, whose backend is the user's. Slow to import.
+    from matplotlib.figure import Figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses, color="0.8", linewidth=0.5)
     window = max(1, len(losses) // 100)
     if len(losses):
@@ -285,4 +310,3 @@ def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
     axes.set_ylabel("loss")
     with files.replacing(path) as partial:
         figure.savefig(partial, dpi=120)
-    plt.close(figure)

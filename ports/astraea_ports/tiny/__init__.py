@@ -4,8 +4,9 @@
 whether a model is this one.
 """
 
-import json
 from pathlib import Path
+
+from astraea_jax import checks, files
 
 FOLDER = Path(__file__).parent
 """The Diffusers folder."""
@@ -15,5 +16,12 @@ def captions() -> tuple[str, ...]:
     """Fixed captions of the kind that the model was trained on, one for each seed 0, 1, ...
 
     Drawn from the training distribution's grammar by seed, in order, none left out.
+
+    Raises:
+      Refusal: the file that holds them is broken.
     """
-    return tuple(json.loads((FOLDER / "captions.json").read_text()))
+    path = FOLDER / "captions.json"
+    content = files.read_json(path, what="list of captions")
+    problem = checks.ListOf(checks.Text(), 1, 10_000).problem(content)
+    checks.refuse(str(path), [] if problem is None else [problem], "install the package again")
+    return tuple(content)

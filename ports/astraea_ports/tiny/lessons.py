@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import ListOf, Number, Text, Whole
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
 from astraea_ports.wan.latent_pool import Examples
+from astraea_ports.wan.training_recipe import SHARE, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +39,19 @@ class Lessons:
 
     def __post_init__(self):
         """Refuses what is out of range."""
-        if not 0 <= self.two <= 1:
-            raise Refusal(f"the share of clips with two objects must be in 0..1; got {self.two}")
-        if not 0 <= self.spin <= 1:
-            raise Refusal(f"the share of objects made to spin must be in 0..1; got {self.spin}")
-        if not 0 <= self.seed < HELD_OUT_SEED:
-            raise Refusal(f"seed must be in 0..{HELD_OUT_SEED - 1}; got {self.seed}")
+        number = len(scenes.COLOURS)
+        check_fields(
+            self,
+            {
+                "seed": Whole(0, HELD_OUT_SEED - 1),
+                "two": SHARE,
+                "spin": SHARE,
+                "colours": ListOf(ListOf(Number(0, 1), 3, 3), number, number),
+                "rename": ListOf(ListOf(Text(), 2, 2), 0, 1000),
+                "frames": Whole(1, 1025),
+                "side": Whole(8, 2048),
+            },
+        )
 
     @property
     def settings(self) -> Mapping[str, Any]:

@@ -16,10 +16,17 @@ import optax
 from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from astraea_jax.checks import Whole
 from astraea_ports.tiny import scenes, score
 from astraea_ports.tiny.scenes import Scene
 from astraea_ports.tiny.score import Reader
-from astraea_ports.wan.training_recipe import descend, rate_factor
+from astraea_ports.wan.training_recipe import (
+    MOST_CLIPS,
+    SHARED_RULES,
+    check_fields,
+    descend,
+    rate_factor,
+)
 from astraea_ports.wan.vae import VAE
 
 
@@ -42,6 +49,12 @@ class ReaderRecipe:
     adam_rate: float = 2e-3
     vae_every: int = 6
     seed: int = 77
+
+    def __post_init__(self):
+        """Refuses what is out of range."""
+        # A run's pace is taken of whole rounds of `vae_every` steps.
+        rules = {"batch": Whole(1, MOST_CLIPS), "vae_every": Whole(0, 1000)}
+        check_fields(self, {**SHARED_RULES, **rules})
 
 
 class ReaderState(NamedTuple):
@@ -75,10 +88,10 @@ def disturb(
     """Another contrast and tint for each clip, and grain of 4x4 pixels."""
     keys = jax.random.split(key, 4)
     batch, looks, height, width, _ = frames.shape
-    gain = 1 + 0.1 * jax.random.normal(keys[0], (batch, 1, 1, 1, 1))
-    tint = 0.03 * jax.random.normal(keys[1], (batch, 1, 1, 1, 3))
-    amount = 0.03 * jax.random.uniform(keys[2], (batch, 1, 1, 1, 1))
-    grain = jax.random.normal(keys[3], (batch, looks, height // 4, width // 4, 1))
+    gain = 1 + 0.1 * jax.random.normal(keys[0], (batch, 1, 1, 1, 1), jnp.float32)
+    tint = 0.03 * jax.random.normal(keys[1], (batch, 1, 1, 1, 3), jnp.float32)
+    amount = 0.03 * jax.random.uniform(keys[2], (batch, 1, 1, 1, 1), jnp.float32)
+    grain = jax.random.normal(keys[3], (batch, looks, height // 4, width // 4, 1), jnp.float32)
     return frames * gain + tint + amount * grain.repeat(4, 2).repeat(4, 3)
 
 
@@ -182,7 +195,6 @@ class ReaderTraining:
 
     def export(self, state: ReaderState, folder: pathlib.Path) -> None:
         """The weights, in bfloat16."""
-        folder.mkdir(exist_ok=True)
         score.save_reader(state.reader, folder / score.WEIGHTS.name)
 
     def sheet(self, state: ReaderState) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Key
 
@@ -65,8 +66,10 @@ def make_captions(
 
 
 def _word_draws(keys: Key[Array, "B"], salt: int) -> np.ndarray:
-    draw = jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, salt), (_WORD_DRAWS,)))
-    return np.asarray(draw(keys))
+    def draw(key):
+        return jax.random.uniform(jax.random.fold_in(key, salt), (_WORD_DRAWS,), jnp.float32)
+
+    return np.asarray(jax.vmap(draw)(keys))
 
 
 def _caption(scene: Scene, draws: Iterator[float]) -> str:

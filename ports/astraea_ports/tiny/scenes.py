@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, PRNGKeyArray
 
+from astraea_jax import checks
+
 SHAPES = ("circle", "square", "triangle", "star", "ring", "cross")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "white", "black")
 MOTIONS = ("left", "right", "up", "down", "spinning", "growing", "shrinking", "bouncing")
@@ -80,7 +82,14 @@ class Clip(NamedTuple):
 
 
 def clip_keys(seed: int, first: int, count: int) -> Key[Array, "B"]:
-    """Keys of `count` clips of a seed, from number `first` on."""
+    """Keys of `count` clips of a seed, from number `first` on.
+
+    Raises:
+      Refusal: a number out of range.
+    """
+    checks.whole("seed", seed, 0, 2**31 - 1)
+    checks.whole("count", count, 1, 2**20, unit="clips")
+    checks.whole("first", first, 0, 2**31 - 1 - count)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
     return fold(jax.random.key(seed), first + jnp.arange(count))
 
@@ -103,7 +112,7 @@ def make_clips(
       frames: of each clip; time runs 0..1 over them.
       side: pixels of height and width.
     """
-    colours = jnp.array(COLOUR_RGB) if colours is None else colours
+    colours = jnp.array(COLOUR_RGB, jnp.float32) if colours is None else colours
     shown = make_scenes(keys, two=two)
     video, cover = render_clips(keys, shown, colours, frames=frames, side=side)
     return Clip(video, cover, shown)
@@ -152,29 +161,29 @@ def sample_scene(
 
     An object is never of its ground's colour name (a blue one on blue, a green one on green).
     """
-    made_to_spin = jax.random.uniform(jax.random.fold_in(key, 2), (2,)) < spin
+    made_to_spin = jax.random.uniform(jax.random.fold_in(key, 2), (2,), jnp.float32) < spin
     keys = iter(jax.random.split(key, 9))
 
     def pick(allowed: Array, shape: tuple[int, ...] = ()) -> Array:
         return jax.random.categorical(next(keys), jnp.log(allowed), shape=shape)
 
-    ground = pick(jnp.ones(len(GROUNDS)))
+    ground = pick(jnp.ones(len(GROUNDS), jnp.float32))
     clashes = jnp.array([[colour == name for colour in COLOURS] for name in GROUNDS])
     free = ~clashes[ground]
     colour = pick(free.astype(jnp.float32))
-    shape = pick(jnp.ones(len(SHAPES)))
+    shape = pick(jnp.ones(len(SHAPES), jnp.float32))
     other = free & (jnp.arange(len(COLOURS)) != colour)
     second_colour = pick(other.astype(jnp.float32))
     second_shape = pick((jnp.arange(len(SHAPES)) != shape).astype(jnp.float32))
     return Scene(
-        count=jnp.where(jax.random.uniform(next(keys)) < two, 2, 1),
+        count=jnp.where(jax.random.uniform(next(keys), dtype=jnp.float32) < two, 2, 1),
         shape=jnp.stack([shape, second_shape]),
         colour=jnp.stack([colour, second_colour]),
-        motion=jnp.where(made_to_spin, SPINNING, pick(jnp.ones(len(MOTIONS)), (2,))),
-        size=pick(jnp.array(SIZE_ODDS), (2,)),
-        speed=pick(jnp.array(SPEED_ODDS), (2,)),
+        motion=jnp.where(made_to_spin, SPINNING, pick(jnp.ones(len(MOTIONS), jnp.float32), (2,))),
+        size=pick(jnp.array(SIZE_ODDS, jnp.float32), (2,)),
+        speed=pick(jnp.array(SPEED_ODDS, jnp.float32), (2,)),
         ground=ground,
-        texture=jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(TEXTURES)),
+        texture=jax.random.randint(jax.random.fold_in(key, 1), (), 0, len(TEXTURES), jnp.int32),
     )
 
 
@@ -196,11 +205,11 @@ def render(
       side: pixels of height and width.
     """
     keys = jax.random.split(key, 3)
-    time = jnp.linspace(0.0, 1.0, frames)
-    centres = (jnp.arange(side) + 0.5) / side * 2 - 1
+    time = jnp.linspace(0.0, 1.0, frames, dtype=jnp.float32)
+    centres = (jnp.arange(side, dtype=jnp.float32) + 0.5) / side * 2 - 1
     y, x = centres[:, None], centres[None, :]
     image = jnp.broadcast_to(_ground(keys[0], scene, x, y), (frames, side, side, 3))
-    cover = jnp.zeros((frames, side, side))
+    cover = jnp.zeros((frames, side, side), jnp.float32)
     for index in range(2):
         shown = (index < scene.count).astype(jnp.float32)
         path = _path(keys[1 + index], scene, index, time)
@@ -221,7 +230,7 @@ def render(
 
 def _ground(key, scene: Scene, x: Array, y: Array) -> Float[Array, "side side 3"]:
     """The background: a colour, its texture, a little lighter above than below."""
-    draws = jax.random.uniform(key, (7,))
+    draws = jax.random.uniform(key, (7,), jnp.float32)
     phase, other_phase, rate = draws[0], draws[1], 2.2 + 0.8 * draws[2]
     angle = jnp.floor(4 * draws[3]) * (math.pi / 4)
     along = x * jnp.cos(angle) + y * jnp.sin(angle)
@@ -231,11 +240,12 @@ def _ground(key, scene: Scene, x: Array, y: Array) -> Float[Array, "side side 3"
     turns = 1.8 * math.pi * rate
     dots = 0.5 * (jnp.cos(turns * (x + phase)) + jnp.cos(turns * (y + other_phase))) - 0.35
     patterns = (9.0 * stripes, 18.0 * columns * rows, 12.0 * dots)
-    textures = [jnp.zeros(jnp.broadcast_shapes(x.shape, y.shape))]
+    textures = [jnp.zeros(jnp.broadcast_shapes(x.shape, y.shape), jnp.float32)]
     textures += [jax.nn.sigmoid(pattern) for pattern in patterns]
     pattern = jnp.stack(textures)[scene.texture]
     shade = (1 - 0.30 * pattern) * (1 - 0.06 * y)
-    return jnp.array(GROUND_RGB)[scene.ground] * shade[..., None] + 0.03 * (draws[4:7] - 0.5)
+    rgb = jnp.array(GROUND_RGB, jnp.float32)[scene.ground]
+    return rgb * shade[..., None] + 0.03 * (draws[4:7] - 0.5)
 
 
 class _Path(NamedTuple):
@@ -251,7 +261,7 @@ def _path(key, scene: Scene, index: int, time: Float[Array, " F"]) -> _Path:
     """How object `index` moves; -1..1 is the picture's width and height, y pointing down."""
     motion, two = scene.motion[index], scene.count > 1
     size, speed = scene.size[index] - 1.0, scene.speed[index] - 1.0
-    draws = jax.random.uniform(key, (9,))
+    draws = jax.random.uniform(key, (9,), jnp.float32)
     base = jnp.where(two, 0.27, 0.36) * (1 + 0.35 * size) * (1 + 0.08 * (draws[0] - 0.5))
     lane = jnp.where(two, -0.48 if index == 0 else 0.48, 0.0)
     home_x = (draws[1] - 0.5) * jnp.where(two, 0.9, 0.7)

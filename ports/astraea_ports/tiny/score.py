@@ -8,6 +8,7 @@ and after a pass through the VAE. Of 256 held-out clips with one object and 256 
 
 import functools
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -18,10 +19,10 @@ import ml_dtypes
 import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
-from safetensors.numpy import load_file, save_file
 
 from astraea_jax import files
 from astraea_jax.checks import Refusal
+from astraea_ports import checkpoints, export
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scenes import Scene
 
@@ -51,6 +52,7 @@ WORDS = {
 NUM_LOOKS = 9
 """Frames that the reader looks at."""
 _PATCH = 4
+_LARGEST = 64 << 20  # bytes of a file of weights; those that ship take 0.8 million
 
 
 class Reading(NamedTuple):
@@ -78,8 +80,8 @@ class Reader(nnx.Module):
         self.early = kernel(3, 3, 3 * 48, 64)
         self.late = kernel(3, 3, 3 * 64, 48)
         self.all = kernel(3 * 4 * 4 * 48, 128)
-        self.out = nnx.Param(jnp.zeros((128, NUM_LOGITS)))
-        self.out_bias = nnx.Param(jnp.zeros(NUM_LOGITS))
+        self.out = nnx.Param(jnp.zeros((128, NUM_LOGITS), jnp.float32))
+        self.out_bias = nnx.Param(jnp.zeros(NUM_LOGITS, jnp.float32))
 
     def __call__(self, frames: Float[Array, "B 9 128 128 3"]) -> dict[str, Array]:
         """Logits of each head."""
@@ -142,6 +144,17 @@ def looks(frames: int) -> np.ndarray:
     return np.rint(np.linspace(0, frames - 1, NUM_LOOKS)).astype(int)
 
 
+def check_size(size: Sequence[int]) -> None:
+    """Refuses videos of frames, height and width that can't be read."""
+    frames, *pixels = size
+    looks(frames)
+    if pixels != [scenes.SIDE, scenes.SIDE]:
+        raise Refusal(
+            f"expected videos of {scenes.SIDE}x{scenes.SIDE} pixels, as the small model makes; "
+            f"got {' x '.join(map(str, pixels))}"
+        )
+
+
 @functools.cache
 def reader() -> Reader:
     """The reader at `WEIGHTS`."""
@@ -152,37 +165,30 @@ def load_reader(path: Path) -> Reader:
     """Reads weights that `save_reader` wrote.
 
     Raises:
-      Refusal: a file that is missing or broken, or holds another network.
+      Refusal: a file that is missing or broken, or holds another network or what is no number.
     """
     model = jax.eval_shape(lambda: Reader(nnx.Rngs(0)))
-    leaves, tree = jax.tree_util.tree_flatten_with_path(model)
+    table = [checkpoints.Entry(re.escape(n), n) for n in checkpoints.parameter_shapes(model)]
     try:
-        arrays = load_file(path)
-    except Exception as error:  # of several classes; for the user all one
+        files.check_input(path, what="file of weights", largest=_LARGEST)
+        return checkpoints.load_parameters(path, model, table)
+    except Refusal as error:
         raise Refusal(
-            f"expected a reader's weights at {path} ({error}); make them with "
-            "`astraea train-tiny --part reader`"
+            f"expected a reader's weights at {path}; make them with "
+            f"`astraea train-tiny --part reader`: {error}"
         ) from error
-    expected = {_name(key): leaf.shape for key, leaf in leaves}
-    got = {name: array.shape for name, array in arrays.items()}
-    if expected != got:
-        raise Refusal(
-            f"expected weights {expected} in {path}, got {got}; train a reader again with "
-            "`astraea train-tiny --part reader`"
-        )
-    return jax.tree.unflatten(tree, [jnp.asarray(arrays[n], jnp.float32) for n in expected])
 
 
 def save_reader(model: Reader, path: Path) -> None:
-    """Writes the weights in bfloat16; the file is there whole or not at all."""
-    leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-    arrays = {_name(key): np.asarray(leaf).astype(ml_dtypes.bfloat16) for key, leaf in leaves}
-    with files.replacing(path) as partial:
-        save_file(arrays, partial)
+    """Writes the weights in bfloat16; the file is there whole or not at all.
 
-
-def _name(path) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
+    Raises:
+      Refusal: the disk is full or can't be written to.
+    """
+    leaves = zip(checkpoints.parameter_shapes(model), jax.tree.leaves(model), strict=True)
+    export.write_tensors(
+        path, {name: np.asarray(leaf).astype(ml_dtypes.bfloat16) for name, leaf in leaves}
+    )
 
 
 @jax.jit
@@ -203,11 +209,9 @@ def read(video: Float[Array, "B F height width 3"], model: Reader | None = None)
     Raises:
       Refusal: videos of another size, or of fewer than nine frames.
     """
-    if video.shape[2:] != (scenes.SIDE, scenes.SIDE, 3):
-        raise Refusal(
-            f"expected videos of {scenes.SIDE}x{scenes.SIDE} pixels, as the small model makes; "
-            f"got {tuple(video.shape)}"
-        )
+    check_size(video.shape[1:4])
+    if video.shape[-1] != 3:
+        raise Refusal(f"expected videos of 3 colours; got {video.shape[-1]}")
     model = reader() if model is None else model
     return _read(model, jnp.asarray(video)[:, looks(video.shape[1])])
 

@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
     """Root-mean-square norm over all channels, statistics in float32."""
 
     def __init__(self, width: int, eps: float):
-        self.weight = nnx.Param(jnp.ones((width,)))
+        self.weight = nnx.Param(jnp.ones((width,), jnp.float32))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows H"]) -> Float[Array, "*rows H"]:
@@ -36,7 +36,8 @@ class RMSNorm(nnx.Module):
         self, x: Float[Array, "*rows H"], factor: Float[Array, "*rows 1"]
     ) -> Float[Array, "*rows H"]:
         """Rows times their factor and the weight, in the dtype of `x`."""
-        return (x.astype(jnp.float32) * factor * self.weight[...]).astype(x.dtype)
+        weight = jax.lax.broadcast_to_rank(self.weight[...], x.ndim)
+        return (x.astype(jnp.float32) * factor * weight).astype(x.dtype)
 
 
 class Rope(NamedTuple):
@@ -68,9 +69,11 @@ def rope_tables(grid: tuple[int, int, int], head_width: int) -> Rope:
 def rotate(x: Float[Array, "B K A C"], rope: Rope) -> Float[Array, "B K A C"]:
     """Rotates adjacent channels (2i, 2i + 1), in float32, back to the dtype of `x`."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    cos, sin = rope.cos[..., :, None, :, None], rope.sin[..., :, None, :, None]
+    tables = (table[..., :, None, :, None] for table in rope)
+    cos, sin = (jax.lax.broadcast_to_rank(table, pairs.ndim) for table in tables)
+    signs = np.array([-1, 1], np.float32).reshape((1,) * (pairs.ndim - 1) + (2,))
     # A reversal and no stack: on a GPU two halves would be written by turns, at half the speed.
-    turned = pairs * cos + pairs[..., ::-1] * (sin * np.array([-1, 1], np.float32))
+    turned = pairs * cos + pairs[..., ::-1] * (sin * signs)
     return turned.reshape(x.shape).astype(x.dtype)
 
 
@@ -111,7 +114,7 @@ class Block(nnx.Module):
         self.norm2 = nnx.LayerNorm(width, epsilon=config.eps, use_fast_variance=False, rngs=rngs)
         self.ffn_in = nnx.Linear(width, config.ffn_dim, rngs=rngs)
         self.ffn_out = nnx.Linear(config.ffn_dim, width, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (6, width)) / width**0.5
+        table = jax.random.normal(rngs.params(), (6, width), jnp.float32) / width**0.5
         self.scale_shift_table = nnx.Param(table)
         self.eps = config.eps
 
@@ -131,7 +134,7 @@ class BoundBlock:
         self.dtype = block.ffn_in.kernel.dtype  # of the products; rows may be wider
         # Held as a value of its own: fused into the rows' loops it is added again for every row.
         total = jax.lax.optimization_barrier(
-            block.scale_shift_table[...].astype(jnp.float32) + modulation
+            block.scale_shift_table[...].astype(jnp.float32)[None] + modulation
         )
         shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (
             total[:, index, None] for index in range(6)

@@ -1,7 +1,6 @@
 """Text embeddings, kept on disk: a prompt that was read once needs no text encoder again."""
 
 import hashlib
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -13,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import files
+from astraea_jax.checks import Refusal, shown
 from astraea_jax.timing import timed_jit
 from astraea_ports import t5
 from astraea_ports.wan.text import Tokenizer
 
 
-def cache_folder() -> Path:
-    """Where embeddings are kept unless a caller says otherwise."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "astraea_jax" / "text"
+def cache_folder() -> Path | None:
+    """Where embeddings are kept unless a caller says otherwise; None where there is no home."""
+    return files.cache_folder("text")
 
 
 def file_of(folder: Path, text_name: str, ids: Int[np.ndarray, " M"]) -> Path:
@@ -32,12 +31,14 @@ def file_of(folder: Path, text_name: str, ids: Int[np.ndarray, " M"]) -> Path:
 
 
 def read(path: Path, shape: tuple[int, int]) -> Float[Array, "M D"] | None:
-    """An embedding, or None where there is none of this shape that can be read."""
+    """An embedding, or None where there is none of this shape, finite, that can be read."""
     try:
         embedding = load_file(path)["embedding"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return jnp.asarray(embedding) if embedding.shape == shape else None
+    if embedding.shape != shape or not np.isfinite(embedding).all():
+        return None
+    return jax.device_put(embedding)
 
 
 def write(path: Path, embedding: Float[Array, "M D"]) -> None:
@@ -52,9 +53,9 @@ def write(path: Path, embedding: Float[Array, "M D"]) -> None:
 
 @timed_jit()
 def _encode(encoder: t5.T5Encoder, ids, mask):
-    """Embeddings with every row past the text's end set to zero, as Wan was trained."""
-    embeddings = encoder(ids, mask)
-    return embeddings * mask[..., None].astype(embeddings.dtype)
+    """A text's embedding with every row past the text's end set to zero, as Wan was trained."""
+    embeddings = encoder(ids[None], mask[None])[0]
+    return embeddings * mask[:, None].astype(embeddings.dtype)
 
 
 def encode(
@@ -73,6 +74,9 @@ def encode(
       width: channels of an embedding, D.
       encoder: gives the encoder; called only if a text is not in the cache.
       cache: the folder that keeps embeddings, and the encoder's name in it.
+
+    Raises:
+      Refusal: an embedding is not finite; it is not kept.
     """
     different = list(dict.fromkeys(texts))
     tokens, module = tokenizer(different), None
@@ -82,9 +86,12 @@ def encode(
         embedding = None if path is None else read(path, (tokenizer.length, width))
         if embedding is None:
             module = encoder() if module is None else module
-            embedding = jax.block_until_ready(
-                _encode(module, jnp.asarray(ids[None]), jnp.asarray(mask[None]))
-            )[0]
+            embedding = jax.block_until_ready(_encode(module, *jax.device_put((ids, mask))))
+            if not np.isfinite(jax.device_get(embedding)).all():
+                raise Refusal(
+                    f"the text encoder gave NaN or infinity for {shown(text)}: check its weights "
+                    "and dtype"
+                )
             if path is not None:
                 write(path, embedding)
         found[text] = embedding

@@ -6,6 +6,7 @@ sees the clips that it would have seen.
 
 import concurrent.futures
 import functools
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -16,6 +17,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from astraea_jax import checks, report
 from astraea_jax.checks import Refusal
 from astraea_ports.wan.text import TokenIds, Tokenizer
 from astraea_ports.wan.vae import VAE
@@ -51,6 +53,22 @@ class Latents(NamedTuple):
     latents: Float[Array, "P f h w C"]
     ids: Int[Array, "P L"]
     mask: Int[Array, "P L"]
+
+
+MOST_POOLED = 2**20
+"""Clips of a pool: those of the small Wan fill half of the largest GPU."""
+
+
+def check_plan(size: int, block: int, refresh_every: int) -> None:
+    """Refuses a pool's numbers that are none; see `LatentPool`."""
+    checks.whole("the clips that are encoded at once", block, 1, MOST_POOLED)
+    checks.whole("refresh_every", refresh_every, 0, 2**31 - 1, unit="steps")
+    checks.whole("the pool's size", size, 1, MOST_POOLED, unit="clips")
+    if size % block:
+        raise Refusal(
+            f"the pool's size must be a positive multiple of {block} (the clips that are "
+            f"encoded at once); got {size}"
+        )
 
 
 def source_block(block: int, refreshed: int, num_blocks: int) -> int:
@@ -90,11 +108,7 @@ class LatentPool:
           Refusal: a size that is not a multiple of the block, or not positive; a block that
             the devices can't share.
         """
-        if block < 1 or size < block or size % block:
-            raise Refusal(
-                f"the pool's size must be a positive multiple of {block} (the clips that are "
-                f"encoded at once); got {size}"
-            )
+        check_plan(size, block, refresh_every)
         mesh = Mesh(np.array(jax.devices()[:1]), ("batch",)) if mesh is None else mesh
         if block % mesh.size:
             raise Refusal(
@@ -129,12 +143,22 @@ class LatentPool:
         shares, tokens = first.result()
         latents = jax.eval_shape(_encode, self._vae, self._drawn(shares))
         block = Latents(latents, *map(jnp.asarray, (tokens.ids, tokens.mask)))
+        self._check_memory(sum(x.size * x.dtype.itemsize for x in block) * self.size // self.block)
         self._arrays = jax.tree.map(
             lambda x: jnp.zeros((self.size, *x.shape[1:]), x.dtype, device=self._copied), block
         )
 
-    def bring_to(self, step: int, report: Callable[[int, int], None] = lambda *_: None) -> None:
-        """Makes the pool what `step` is to find; `report(clips done, clips in all)` as it fills."""
+    def _check_memory(self, needed: int) -> None:
+        """Refuses a pool that a device can't hold: a CPU would go on until it is killed."""
+        held = memory_bytes()
+        if held is not None and needed > held:
+            raise Refusal(
+                f"a pool of {self.size} clips takes {report.human_bytes(needed)}, and the device "
+                f"has {report.human_bytes(held)}: ask for a smaller pool"
+            )
+
+    def bring_to(self, step: int, said: Callable[[int, int], None] = lambda *_: None) -> None:
+        """Makes the pool what `step` is to find; `said(clips done, clips in all)` as it fills."""
         refreshed = step // self.refresh_every if self.refresh_every else 0
         blocks = self.size // self.block
         if self._arrays is None:
@@ -142,7 +166,7 @@ class LatentPool:
         if self._refreshed < 0 or not 0 <= refreshed - self._refreshed <= 1:
             for index in range(blocks):
                 self._fill(index, source_block(index, refreshed, blocks))
-                report((index + 1) * self.block, self.size)
+                said((index + 1) * self.block, self.size)
         elif refreshed != self._refreshed:
             self._fill((refreshed - 1) % blocks, blocks + refreshed - 1)
         self._refreshed = refreshed
@@ -210,6 +234,14 @@ def _put(pool: Latents, fresh: Latents, start) -> Latents:
     return jax.tree.map(
         lambda whole, part: jax.lax.dynamic_update_slice_in_dim(whole, part, start, 0), pool, fresh
     )
+
+
+def memory_bytes() -> int | None:
+    """Bytes of the first device's memory, or of the host's where that is the device."""
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    if limit is None and hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return limit
 
 
 def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[str]) -> Source:

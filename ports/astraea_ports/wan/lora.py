@@ -1,13 +1,11 @@
 """Low-rank changes to a Wan transformer (LoRA), in the spellings that files have, merged on load.
 
-A change to a weight W is `strength * alpha / rank * up @ down`; some files also hold whole
-differences of weights and biases. Keys are a prefix, the weight's own key in Diffusers' layout or
-the original one, and what the tensor is; kohya's keys have underscores for the dots between.
-
-Source: Diffusers `loaders/lora_conversion_utils.py` lists the spellings.
+A change to a weight W is `strength * scale * up @ down`, where scale is alpha / rank or what
+`lora_scale` finds said; some files also hold whole differences of weights and biases.
 """
 
 import functools
+import math
 import os
 import re
 from collections import defaultdict
@@ -18,26 +16,21 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
 from astraea_ports import matching
 from astraea_ports.matching import Entry
-from astraea_ports.tensor_files import Tensor, TensorFiles
-
-PREFIXES = ("base_model.model.", "diffusion_model.", "transformer.", "model.", "lora_unet_")
-_KINDS = (
-    (re.compile(r"(.*)\.(?:lora_A|lora_down|lora\.down)(?:\.default)?(?:\.weight)?"), "down"),
-    (re.compile(r"(.*)\.(?:lora_B|lora_up|lora\.up)(?:\.default)?(?:\.weight)?"), "up"),
-    (re.compile(r"(.*)\.alpha"), "alpha"),
-    (re.compile(r"(.*)\.diff"), "diff"),
-    (re.compile(r"(.*)\.(?:diff_b|lora_B(?:\.default)?\.bias)"), "diff_b"),
+from astraea_ports.tensor_files import (
+    FLOAT_DTYPES,
+    INTEGER_DTYPES,
+    Tensor,
+    TensorFiles,
+    all_finite,
 )
+from astraea_ports.wan import lora_names, lora_scale
 
-# Words of module names that hold an underscore themselves: kohya's keys lose the difference.
-_COMPOUND = (
-    *("self_attn", "cross_attn", "norm_q", "norm_k", "to_q", "to_k", "to_v", "to_out"),
-    *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "proj_out"),
-    *("condition_embedder", "text_embedder", "time_embedder", "time_proj", "linear_1", "linear_2"),
-)
+STRONGEST = 100.0
+"""The largest strength, either way; files in use have one of about 1."""
 
 
 class Lora(NamedTuple):
@@ -45,7 +38,7 @@ class Lora(NamedTuple):
 
     Attributes:
       file: .safetensors.
-      strength: a factor on all changes; 1 is as trained.
+      strength: a factor on all changes, within -100..100; 1 is as trained.
     """
 
     file: str | os.PathLike[str]
@@ -53,10 +46,39 @@ class Lora(NamedTuple):
 
 
 class _Change(NamedTuple):
-    """How one weight or bias changes: the tensors, by what they are."""
+    """How one weight or bias changes.
+
+    Attributes:
+      key: of the weight or bias.
+      parts: the tensors, by what they are.
+      scale: of the product.
+    """
 
     key: str
     parts: Mapping[str, Tensor]
+    scale: float
+
+
+def check(loras: Sequence[Lora]) -> list[Lora]:
+    """Returns the files to merge if each can be one; call it before any long work.
+
+    Raises:
+      Refusal: no such file, another kind of file, or a strength that is no number in -100..100.
+    """
+    checked = []
+    # A string is a sequence of strings, and one Lora of its fields: the likely slips.
+    several = isinstance(loras, Sequence) and not isinstance(loras, str | Lora)
+    for item in loras if several else [loras]:
+        if not several or not isinstance(item, tuple) or len(item) != 2:
+            raise Refusal(f"expected a list of Lora(file, strength); got {checks.shown(item)}")
+        file, strength = item
+        name = checks.shown(os.fspath(file) if isinstance(file, os.PathLike) else file)
+        if not isinstance(file, str | os.PathLike) or Path(file).suffix != ".safetensors":
+            raise Refusal(f"expected a LoRA as an existing .safetensors file; got {name}")
+        path = files.check_input(os.path.expanduser(file), what="LoRA")
+        strength = checks.number(f"strength of {name}", strength, -STRONGEST, STRONGEST)
+        checked.append(Lora(path, strength))
+    return checked
 
 
 def read_deltas(
@@ -67,83 +89,120 @@ def read_deltas(
     """What the files add to each parameter (path, layer), as functions that compute it.
 
     Raises:
-      Refusal: a tensor that belongs to no weight of this model, of the wrong shape or rank, or
-        without its partner; all problems of a file in one error.
+      Refusal: as `check`; a file that is no plain LoRA of this model: a tensor that belongs to no
+        weight, of the wrong shape, rank or dtype, or without its partner, or scales that
+        contradict each other; all problems of a file in one error.
     """
     added = defaultdict(list)
-    for file, strength in loras:
-        files = TensorFiles([_checked(file)])
-        changes, problems = _changes(files.tensors())
+    for file, strength in check(loras):
+        opened = TensorFiles([Path(file)])
+        changes, problems, unknown = _changes(opened, Path(file))
+        places = set()
         for change in changes:
             fitted = _fit(change, slots, tables)
             if isinstance(fitted, str):
                 problems.append(fitted)
+                unknown += [tensor.key for tensor in change.parts.values()]
                 continue
             place, entry = fitted
-            added[place].append(functools.partial(_delta, files, change, entry, strength))
-        if problems:
-            shown = "\n  ".join(problems[: matching.SHOWN_PER_KIND])
+            if place in places:
+                problems.append(f"{change.key}: changed twice, under both of its names")
+            places.add(place)
+            added[place].append(functools.partial(_delta, opened, change, entry, strength))
+        if problems or not changes:
+            kind = lora_names.other_kind(unknown)
+            holds = f"; it holds {kind}" if kind else ""
+            shown = "\n  ".join(["", *problems[: matching.SHOWN_PER_KIND]])
             raise Refusal(
-                f"{file} does not fit this model: {len(problems)} problems; use a LoRA of this size"
-                f" of Wan\n  {shown}"
+                f"{file} does not fit this model: {len(problems)} problems{holds}; use a LoRA of "
+                f"this size of Wan{shown if problems else ', this file holds no tensor'}"
             )
     return {place: functools.partial(_sum, parts) for place, parts in added.items()}
 
 
-def _checked(file: str | os.PathLike[str]) -> Path:
-    path = Path(file)
-    if path.suffix != ".safetensors" or not path.is_file():
-        raise Refusal(f"expected a LoRA as an existing .safetensors file; got {str(file)!r}")
-    return path
-
-
-def _changes(tensors: Sequence[Tensor]) -> tuple[list[_Change], list[str]]:
-    """Groups a file's tensors by the weight or bias that they change."""
-    parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    problems = []
-    for tensor in tensors:
-        hits = [(m[1], kind) for regex, kind in _KINDS if (m := regex.fullmatch(tensor.key))]
-        if len(hits) != 1:
+def _changes(opened: TensorFiles, file: Path) -> tuple[list[_Change], list[str], list[str]]:
+    """The changes of a file; what is wrong with it; the keys that are no LoRA's."""
+    modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    problems, unknown, adapters = [], [], set()
+    for tensor in opened.tensors():
+        name = lora_names.parse(tensor.key)
+        if name is None:
             problems.append(f"{tensor.key}: expected a name ending in lora_A, lora_up, diff, ...")
+            unknown.append(tensor.key)
             continue
-        name, kind = hits[0]
-        parts[_plain(name) + (".bias" if kind == "diff_b" else ".weight")][kind] = tensor
-    changes = []
-    for key, found in parts.items():
-        if ("down" in found) != ("up" in found) or found.keys() == {"alpha"}:
-            problems.append(f"{key}: expected lora_A and lora_B (down and up), got {list(found)}")
+        wrong = _wrong_tensor(tensor, name.kind)
+        if wrong or name.kind in modules[name.module]:
+            twice = f"{tensor.key}: {name.kind} of {name.module} comes twice; expected it once"
+            problems.append(wrong or twice)
+            continue
+        modules[name.module][name.kind] = tensor
+        if name.kind in ("down", "up"):
+            adapters.add(name.adapter)
+    if len(adapters) > 1:
+        names = ", ".join(sorted(str(name) for name in adapters))
+        problems.append(f"expected one adapter, got {names}: save one of them by itself")
+    said, changes = lora_scale.sources(file, opened.metadata(file)), []
+    for module, parts in modules.items():
+        found = _module_changes(opened, module, parts, said)
+        if isinstance(found, str):
+            problems.append(found)
         else:
-            changes.append(_Change(key, found))
-    return changes, problems
+            changes += found
+    return changes, problems, unknown
 
 
-def _plain(name: str) -> str:
-    """A module's name without a prefix, dots between its parts."""
-    underscored = name.startswith("lora_unet_")
-    prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    while prefix:
-        name = name[len(prefix) :]
-        prefix = next((prefix for prefix in PREFIXES if name.startswith(prefix)), "")
-    if not underscored:
-        return name
-    for word in _COMPOUND:
-        name = re.sub(rf"(?<![a-z]){word}(?![a-z\d])", word.replace("_", "-"), name)
-    return name.replace("_", ".").replace("-", "_")
+def _wrong_tensor(tensor: Tensor, kind: str) -> str | None:
+    allowed = FLOAT_DTYPES | INTEGER_DTYPES if kind == "alpha" else FLOAT_DTYPES
+    if tensor.dtype not in allowed:
+        wanted = ", ".join(sorted(FLOAT_DTYPES))
+        return f"{tensor.key}: expected one of {wanted}, got {tensor.dtype}"
+    if kind == "alpha" and math.prod(tensor.shape) != 1:
+        return f"{tensor.key}: expected one number, got {list(tensor.shape)}"
+    return None
+
+
+def _module_changes(
+    opened: TensorFiles,
+    module: str,
+    parts: Mapping[str, Tensor],
+    said: Sequence[lora_scale.Source],
+) -> list[_Change] | str:
+    """How a module's weight and bias change, or what is wrong."""
+    weight = lora_names.weight_of(module)
+    if ("down" in parts) != ("up" in parts) or parts.keys() <= {"alpha", "up_b"}:
+        return f"{weight}: expected lora_A and lora_B (down and up), got {list(parts)}"
+    scale = 1.0
+    if "down" in parts:
+        up, down = parts["up"].shape, parts["down"].shape
+        if min(len(up), len(down)) < 2 or not up[1] == down[0] > 0 or math.prod(up[2:]) != 1:
+            return f"{weight}: expected down [rank, in] and up [out, rank], got {down} and {up}"
+        alpha = opened.read(parts["alpha"]).item() if "alpha" in parts else None
+        scale = lora_scale.scale(said, module, down[0], alpha)
+        if isinstance(scale, str):
+            return scale
+    changes = []
+    # A bias beside up is scaled as the product is; a whole difference is not.
+    for key, kinds in ((weight, ("down", "up", "diff")), (f"{module}.bias", ("up_b", "diff_b"))):
+        found = {kind: parts[kind] for kind in kinds if kind in parts}
+        if found:
+            changes.append(_Change(key, found, scale))
+    return changes
 
 
 def _fit(change: _Change, slots, tables) -> tuple[tuple[str, int | None], Entry] | str:
     """The parameter that a change is for, or what is wrong with it."""
-    shape = _shape(change.parts)
-    if shape is None:
-        down, up = change.parts["down"].shape, change.parts["up"].shape
-        return f"{change.key}: expected down [rank, in] and up [out, rank], got {down} and {up}"
-    tensor = Tensor(change.key, "F32", shape, Path())
+    shapes = [t.shape for kind, t in change.parts.items() if kind not in ("down", "up")]
+    if "up" in change.parts:
+        shapes.append((change.parts["up"].shape[0], *change.parts["down"].shape[1:]))
+    if len(set(shapes)) > 1:
+        return f"{change.key}: expected changes of one shape, got {shapes[0]} and {shapes[1]}"
+    tensor = Tensor(change.key, "F32", shapes[0], Path())
     said = f"{change.key}: no such weight in this model"
     for table in tables:
         hits = [(m, e) for e in table if (m := re.fullmatch(e.pattern, change.key))]
-        for match, entry in hits:
-            layer = match.groupdict().get("layer")
-            path, number = match.expand(entry.path), None if layer is None else int(layer)
+        for hit, entry in hits:
+            layer = hit.groupdict().get("layer")
+            path, number = hit.expand(entry.path), None if layer is None else int(layer)
             misfit = matching.misfit(matching.Match(tensor, entry, number), path, slots)
             if misfit is None:
                 return (path, number), entry
@@ -151,27 +210,24 @@ def _fit(change: _Change, slots, tables) -> tuple[tuple[str, int | None], Entry]
     return said
 
 
-def _shape(parts: Mapping[str, Tensor]) -> tuple[int, ...] | None:
-    """The shape of the whole change; None where down and up don't multiply."""
-    if "up" not in parts:
-        return next(t.shape for kind, t in parts.items() if kind != "alpha")
-    up, down = parts["up"].shape, parts["down"].shape
-    if len(up) < 2 or len(down) < 2 or up[1] != down[0]:
-        return None
-    return (up[0], *down[1:])
-
-
-def _delta(files: TensorFiles, change: _Change, entry: Entry, strength: float) -> np.ndarray:
+def _delta(opened: TensorFiles, change: _Change, entry: Entry, strength: float) -> np.ndarray:
     """The change in the parameter's layout, float32."""
-    parts = {kind: files.read(t).astype(np.float32) for kind, t in change.parts.items()}
-    total = sum(parts[kind] for kind in ("diff", "diff_b") if kind in parts)
-    if "up" in parts:
-        up, down = parts["up"], parts["down"]
-        rank = down.shape[0]
-        scale = parts["alpha"].item() / rank if "alpha" in parts else 1.0
-        product = up.reshape(-1, rank) @ down.reshape(rank, -1)
-        total = total + scale * product.reshape(up.shape[0], *down.shape[1:])
-    return entry.transform(np.asarray(total * strength, np.float32))
+    with np.errstate(over="ignore", invalid="ignore"):  # told below, by the name
+        parts = {kind: opened.read(t).astype(np.float32) for kind, t in change.parts.items()}
+        total = sum(parts[kind] for kind in ("diff", "diff_b") if kind in parts)
+        if "up" in parts:
+            up, down = parts["up"], parts["down"]
+            product = up.reshape(len(up), len(down)) @ down.reshape(len(down), -1)
+            total = total + change.scale * product.reshape(len(up), *down.shape[1:])
+        if "up_b" in parts:
+            total = total + change.scale * parts["up_b"]
+        values = np.asarray(total * strength, np.float32)
+    if not all_finite(values):
+        raise Refusal(
+            f"{opened.files[0]}: the change of {change.key} is past float32's range at strength "
+            f"{strength:g}; expected finite numbers: use another file or less strength"
+        )
+    return entry.transform(values)
 
 
 def _sum(parts) -> np.ndarray:

@@ -59,6 +59,14 @@ class PartTraining:
         """Seconds a step that renewing the data takes: none, where each step draws its own."""
         return 0.0
 
+    def check_source(self, parts: Mapping[str, tuple[Any, Sequence[Entry]]]) -> None:
+        """Refuses a model whose parts could be read but not written as they are.
+
+        Hours of training would otherwise end in that.
+        """
+        for name, (module, table) in parts.items():
+            export.match_source(module, self.folder / name, table)
+
     def on_one(self, tree: Any) -> Any:
         """Arrays on the first device alone."""
         return jax.device_put(tree, self.mesh.devices.flat[0])

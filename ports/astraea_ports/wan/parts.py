@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,38 +15,15 @@ from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, t5, tiny
 from astraea_ports.checkpoints import Loadable
+from astraea_ports.wan import contents, transformer_weights, vae, vae_weights
 from astraea_ports.wan import lora as lora_files
-from astraea_ports.wan import transformer_weights, vae, vae_weights
 from astraea_ports.wan.config import CONFIGS
-from astraea_ports.wan.text import LONGEST, Tokenizer
-from astraea_ports.wan.transformer import Precision, Transformer
+from astraea_ports.wan.contents import ORIGINAL_SHIFT, TEXT_LENGTH, Defaults
+from astraea_ports.wan.text import Tokenizer
+from astraea_ports.wan.transformer import Precision, Transformer, with_policy
 
 SHIPPED = {"tiny": tiny.FOLDER}
 """Models inside the package, by name."""
-
-TEXT_LENGTH = 512
-"""Tokens that Wan reads; its tokenizer's own files may state no limit."""
-
-ORIGINAL_SHIFT = 5.0
-"""The original's flow shift for text-to-video; its advice for the 1.3B at 480p is 8."""
-
-
-class Defaults(NamedTuple):
-    """What a call uses where it is not told; a folder's astraea.json may say otherwise.
-
-    Attributes:
-      frames: of the video, 4k + 1.
-      height: pixels, a multiple of 16.
-      width: pixels, a multiple of 16.
-      steps: denoising steps.
-      guidance: scale of classifier-free guidance.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    steps: int = 50
-    guidance: float = 5.0
 
 
 class Parts(NamedTuple):
@@ -61,6 +38,7 @@ class Parts(NamedTuple):
       grid: whose noise levels it is sampled on.
       defaults: of a call.
       text_name: stands for the text encoder's weights, where embeddings are kept.
+      large: whether parts are loaded for their stage, unless told.
       folder: where the model lies; None for one of random weights.
     """
 
@@ -72,49 +50,85 @@ class Parts(NamedTuple):
     grid: solvers.Grid
     defaults: Defaults
     text_name: str
+    large: bool
     folder: Path | None = None
 
 
 def open_parts(
     source: str | os.PathLike[str],
     *,
-    dtype: DTypeLike,
-    precision: Precision,
-    lora: Sequence[lora_files.Lora],
+    dtype: DTypeLike | None = None,
+    precision: Precision = "reference",
+    lora: Sequence[lora_files.Lora] = (),
+    revision: str | None = None,
 ) -> Parts:
     """Finds the parts of a model in either layout and holds their headers against their configs.
+
+    Of a model of the hub the JSON files are fetched first: what does not run here is refused by
+    them alone, and of what does the weights that are read, and no others.
+
+    Args:
+      source: a folder, a hub id, or a model that ships.
+      dtype: of the transformer and the text encoder; None is the folder's own, see `own_dtype`.
+      precision: what the transformer leaves in float32.
+      lora: files of low-rank changes to the transformer.
+      revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
       Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
-    folder = checkpoints.model_folder(SHIPPED.get(str(source), source))
-    original = _is_original(folder)
-    if original and not Path(source).expanduser().is_dir():
-        # From the hub, where the original's text encoder and VAE are pickles: fetched only now.
-        folder = checkpoints.model_folder(source, ["*.safetensors", "*.pth", "google/*"])
-    if original:
-        grid, shift = "original", ORIGINAL_SHIFT
-        tokenizer = folder / "google/umt5-xxl"
-    else:
-        checkpoints.read_config(folder, "model_index.json", expected="WanPipeline")
-        scheduler = checkpoints.read_config(folder / "scheduler", "scheduler_config.json")
-        grid = _settings(folder).get("grid", "diffusers")
-        shift = float(scheduler.get("flow_shift", scheduler.get("shift", 1.0)))
-        tokenizer = folder / "tokenizer"
-    text_encoder = t5.open_text_encoder(folder, dtype=dtype)
-    return Parts(
-        tokenizer=_tokenizer(tokenizer),
-        text_encoder=text_encoder,
-        transformer=transformer_weights.open_transformer(
-            folder, dtype=dtype, precision=precision, lora=lora
-        ),
-        vae=vae_weights.open_vae(folder),
-        shift=shift,
-        grid=grid,
-        defaults=_defaults(folder),
-        text_name=checkpoints.fingerprint(text_encoder),
-        folder=folder,
+    lora = lora_files.check(lora)  # before a model is fetched
+    model = checkpoints.find_model(SHIPPED.get(str(source), source), revision=revision)
+    found = contents.read(model.path)
+    model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/tokenizer.json")
+    tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
+    text_encoder = t5.open_text_encoder(model)
+    transformer = transformer_weights.open_transformer(model, precision=precision, lora=lora)
+    image = vae_weights.open_vae(model)
+    large = is_large(text_encoder, transformer, image)
+    if dtype is None:
+        dtype = found.dtype or own_dtype(checkpoints.stored_dtype(transformer), large)
+    text_encoder = checkpoints.retyped(
+        text_encoder, checkpoints.with_dtype(text_encoder.template, dtype)
     )
+    return Parts(
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
+        transformer=checkpoints.retyped(transformer, with_policy(transformer.template, dtype)),
+        vae=image,
+        shift=found.shift,
+        grid=found.grid,
+        defaults=found.defaults,
+        text_name=checkpoints.fingerprint(text_encoder),
+        large=large,
+        folder=model.path,
+    )
+
+
+LARGE = 500_000_000
+"""Parameters of a large model: its parts are loaded for their stage, unless told."""
+
+
+def is_large(*parts: Loadable) -> bool:
+    """Whether parts together have more than `LARGE` parameters, by their shapes."""
+    leaves = jax.tree.leaves([part.template for part in parts])
+    return sum(math.prod(leaf.shape) for leaf in leaves) > LARGE
+
+
+def own_dtype(stored: str, large: bool) -> str:
+    """The dtype that a model runs in where neither the call nor its astraea.json says one.
+
+    That of its transformer's weights, with two exceptions. A large model of float32 weights runs in
+    bfloat16: the originals keep float32 on disk and run bfloat16, and few devices hold the other.
+    And float16 runs nowhere here: a small model of it runs in float32, which holds the same
+    numbers.
+    """
+    return "bfloat16" if large or stored == "bfloat16" else "float32"
+
+
+def main_dtype(transformer: Transformer) -> str:
+    """NumPy's name of the dtype that the large products of a transformer have."""
+    return max(jax.tree.leaves(transformer), key=lambda leaf: leaf.size).dtype.name
 
 
 def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int) -> Parts:
@@ -133,15 +147,21 @@ def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int
     template = jax.eval_shape(lambda: t5.T5Encoder(small, nnx.Rngs(0)))
     parsed = vae.VAEConfig.from_dict(vae_weights.WAN_VAE)
     transformer = transformer_weights.transformer_template(config, dtype=dtype, precision=precision)
+    loadables = (
+        RandomWeights(checkpoints.with_dtype(template, dtype), seed),
+        RandomWeights(transformer, seed + 1),
+        RandomWeights(jax.eval_shape(lambda: vae.VAE(parsed, nnx.Rngs(0))), seed + 2),
+    )
     return Parts(
         tokenizer=Tokenizer.from_pretrained(tiny.FOLDER / "tokenizer", length=TEXT_LENGTH),
-        text_encoder=RandomWeights(checkpoints.with_dtype(template, dtype), seed),
-        transformer=RandomWeights(transformer, seed + 1),
-        vae=RandomWeights(jax.eval_shape(lambda: vae.VAE(parsed, nnx.Rngs(0))), seed + 2),
+        text_encoder=loadables[0],
+        transformer=loadables[1],
+        vae=loadables[2],
         shift=ORIGINAL_SHIFT,
         grid="original",
         defaults=Defaults(),
         text_name=f"random {seed}",
+        large=is_large(*loadables),
     )
 
 
@@ -173,32 +193,8 @@ def _random(key, path: str, slot: jax.ShapeDtypeStruct) -> jax.Array:
 
 
 _normal = jax.jit(
-    lambda key, shape, dtype, scale: (jax.random.normal(key, shape) * scale).astype(dtype),
+    lambda key, shape, dtype, scale: (jax.random.normal(key, shape, jnp.float32) * scale).astype(
+        dtype
+    ),
     static_argnums=(1, 2),
 )
-
-
-def _is_original(folder: Path) -> bool:
-    """Whether a model's folder has the original layout."""
-    if (folder / "model_index.json").is_file() or not (folder / "config.json").is_file():
-        return False
-    return checkpoints.read_config(folder).get("_class_name") == "WanModel"
-
-
-def _tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer with the length that the model was trained with."""
-    stated = checkpoints.read_config(folder, "tokenizer_config.json").get("model_max_length")
-    known = isinstance(stated, int) and 2 <= stated <= LONGEST
-    return Tokenizer.from_pretrained(folder, length=None if known else TEXT_LENGTH)
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """What a folder's astraea.json says, if it is there."""
-    path = folder / "astraea.json"
-    return checkpoints.read_config(folder, path.name) if path.is_file() else {}
-
-
-def _defaults(folder: Path) -> Defaults:
-    """Wan's own, or what the folder's settings say."""
-    values = _settings(folder)
-    return Defaults(**{name: values[name] for name in Defaults._fields if name in values})

@@ -13,8 +13,10 @@ from jaxtyping import Array, Float
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
+from astraea_jax.checks import Refusal
 from astraea_jax.flops import Workload
 from astraea_jax.methods import Method
+from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch
 from astraea_ports import t5
@@ -66,26 +68,33 @@ class Pipeline:
         cls,
         source: str | os.PathLike[str] = "tiny",
         *,
-        dtype: DTypeLike = jnp.float32,
+        dtype: DTypeLike | None = None,
         precision: Precision = "reference",
         lora: Sequence[Lora] = (),
-        staged: bool = False,
+        staged: bool | None = None,
         text_cache: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
     ) -> "Pipeline":
         """Opens every part of a model, in Diffusers' layout or the original one.
 
         Args:
           source: a folder, a hub id, or "tiny" for the small model that ships.
-          dtype: of the transformer and the text encoder; the VAE is float32, as upstream.
+          dtype: of the transformer and the text encoder; the VAE is float32, as upstream. None is
+            the folder's own: what its astraea.json says, else that of its transformer's weights,
+            but for a large model in float32, which runs in bfloat16 as the originals do.
           precision: what the transformer leaves in float32; see `transformer.Precision`.
           lora: files of low-rank changes to the transformer.
-          staged: loads each part for its stage and lets go of it after, instead of all now.
+          staged: loads each part for its stage and lets go of it after, instead of all now. None
+            does so with a large model: one of more than 500 million parameters.
           text_cache: folder that keeps embeddings, by a hash of tokens and encoder.
+          revision: of a hub id: a branch, a tag or a commit.
 
         Raises:
           Refusal: no such model, or a part that is missing, broken, or of another kind.
         """
-        found = parts.open_parts(source, dtype=dtype, precision=precision, lora=lora)
+        found = parts.open_parts(
+            source, dtype=dtype, precision=precision, lora=lora, revision=revision
+        )
         return cls._of(found, staged=staged, text_cache=text_cache)
 
     @classmethod
@@ -96,7 +105,7 @@ class Pipeline:
         dtype: DTypeLike = jnp.float32,
         precision: Precision = "reference",
         seed: int = 0,
-        staged: bool = False,
+        staged: bool | None = False,
     ) -> "Pipeline":
         """A model of a real size with random weights, for timing; it reads text with a stand-in.
 
@@ -107,7 +116,8 @@ class Pipeline:
         return cls._of(made, staged=staged, text_cache=None)
 
     @classmethod
-    def _of(cls, found: parts.Parts, *, staged: bool, text_cache) -> "Pipeline":
+    def _of(cls, found: parts.Parts, *, staged: bool | None, text_cache) -> "Pipeline":
+        staged = found.large if staged is None else staged
         loaders: dict[str, Loadable] = {
             "text_encoder": found.text_encoder,
             "transformer": found.transformer,
@@ -128,6 +138,11 @@ class Pipeline:
             **modules,
         )
 
+    @property
+    def dtype(self) -> str:
+        """NumPy's name of the dtype that the transformer's large products have."""
+        return parts.main_dtype(self.transformer)
+
     def __call__(
         self,
         prompts: str | Sequence[str],
@@ -137,8 +152,8 @@ class Pipeline:
         width: int | None = None,
         steps: int | None = None,
         guidance: float | None = None,
-        negative_prompt: str = "",
-        seed: int = 0,
+        negative_prompt: str | None = "",
+        seed: int | Sequence[int] = 0,
         latents: Float[Array, "B f h w 16"] | None = None,
         method: Method | None = None,
         schedule: Schedule | None = None,
@@ -157,14 +172,15 @@ class Pipeline:
           height: pixels, a multiple of 16.
           width: pixels, a multiple of 16.
           steps: denoising steps; a schedule's length where one is given.
-          guidance: scale of classifier-free guidance; 1 or less runs no second branch.
-          negative_prompt: what the unconditional branch reads; empty as in Diffusers.
-          seed: of the noise; video i draws from (seed, i), whatever else is in the batch.
+          guidance: scale of classifier-free guidance, 0..1000; 1 or less runs no second branch.
+          negative_prompt: what the unconditional branch reads; empty as in Diffusers, or None.
+          seed: of the noise; video i draws from (seed, i), whatever else is in the batch. Of a
+            seed for each, video i draws as if made alone; a method that draws uses the first.
           latents: noise to start from instead.
           method: how steps are computed; None is the plain model.
           schedule: a level for each step; None is dense.
           solver: "unipc", "dpm++" or "euler".
-          shift: flow shift; None is the model's own.
+          shift: flow shift, above 0 and at most 1000; None is the model's own.
           grid: "diffusers" or "original" noise levels; None is the model's layout's.
           driver: see `astraea_jax.denoise`.
           progress: called as progress(stage, done, total).
@@ -201,6 +217,9 @@ class Pipeline:
             context = self.encode_text(plan.prompts, plan.negative_prompt)
         report("text", 1, 1)
         denoised = self._denoise(plan, context, driver, trace, report, seconds)
+        stages.check_finite(
+            "denoising", denoised.latents, "the transformer's weights, LoRA, dtype and guidance"
+        )
         video = self.decode(denoised.latents, report, seconds)
         branches = 1 if plan.guidance is None else 2
         return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)
@@ -220,7 +239,7 @@ class Pipeline:
                     schedule=plan.schedule,
                     method=plan.method,
                     guidance=plan.guidance,
-                    key=jax.random.key(plan.seed),
+                    key=seeded(plan.seed),
                     driver=driver,
                     progress=lambda done: report("denoise", done, steps),
                     trace=trace,
@@ -262,14 +281,24 @@ class Pipeline:
 
         Returns:
           [2 P, M, D] or [P, M, D], padded to the model's text length with zeros.
+
+        Raises:
+          Refusal: the tokenizer has tokens of which the text encoder has no row.
         """
+        config = self.text_encoder.config
+        if self.tokenizer.num_tokens > config.vocab_size:
+            raise Refusal(
+                "the text encoder's vocab_size must be at least the tokenizer's "
+                f"{self.tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of "
+                "different models"
+            )
         texts = list(prompts)
         if negative_prompt is not None:
             texts += [negative_prompt] * len(prompts)
         return embeddings.encode(
             texts,
             self.tokenizer,
-            self.text_encoder.config.d_model,
+            config.d_model,
             lambda: self._resident("text_encoder", quiet, {}),
             cache=None if self.text_cache is None else (self.text_cache, self.text_name),
         )
@@ -312,6 +341,6 @@ class Pipeline:
             default.height if height is None else height,
             default.width if width is None else width,
         )
-        plans.check_size(size, self.vae.config, self.transformer.config)
+        size = plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size

@@ -1,22 +1,29 @@
 """What a pipeline is asked for, checked before any long work."""
 
-import math
+import operator
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from astraea_jax import solvers
-from astraea_jax.checks import Refusal
+from astraea_jax import checks, solvers
+from astraea_jax.checks import Number, Refusal, shown
 from astraea_jax.methods import Dense, Method
+from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.text import Tokenizer
 from astraea_ports.wan.vae import VAEConfig
+
+LARGEST_GUIDANCE = 1000
+
+NAMED = 10
+"""Unknown words that a warning names."""
 
 OURS = str(Path(__file__).parents[1])
 """A warning points at the first line that is not of this package."""
@@ -58,8 +65,8 @@ def make(
     schedule: Schedule | None,
     method: Method | None,
     guidance: float,
-    negative_prompt: str,
-    seed: int,
+    negative_prompt: str | None,
+    seed: int | Sequence[int],
     latents: Float[Array, "B f h w C"] | None,
 ) -> Plan:
     """Checks a call; `shape` is that of one video's latents, the rest as of the call.
@@ -68,44 +75,109 @@ def make(
       Refusal: anything out of range.
     """
     check_prompts(prompts, tokenizer)
-    table = solvers.make(solver, steps, shift=shift, grid=grid)
+    seeds = check_seeds(seed, len(prompts))
+    check_numbers(0, guidance, shift)
+    negative_prompt = "" if negative_prompt is None else negative_prompt
+    if not isinstance(negative_prompt, str):
+        raise Refusal(f"negative_prompt must be text or None; got {shown(negative_prompt)}")
+    if negative_prompt.strip() and guidance <= 1:
+        warnings.warn(
+            f"a negative prompt has no effect at guidance {guidance:g}: ask for more than 1",
+            skip_file_prefixes=(OURS,),
+        )
+    table = solvers.make(solver, steps, shift=float(shift), grid=grid)
     schedule = Schedule.dense(steps) if schedule is None else schedule
     if schedule.steps != steps:
         raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
         )
-    if not math.isfinite(guidance):
-        raise Refusal(f"guidance must be a finite number, 1 or less for none; got {guidance}")
     return Plan(
         prompts=list(prompts),
         negative_prompt=negative_prompt if guidance > 1 else None,
-        noise=make_noise(len(prompts), shape, seed, latents),
+        noise=make_noise(len(prompts), shape, seeds, latents),
         solver=table,
         schedule=schedule,
         method=Dense() if method is None else method,
         guidance=guidance if guidance > 1 else None,
-        seed=seed,
+        seed=seeds[0][0],
     )
+
+
+MOST_TOKENS = 1 << 20
+"""Tokens of a video: a dozen times those of 81 frames at 720x1280, two hundred times the time."""
+
+
+def check_numbers(seed: Any, guidance: float | None, shift: float | None) -> None:
+    """Refuses what no model can do, before one is opened; None is the model's own."""
+    check_seeds(seed, 1)
+    if guidance is not None:
+        checks.number("guidance", guidance, 0, LARGEST_GUIDANCE)
+    if shift is not None:
+        checks.number("shift", shift, *solvers.SHIFTS)
+
+
+def check_seeds(seed: Any, count: int) -> list[tuple[int, int]]:
+    """The seed of each of `count` videos, and its place among the videos of that seed.
+
+    With one seed the places count up; with one for each video, a video is as if made alone.
+
+    Raises:
+      Refusal: a seed out of range, or another number of them than of videos.
+    """
+    listed = isinstance(seed, Sequence | np.ndarray) and not isinstance(seed, str)
+    if listed and len(seed) != count:
+        raise Refusal(f"expected a seed, or one for each of {count} videos; got {len(seed)} seeds")
+    pairs: list[tuple[Any, int]]
+    pairs = [(each, 0) for each in seed] if listed else [(seed, place) for place in range(count)]
+    for each, _ in pairs:
+        if checks.Whole(0, 2**32 - 1).problem(each) is not None:
+            raise Refusal(f"seed must be an integer in 0..2^32-1; got {shown(each)}")
+    return [(int(each), place) for each, place in pairs]
 
 
 def check_size(
     size: tuple[int, int, int], image: VAEConfig, transformer: TransformerConfig
-) -> None:
-    """Refuses frames, height and width that a model can't do; the message says the nearest."""
-    patch = transformer.patch_size
-    pixels = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
-    for name, value, unit in (("height", size[1], pixels[0]), ("width", size[2], pixels[1])):
-        if not isinstance(value, int) or value < unit or value % unit:
+) -> tuple[int, int, int]:
+    """Refuses frames, height and width that a model can't do; the message says the nearest.
+
+    Returns:
+      The three as int; NumPy's integers are taken too.
+    """
+    patch, time = transformer.patch_size, image.temporal_factor
+    rows, columns = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
+    for name, value, unit in (("height", size[1], rows), ("width", size[2], columns)):
+        if not _is_whole(value) or value < unit or value % unit:
             raise Refusal(
-                f"{name} must be a multiple of {unit} pixels; got {value!r}: the nearest is "
-                f"{max(unit, unit * round(float(value) / unit))}"
+                f"{name} must be a multiple of {unit} pixels; got {shown(value)}"
+                f"{_nearest(value, unit, unit)}"
             )
-    time = image.temporal_factor
-    if not isinstance(size[0], int) or size[0] < 1 or (size[0] - 1) % time:
-        nearest = max(1, time * round((float(size[0]) - 1) / time) + 1)
+    # Latent frames are one and one for each `time` more; tokens take patch[0] of them.
+    unit, first = time * patch[0], time * (patch[0] - 1) + 1
+    if not _is_whole(size[0]) or size[0] < first or (size[0] - first) % unit:
         raise Refusal(
-            f"frames must be a multiple of {time} plus 1; got {size[0]!r}: the nearest is {nearest}"
+            f"frames must be a multiple of {unit} plus {first}; got {shown(size[0])}"
+            f"{_nearest(size[0], unit, first)}"
         )
+    frames, height, width = (operator.index(value) for value in size)
+    tokens = ((frames - first) // unit + 1) * (height // rows) * (width // columns)
+    if tokens > MOST_TOKENS:
+        frames, height, width, tokens = map(shown, (frames, height, width, tokens))
+        raise Refusal(
+            f"{frames} frames of {height} x {width} pixels are {tokens} tokens; at most "
+            f"{MOST_TOKENS} are made: ask for fewer frames or pixels"
+        )
+    return frames, height, width
+
+
+def _is_whole(value: Any) -> TypeGuard[int]:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
+
+
+def _nearest(value: Any, unit: int, first: int) -> str:
+    """The nearest of `first`, `first + unit`, ... to a number, for a message."""
+    if Number(-(1 << 40), 1 << 40).problem(value) is not None:
+        return ""
+    return f": the nearest is {max(first, first + unit * round((float(value) - first) / unit))}"
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
@@ -119,12 +191,14 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
             raise Refusal(
-                f"a prompt must say something; got {prompt!r}: describe the video to make"
+                f"a prompt must say something; got {shown(prompt)}: describe the video to make"
             )
-    unknown = [word for prompt in prompts for word in tokenizer.unknown_words(prompt)]
+    unknown = list(dict.fromkeys(w for prompt in prompts for w in tokenizer.unknown_words(prompt)))
     if unknown:
+        named = [word if len(word) <= checks.SHOWN else shown(word) for word in unknown[:NAMED]]
+        more = f" and {len(unknown) - NAMED} more" if len(unknown) > NAMED else ""
         warnings.warn(
-            f"the model does not know: {', '.join(dict.fromkeys(unknown))}; "
+            f"the model does not know: {', '.join(named)}{more}; "
             "it can only spell such words, and the video may not show them",
             skip_file_prefixes=(OURS,),
         )
@@ -133,17 +207,17 @@ def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
 def make_noise(
     count: int,
     shape: tuple[int, int, int, int],
-    seed: int,
+    seeds: Sequence[tuple[int, int]],
     latents: Float[Array, "B f h w C"] | None,
 ) -> Float[Array, "B f h w C"]:
-    """Noise of `count` videos; that of video i depends on the seed and i alone."""
+    """Noise of `count` videos; see `check_seeds` for what each draws from."""
     if latents is not None:
         if tuple(latents.shape) != (count, *shape):
             raise Refusal(
                 f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
             )
-        return jnp.asarray(latents, jnp.float32)
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
-        raise Refusal(f"seed must be an integer in 0..2^32-1; got {seed!r}")
-    keys = [jax.random.fold_in(jax.random.key(seed), index) for index in range(count)]
+        if isinstance(latents, jax.Array):
+            return latents.astype(jnp.float32)
+        return jax.device_put(np.asarray(latents, np.float32))
+    keys = [seeded(seed, place) for seed, place in seeds]
     return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from astraea_jax.checks import Refusal
@@ -84,6 +85,25 @@ def resident(
     return module
 
 
+def check_finite(stage: str, values: Any, advice: str) -> None:
+    """Refuses what a stage gave for each video if there is NaN or infinity in it.
+
+    Args:
+      stage: what gave it.
+      values: its result, a video a row.
+      advice: what the message proposes to check.
+    """
+    wrong = [
+        index for index, row in enumerate(jax.device_get(values)) if not np.isfinite(row).all()
+    ]
+    if wrong:
+        which = ", ".join(str(index + 1) for index in wrong[:10])
+        raise Refusal(
+            f"{stage} gave NaN or infinity in {len(wrong)} of {len(values)} videos ({which}): "
+            f"check {advice}"
+        )
+
+
 @timed_jit()
 def _decode(model: vae.VAE, latents):
     return (model.decode(latents) + 1) / 2
@@ -98,12 +118,13 @@ def decode(
     report("decode", 0, len(latents))
     videos = []
     for index in range(len(latents)):
-        one = latents[index : index + 1]
+        one = jax.lax.slice_in_dim(latents, index, index + 1)
         if cut is None:
             video = _decode(model, one)
         else:
             whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
-            video = (jnp.asarray(whole) + 1) / 2
+            video = jax.device_put((whole + 1) / 2)
+        check_finite("decoding", video, "the VAE's weights")
         videos.append(jax.block_until_ready(video))
         report("decode", index + 1, len(latents))
     return jnp.concatenate(videos)

@@ -4,10 +4,11 @@ Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/tokenizers.py` (cleanin
 """
 
 import html
+import itertools
 import json
 import os
 import re
-import string
+import unicodedata
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,10 +19,13 @@ import numpy as np
 import tokenizers
 from jaxtyping import Int
 
-from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints
+from astraea_jax import checks, files
+from astraea_jax.checks import Refusal, shown
+from astraea_ports import checkpoints, configs
+from astraea_ports.configs import LONGEST_TEXT
 
-LONGEST = 1 << 20  # "no limit" is written as 10^30 in tokenizer_config.json
+FILE_BYTES = 200 << 20
+"""The largest tokenizer.json that is read; UMT5's has 17 MB."""
 
 
 def clean_prompt(text: str) -> str:
@@ -31,7 +35,7 @@ def clean_prompt(text: str) -> str:
       Refusal: the text is no string.
     """
     if not isinstance(text, str):
-        raise Refusal(f"expected a prompt as a string, got {text!r}")
+        raise Refusal(f"expected a prompt as a string, got {shown(text)}")
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
 
 
@@ -68,7 +72,8 @@ class Tokenizer:
         """
         backend.no_padding()
         backend.no_truncation()
-        ids = {token: backend.token_to_id(token) for token in (pad, end)}
+        named = (pad, end) if unknown is None else (pad, end, unknown)
+        ids = {token: backend.token_to_id(token) for token in named}
         lacking = [token for token, token_id in ids.items() if token_id is None]
         if lacking:
             raise Refusal(f"the vocabulary has no {lacking}; check tokenizer_config.json")
@@ -78,10 +83,16 @@ class Tokenizer:
                 f"{backend.encode('').tokens} for an empty one; check tokenizer.json"
             )
         self.length = length
+        self._num_tokens = 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1)
         self._backend = backend
         self._pad, self._end = ids[pad], ids[end]
-        self._unknown = None if unknown is None else backend.token_to_id(unknown)
+        self._unknown = None if unknown is None else ids[unknown]
         self._config = {"pad_token": pad, "eos_token": end, "unk_token": unknown}
+
+    @property
+    def num_tokens(self) -> int:
+        """Ids are below this."""
+        return self._num_tokens
 
     @classmethod
     def from_pretrained(
@@ -97,22 +108,28 @@ class Tokenizer:
         Raises:
           Refusal: a file is missing or broken, or nothing says the length.
         """
-        config = checkpoints.read_config(folder, "tokenizer_config.json")
-        length = config.get("model_max_length") if length is None else length
-        if not isinstance(length, int) or not 2 <= length <= LONGEST:
+        config = _read_config(folder)
+        length = _stated_length(config) if length is None else length
+        if length is None:
             raise Refusal(
-                f"expected model_max_length in 2..{LONGEST} in "
-                f"{Path(folder)}/tokenizer_config.json, got {length}; pass length="
+                f"expected model_max_length in 2..{LONGEST_TEXT} in "
+                f"{Path(folder)}/tokenizer_config.json, got {config.get('model_max_length')}; "
+                "pass length="
             )
+        checks.whole("length", length, 2, LONGEST_TEXT, unit="tokens")
         path = Path(folder) / "tokenizer.json"
-        if not path.is_file():
+        if not os.path.lexists(path):
             raise Refusal(
                 f"expected the file {path}; make it from other formats with transformers' "
                 "AutoTokenizer(...).save_pretrained"
             )
+        files.check_input(path, what="tokenizer", largest=FILE_BYTES)
         try:
             backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exceptions
+            backend.encode("")
+        except (KeyboardInterrupt, MemoryError):
+            raise
+        except BaseException as error:  # bare Exceptions, and panics that are not even those
             raise Refusal(f"{path} is no tokenizer ({error}); fetch it again") from error
         return cls(
             backend,
@@ -145,7 +162,7 @@ class Tokenizer:
                 words = [m[0] for m in re.finditer(r"\S+", prompt) if m.end() > cut]
                 warnings.warn(
                     f"a prompt has {len(encoding.ids)} tokens, the limit is {self.length} (with "
-                    f"the end token): dropped {' '.join(words)!r}; shorten it",
+                    f"the end token): dropped {shown(' '.join(words))}; shorten it",
                     UserWarning,
                     stacklevel=2,
                 )
@@ -169,12 +186,18 @@ class Tokenizer:
         """
         found: dict[str, None] = {}
         for word in clean_prompt(prompt).split():
-            if self._unknown in self._backend.encode(word, add_special_tokens=False).ids:
-                found[word.strip(string.punctuation) or word] = None
-                continue
+            if self._has_unknown(word):
+                # Only the part that can't be spelled is named, not the word that it touches; and
+                # a mark between words is no word.
+                parts = [(kind, "".join(signs)) for kind, signs in itertools.groupby(word, _kind)]
+                blamed = [each for each in parts if self._has_unknown(each[1])] or [("L", word)]
+                found.update(dict.fromkeys(part for kind, part in blamed if kind != "P"))
             runs = re.findall(r"[^\W\d_]+", word)  # letters only: digits are always spelled
             found.update(dict.fromkeys(run for run in runs if self._is_spelled(run)))
         return tuple(found)
+
+    def _has_unknown(self, word: str) -> bool:
+        return self._unknown in self._backend.encode(word, add_special_tokens=False).ids
 
     def _is_spelled(self, word: str) -> bool:
         encoding = self._backend.encode(word, add_special_tokens=False)
@@ -186,7 +209,75 @@ class Tokenizer:
         return num_tokens - marked > len(word)
 
 
+class _Token:
+    """A special token: its text, or (of older files) a mapping with that as `content`."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `checks.Rule`."""
+        token = value.get("content") if isinstance(value, Mapping) else value
+        return None if token is None and value is None else checks.Text(200).problem(token)
+
+
+class _Length:
+    """Tokens per prompt; null or a number past the longest (10^30, as a rule) for no limit."""
+
+    def problem(self, value: Any) -> str | None:
+        """See `checks.Rule`."""
+        if value is None or checks.Number(LONGEST_TEXT + 1, 1e31).problem(value) is None:
+            return None
+        return checks.Whole(2, LONGEST_TEXT, "tokens, or null for no limit").problem(value)
+
+
+_RULES = {
+    "model_max_length": _Length(),
+    "pad_token": _Token(),
+    "eos_token": _Token(),
+    "unk_token": _Token(),
+    "padding_side": checks.OneOf(("right",)),
+    "truncation_side": checks.OneOf(("right",)),
+    # What tokenizer.json holds, or of other programs.
+    "bos_token": _Token(),
+    "additional_special_tokens": checks.OrNone(checks.ListOf(_Token(), 0, 10_000)),
+    "added_tokens_decoder": checks.ByName(checks.ByName(checks.Anything()), most=10_000),
+    "extra_ids": checks.Whole(0, 10_000),
+    "sp_model_kwargs": checks.OrNone(checks.ByName(checks.Anything())),
+    "legacy": checks.OrNone(checks.Flag()),
+    "clean_up_tokenization_spaces": checks.OrNone(checks.Flag()),
+    "spaces_between_special_tokens": checks.OrNone(checks.Flag()),
+    "tokenizer_class": checks.OrNone(checks.Text()),
+    "backend": checks.OrNone(checks.Text()),
+}
+"""The fields of tokenizer_config.json. Transformers' own are many more, and let through."""
+
+
+def _read_config(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    name = "tokenizer_config.json"
+    values = checkpoints.read_config(folder, name)
+    return configs.read(values, _RULES, name=str(Path(folder) / name), others=True)
+
+
+def _stated_length(config: Mapping[str, Any]) -> int | None:
+    """Tokens per prompt; None where the file states no limit, which it may write as 10^30."""
+    stated = config.get("model_max_length")
+    return None if stated is None or stated > LONGEST_TEXT else stated
+
+
+def stated_length(folder: str | os.PathLike[str]) -> int | None:
+    """Tokens per prompt as a tokenizer's own files state them; None where they state no limit.
+
+    Raises:
+      Refusal: tokenizer_config.json is missing or broken, or a field is not as it must be.
+    """
+    return _stated_length(_read_config(folder))
+
+
+def _kind(sign: str) -> str:
+    """L for letters and the marks upon them, N for digits, else what kind of sign it is."""
+    kind = unicodedata.category(sign)[0]
+    return "L" if kind == "M" else kind
+
+
 def _special(config: Mapping[str, Any], name: str) -> str | None:
-    """A special token; older files hold a mapping with its text as `content`."""
+    """A special token's text."""
     token = config.get(name)
     return token.get("content") if isinstance(token, Mapping) else token

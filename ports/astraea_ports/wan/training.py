@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from astraea_ports.t5 import T5Encoder
 from astraea_ports.wan.config import TransformerConfig
@@ -84,28 +84,33 @@ def draw_batch(
     def split(x: Array) -> Array:
         return jax.lax.with_sharding_constraint(x, over)
 
-    chosen = split(jax.random.randint(keys[0], (recipe.batch,), 0, len(pool.ids)))
+    chosen = split(jax.random.randint(keys[0], (recipe.batch,), 0, len(pool.ids), jnp.int32))
     clean = split(pool.latents[chosen].astype(jnp.float32))
-    drop = split(jax.random.bernoulli(keys[1], recipe.text_dropout, (recipe.batch,)))[:, None]
-    wrong = split(jax.random.bernoulli(keys[4], recipe.wrong_text, (recipe.batch,)))
-    other = split(jax.random.randint(keys[5], (recipe.batch,), 0, len(pool.ids)))
+    drop = split(_some(keys[1], recipe.text_dropout, (recipe.batch,)))[:, None]
+    wrong = split(_some(keys[4], recipe.wrong_text, (recipe.batch,)))
+    other = split(jax.random.randint(keys[5], (recipe.batch,), 0, len(pool.ids), jnp.int32))
     told = jnp.where(wrong, other, chosen)
     return Batch(
         clean=clean,
-        noise=split(jax.random.normal(keys[2], clean.shape)),
+        noise=split(jax.random.normal(keys[2], clean.shape, jnp.float32)),
         time=split(draw_times(keys[3], recipe)),
         ids=jnp.where(drop, empty.ids, pool.ids[told]),
         mask=jnp.where(drop, empty.mask, pool.mask[told]),
     )
 
 
+def _some(key: PRNGKeyArray, share: float, shape: tuple[int, ...]) -> Bool[Array, "*S"]:
+    """True for a share of the places, on average."""
+    return jax.random.bernoulli(key, jnp.float32(share), shape)
+
+
 def draw_times(key: PRNGKeyArray, recipe: Recipe) -> Float[Array, "B"]:
     """Noise levels in 0..1: logit-normal and, in part, even; then shifted."""
     keys = jax.random.split(key, 3)
     shape = (recipe.batch,)
-    middle = jax.nn.sigmoid(recipe.time_width * jax.random.normal(keys[0], shape))
-    even = jax.random.bernoulli(keys[1], recipe.time_even, shape)
-    time = jnp.where(even, jax.random.uniform(keys[2], shape), middle)
+    middle = jax.nn.sigmoid(recipe.time_width * jax.random.normal(keys[0], shape, jnp.float32))
+    even = _some(keys[1], recipe.time_even, shape)
+    time = jnp.where(even, jax.random.uniform(keys[2], shape, jnp.float32), middle)
     return recipe.shift * time / (1 + (recipe.shift - 1) * time)
 
 

@@ -1,18 +1,56 @@
 """How a Wan transformer is trained: the numbers, and the optimisers that follow from them."""
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import ListOf, Number, OneOf, Refusal, Rule, Whole
 from astraea_ports.t5 import T5Encoder
 from astraea_ports.wan.transformer import Transformer
+
+MOST_STEPS = 10**8
+"""Of a run: two weeks of the fastest steps. The loss of each is kept."""
+
+MOST_CLIPS = 2**16
+"""Of a step, over all devices: more than the memory of hundreds of them holds."""
+
+MOST_SEED = 2**31 - 1
+
+
+def check_fields(settings: Any, rules: Mapping[str, Rule]) -> None:
+    """Holds a dataclass's fields against their rules; NumPy's numbers become Python's.
+
+    Raises:
+      Refusal: all that is wrong.
+    """
+    problems = []
+    for name, rule in rules.items():
+        value = getattr(settings, name)
+        problem = rule.problem(value)
+        if problem is not None:
+            problems.append(f"{name} {problem}")
+        elif isinstance(value, np.generic):
+            object.__setattr__(settings, name, value.item())  # before a frozen one is seen
+    if problems:
+        raise Refusal("; ".join(problems))
+
+
+SHARE, RATE = Number(0, 1), Number(0, 1)
+
+SHARED_RULES: Mapping[str, Rule] = {
+    "steps": Whole(1, MOST_STEPS),
+    "muon_rate": RATE,
+    "adam_rate": RATE,
+    "seed": Whole(0, MOST_SEED),
+}
+"""Of what every recipe says."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,29 +101,28 @@ class Recipe:
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
 
     def __post_init__(self):
-        """Refuses numbers out of range."""
-        ranges = {
-            "steps": (1, 10**9),
-            "batch": (1, 10**6),
-            "muon_rate": (0, 1),
-            "adam_rate": (0, 1),
-            "text_rate": (0, 100),
-            "clip": (1e-6, 1e6),
-            "average": (0, 1),
-            "text_dropout": (0, 1),
-            "wrong_text": (0, 1),
-            "time_width": (0.01, 10),
-            "time_even": (0, 1),
-            "shift": (0.01, 100),
-            "motion_weight": (0, 100),
-        }
-        for name, (low, high) in ranges.items():
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise Refusal(f"{name} must be in {low}..{high}; got {value}")
-        first, last = self.span
-        if not 0 <= first < last <= 1:
+        """Refuses what is out of range."""
+        check_fields(self, _RULES)
+        if not self.span[0] < self.span[1]:
             raise Refusal(f"span must rise within 0..1; got {self.span}")
+
+
+_RULES: Mapping[str, Rule] = {
+    **SHARED_RULES,
+    "batch": Whole(1, MOST_CLIPS),
+    "text_rate": Number(0, 100),
+    "muon_decay": SHARE,
+    "clip": Number(1e-6, 1e6),
+    "average": SHARE,
+    "text_dropout": SHARE,
+    "wrong_text": SHARE,
+    "time_width": Number(0.01, 10),
+    "time_even": SHARE,
+    "shift": Number(0.01, 100),
+    "motion_weight": Number(0, 100),
+    "span": ListOf(SHARE, 2, 2),
+    "dtype": OneOf(("bfloat16", "float32")),
+}
 
 
 class Networks(NamedTuple):

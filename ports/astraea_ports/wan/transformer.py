@@ -63,7 +63,7 @@ class Transformer(nnx.Module):
         self.blocks = jax.vmap(lambda key: Block(config, nnx.Rngs(key)))(keys)
         num_out = patch * config.out_channels
         self.proj_out = nnx.Linear(width, num_out, precision=exact, rngs=rngs)
-        table = jax.random.normal(rngs.params(), (2, width)) / width**0.5
+        table = jax.random.normal(rngs.params(), (2, width), jnp.float32) / width**0.5
         self.scale_shift_table = nnx.Param(table)
 
     def __call__(
@@ -105,7 +105,10 @@ class Transformer(nnx.Module):
                 )
             grid.append(size // patch)
         if max(grid) > config.rope_max_seq_len:
-            raise Refusal(f"expected at most {config.rope_max_seq_len} an axis; got {grid}")
+            raise Refusal(
+                f"expected at most {config.rope_max_seq_len} tokens along an axis (frames, height, "
+                f"width); got {grid}: ask for fewer frames or pixels"
+            )
         patch_values = int(np.prod(config.patch_size)) * config.out_channels
         frames, height, width = grid
         return core.Geometry(
@@ -133,7 +136,7 @@ class Transformer(nnx.Module):
         """Time embedding: cosines first; the projection feeds the blocks, the rest the head."""
         half = self.config.freq_dim // 2
         frequency = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
-        angle = timestep.astype(jnp.float32)[:, None] * frequency
+        angle = timestep.astype(jnp.float32)[:, None] * frequency[None]
         features = jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
         embedding = self.time_2(jax.nn.silu(self.time_1(features)))
         projected = self.time_proj(jax.nn.silu(embedding))
@@ -165,7 +168,9 @@ class Transformer(nnx.Module):
         self, tokens: Float[Array, "B N H"], modulation: TimeModulation
     ) -> Float[Array, "B N P"]:
         """Velocity of each patch, float32, flattened as (frame, row, column, channel)."""
-        table = self.scale_shift_table[...].astype(jnp.float32) + modulation.embedding[:, None]
+        table = (
+            self.scale_shift_table[...].astype(jnp.float32)[None] + modulation.embedding[:, None]
+        )
         shift, scale = table[:, 0, None], table[:, 1, None]
         x = core.layer_norm(tokens, self.config.eps) * (1 + scale) + shift
         return self.proj_out(x)

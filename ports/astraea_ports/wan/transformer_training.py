@@ -12,13 +12,16 @@ import numpy as np
 from flax import nnx
 
 from astraea_jax import metrics, video
+from astraea_jax.checks import ListOf, Text
+from astraea_jax.schedule import check_steps
 from astraea_ports import t5
+from astraea_ports.checkpoints import Entry
 from astraea_ports.wan import training, transformer_weights
-from astraea_ports.wan.latent_pool import LatentPool, Source
+from astraea_ports.wan.latent_pool import LatentPool, Source, check_plan
 from astraea_ports.wan.part_training import PartTraining, fingerprint
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.training_forward import Layout, kept_bytes
-from astraea_ports.wan.training_recipe import Networks, Recipe
+from astraea_ports.wan.training_recipe import Networks, Recipe, check_fields
 from astraea_ports.wan.transformer import Transformer
 
 
@@ -36,6 +39,10 @@ class PoolPlan:
     block: int = 32
     refresh_every: int = 4
 
+    def __post_init__(self):
+        """Refuses what no pool can be."""
+        check_plan(self.size, self.block, self.refresh_every)
+
 
 @dataclasses.dataclass(frozen=True)
 class Sheet:
@@ -48,6 +55,11 @@ class Sheet:
 
     prompts: tuple[str, ...] = ()
     steps: int = 15
+
+    def __post_init__(self):
+        """Refuses what can't be drawn."""
+        check_fields(self, {"prompts": ListOf(Text(100_000), 0, 1000)})
+        check_steps(self.steps)
 
 
 class TransformerTraining(PartTraining):
@@ -85,7 +97,8 @@ class TransformerTraining(PartTraining):
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._compiled: concurrent.futures.Future | None = None
         self._from_nothing, self._sheet = from_nothing, sheet
-        self.pipeline = Pipeline.from_pretrained(self.folder)
+        self.pipeline = Pipeline.from_pretrained(self.folder, dtype="float32", staged=False)
+        self.check_source(self._written(self.pipeline))
         empty = self.pipeline.tokenizer([""])
         self._empty = training.EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
         self.pool = LatentPool(
@@ -174,13 +187,12 @@ class TransformerTraining(PartTraining):
 
     def export(self, state: training.State, folder: pathlib.Path) -> None:
         """The average weights in bfloat16, the rest of the model as it was, and how far it came."""
+        self.leave(folder, int(state.step), self._written(state.average))
+
+    def _written(self, parts: Any) -> Mapping[str, tuple[Any, Sequence[Entry]]]:
+        """What is trained, from what holds it by name, and the tables that it is written by."""
         tables = {"transformer": transformer_weights.TABLE, "text_encoder": t5.TABLE}
-        trained = state.average._asdict()
-        self.leave(
-            folder,
-            int(state.step),
-            {name: (trained[name], table) for name, table in tables.items()},
-        )
+        return {name: (getattr(parts, name), table) for name, table in tables.items()}
 
     def sheet(self, state: training.State) -> np.ndarray | None:
         """Videos of the sheet's prompts with the average weights, seeds 0, 1, ..."""

@@ -1,7 +1,7 @@
 """Loading a Wan transformer's weights: the table from checkpoint keys to parameters."""
 
+import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
+from astraea_ports.wan import contents
 from astraea_ports.wan import lora as lora_files
 from astraea_ports.wan.transformer import Precision, Transformer, TransformerConfig, with_policy
 
@@ -93,47 +94,57 @@ def transformer_template(
 
 
 def open_transformer(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | TransformerConfig | None = None,
     dtype: DTypeLike = jnp.float32,
     precision: Precision = "reference",
     lora: Sequence[lora_files.Lora] = (),
+    revision: str | None = None,
 ) -> checkpoints.Loadable[Transformer]:
     """Finds a transformer and holds its headers against its config; see `load_transformer`."""
+    lora = lora_files.check(lora)
+    if isinstance(config, TransformerConfig):
+        config = dataclasses.asdict(config)
     place = checkpoints.find_part(
         source,
         folder="transformer",
         kinds=("WanTransformer3DModel", "WanModel"),
         config=config,
+        revision=revision,
     )
-    parsed = TransformerConfig.from_dict(place.config)
+    if place.folder:
+        contents.check_index(place.model.path)  # one expert of two is not the model
+    parsed = TransformerConfig.from_dict(place.config, name=f"the transformer's config of {source}")
     template = transformer_template(parsed, dtype=dtype, precision=precision)
     deltas = functools.partial(lora_files.read_deltas, lora) if lora else None
-    return checkpoints.open_checkpoint(place.weights, template, TABLE, ORIGINAL, deltas=deltas)
+    return checkpoints.open_checkpoint(place.weights(), template, TABLE, ORIGINAL, deltas=deltas)
 
 
 def load_transformer(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | TransformerConfig | None = None,
     dtype: DTypeLike = jnp.float32,
     precision: Precision = "reference",
     lora: Sequence[lora_files.Lora] = (),
+    revision: str | None = None,
 ) -> Transformer:
     """Loads a Wan transformer in Diffusers' layout or the original one.
 
     Args:
       source: a folder with config.json and the weights, a whole model's folder or hub id, or a
         single file of weights (.safetensors; .pth where torch is installed).
-      config: what config.json holds, under Diffusers' names or the original's; needed with a file.
+      config: what config.json holds, under Diffusers' names or the original's, or one of
+        `CONFIGS`; needed with a file that has none beside it.
       dtype: of the large products' weights.
       precision: what stays float32 where `dtype` is narrower; see `transformer.Precision`.
       lora: files of low-rank changes and their strengths, merged while the weights are read.
+      revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
       Refusal: the config or the weights are missing, broken, or don't fit.
     """
     return open_transformer(
-        source, config=config, dtype=dtype, precision=precision, lora=lora
+        source, config=config, dtype=dtype, precision=precision, lora=lora, revision=revision
     ).load()

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astraea_jax.checks import Refusal
+from astraea_jax import checks
+from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Whole
+from astraea_ports import configs
+from astraea_ports.wan import family
 from astraea_ports.wan.vae_layers import (
     Convolution,
     Down,
@@ -27,16 +31,38 @@ from astraea_ports.wan.vae_layers import (
     norm_silu,
 )
 
-# What the keys of config.json must hold that have no default.
-_KINDS = {
-    "base_dim": (int, "an integer"),
-    "z_dim": (int, "an integer"),
-    "num_res_blocks": (int, "an integer"),
-    "dim_mult": (int, "a list of integers"),
-    "temperal_downsample": (bool, "a list of true and false"),
-    "latents_mean": (int | float, "a list of numbers"),
-    "latents_std": (int | float, "a list of numbers"),
+_FAR, _SMALL = 1e3, 1e-3
+"""Bounds of the latents' statistics. What a VAE makes of pixels in -1..1 is of size 1 or so; past
+these bounds float32 keeps three digits fewer of a latent, or of what it is normalised to."""
+
+_REQUIRED = (
+    *("base_dim", "z_dim", "num_res_blocks", "dim_mult"),
+    *("temperal_downsample", "latents_mean", "latents_std"),
+)
+
+_RULES = {
+    "_class_name": OneOf(("AutoencoderKLWan",)),
+    "base_dim": Whole(1, 8192),
+    "decoder_base_dim": OrNone(Whole(1, 8192)),
+    "z_dim": Whole(1, 1024),
+    "num_res_blocks": Whole(1, 8),
+    "dim_mult": ListOf(Whole(1, 64), 1, 6),
+    "temperal_downsample": ListOf(Flag(), 0, 5),
+    "latents_mean": ListOf(Number(-_FAR, _FAR), 1, 1024),
+    "latents_std": ListOf(Number(_SMALL, _FAR), 1, 1024),
+    "in_channels": OneOf((3,)),
+    "out_channels": OneOf((3,)),
+    "scale_factor_spatial": Whole(1, 64),
+    "scale_factor_temporal": Whole(1, 64),
+    # Of training alone, and a clamp of the video that is done here in any case.
+    "dropout": Number(0, 1),
+    "clip_output": Flag(),
+    # Wan 2.2's residual and patched VAE; attention at other scales.
+    "is_residual": OneOf((False,)),
+    "patch_size": configs.OFF,
+    "attn_scales": OneOf(([], ())),
 }
+"""The fields of config.json."""
 
 
 @dataclass(frozen=True)
@@ -73,55 +99,62 @@ class VAEConfig:
         return 2 ** sum(self.temporal)
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> "VAEConfig":
+    def from_dict(cls, config: Mapping[str, Any], *, name: str = "the VAE's config") -> "VAEConfig":
         """Reads a config.json.
 
+        Args:
+          config: what the file holds.
+          name: of the file, for the message.
+
         Raises:
-          Refusal: a key is missing or out of range, or asks for what this file doesn't have
-            (Wan 2.2's residual or patched VAE, attention at other scales).
+          Refusal: a key is missing, unknown, out of range or at odds with another, or asks for
+            what this file doesn't have (Wan 2.2's residual or patched VAE, attention at other
+            scales); all of it in one message.
         """
-        for key, supported in (("is_residual", False), ("patch_size", None), ("attn_scales", [])):
-            got = config.get(key, supported)
-            if got != supported:
-                raise Refusal(
-                    f"{key} must be {supported!r}, got {got!r}; only Wan 2.1's VAE is supported"
-                )
-        if config.get("in_channels", 3) != config.get("out_channels", 3):
-            raise Refusal("in_channels and out_channels must be equal; check the VAE's config")
-        missing = [key for key in _KINDS if key not in config]
-        if missing:
-            raise Refusal(f"expected the keys {missing} too; check the VAE's config.json")
-        for key, (kind, what) in _KINDS.items():
-            is_list = isinstance(config[key], list | tuple)
-            values = config[key] if is_list else [config[key]]
-            if is_list != ("list" in what) or not all(isinstance(v, kind) for v in values):
-                raise Refusal(f"{key} must be {what}, got {config[key]!r}; check the config.json")
-        channels = config["z_dim"]
-        lengths = {"latents_mean": channels, "latents_std": channels}
-        lengths["temperal_downsample"] = len(config["dim_mult"]) - 1
-        for name, length in lengths.items():
-            if len(config[name]) != length:
-                raise Refusal(
-                    f"{name} must have {length} values, got {len(config[name])}; "
-                    "check the VAE's config.json"
-                )
-        sizes = (config["base_dim"], channels, config["num_res_blocks"], *config["dim_mult"])
-        if min(sizes) < 1 or min(config["latents_std"]) <= 0:
-            raise Refusal(
-                f"sizes and latents_std must be positive, got {sizes} and {config['latents_std']}; "
-                "check the VAE's config.json"
-            )
-        return cls(
-            encoder_width=config["base_dim"],
-            decoder_width=config.get("decoder_base_dim") or config["base_dim"],
-            latent_channels=channels,
-            multipliers=tuple(config["dim_mult"]),
-            num_blocks=config["num_res_blocks"],
-            temporal=tuple(config["temperal_downsample"]),
-            latents_mean=tuple(config["latents_mean"]),
-            latents_std=tuple(config["latents_std"]),
-            image_channels=config.get("in_channels", 3),
+        advice = family.advice(config)
+        values = configs.read(config, _RULES, name=name, required=_REQUIRED, advice=advice)
+        read = cls(
+            encoder_width=values["base_dim"],
+            decoder_width=values.get("decoder_base_dim") or values["base_dim"],
+            latent_channels=values["z_dim"],
+            multipliers=tuple(values["dim_mult"]),
+            num_blocks=values["num_res_blocks"],
+            temporal=tuple(values["temperal_downsample"]),
+            latents_mean=tuple(map(float, values["latents_mean"])),
+            latents_std=tuple(map(float, values["latents_std"])),
         )
+        stated = {
+            "scale_factor_spatial": read.spatial_factor,
+            "scale_factor_temporal": read.temporal_factor,
+        }
+        problems = read._problems() + [
+            f"{key} must be {factor}, as the downsamplings make it; got {values[key]}"
+            for key, factor in stated.items()
+            if values.get(key, factor) != factor
+        ]
+        checks.refuse(name, problems, advice)
+        return read
+
+    def _problems(self) -> list[str]:
+        """What is wrong with the sizes together."""
+        lengths = {
+            "latents_mean": (len(self.latents_mean), self.latent_channels, "z_dim"),
+            "latents_std": (len(self.latents_std), self.latent_channels, "z_dim"),
+            "temperal_downsample": (
+                len(self.temporal), len(self.multipliers) - 1, "one fewer than dim_mult has",
+            ),
+        }  # fmt: skip
+        problems = [
+            f"{key} must have {expected} values ({why}); got {got}"
+            for key, (got, expected, why) in lengths.items()
+            if got != expected
+        ]
+        if self.decoder_width * min(self.multipliers) < 2:
+            problems.append("a stage of the decoder has one channel; an upsampling halves them")
+        widest = max(self.encoder_width, self.decoder_width) * max(self.multipliers)
+        blocks = 2 * len(self.multipliers) * (self.num_blocks + 3)
+        problems += configs.too_many(blocks * 2 * 27 * widest * widest)
+        return problems
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads."""
@@ -155,7 +188,7 @@ class Encoder(nnx.Module):
                 layers.append(Down(width, config.temporal[i], rngs))
         self.layers = nnx.List(layers)
         self.mid = Middle(widths[-1], rngs)
-        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.norm_out = nnx.Param(jnp.ones(widths[-1], jnp.float32))
         self.conv_out = Convolution((3, 3, 3, widths[-1], 2 * config.latent_channels), rngs)
 
     def enter(self, x: Float[Array, "B F height width 3"], past: Past) -> Float[Array, "B f h w C"]:
@@ -205,7 +238,7 @@ class Decoder(nnx.Module):
                 for num_in, width, up in zip(inputs, widths, ups, strict=True)
             ]
         )
-        self.norm_out = nnx.Param(jnp.ones(widths[-1]))
+        self.norm_out = nnx.Param(jnp.ones(widths[-1], jnp.float32))
         self.conv_out = Convolution((3, 3, 3, widths[-1], config.image_channels), rngs)
 
     def enter(self, x: Float[Array, "B f h w C"], past: Past) -> Float[Array, "B f h w D"]:
@@ -275,7 +308,7 @@ class VAE(nnx.Module):
     ) -> Float[Array, "B f h w D"]:
         """The first part of `decode`, for a piece of a clip in time."""
         self.check_latents(latents)
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        mean, std = self._statistics(latents.ndim)
         scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
         return self.decoder.enter(self.post_quant.pointwise(scaled), past)
 
@@ -296,7 +329,7 @@ class VAE(nnx.Module):
     ) -> Float[Array, "B f h w C"]:
         """The rest of `encode`, for a piece of a clip in time."""
         encoded = self.quant.pointwise(self.encoder.leave(features, past))
-        mean, std = (jnp.asarray(x, jnp.float32) for x in self._statistics())
+        mean, std = self._statistics(encoded.ndim)
         return (encoded[..., : self.config.latent_channels].astype(jnp.float32) - mean) / std
 
     def check_latents(self, latents: Float[Array, "..."]) -> None:
@@ -324,5 +357,7 @@ class VAE(nnx.Module):
                 f"got {frames} frames of {height}x{width}; cut or pad the video"
             )
 
-    def _statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.config.latents_mean, self.config.latents_std
+    def _statistics(self, rank: int) -> tuple[Array, Array]:
+        both = (self.config.latents_mean, self.config.latents_std)
+        mean, std = (np.asarray(x, np.float32).reshape((1,) * (rank - 1) + (-1,)) for x in both)
+        return jnp.asarray(mean), jnp.asarray(std)

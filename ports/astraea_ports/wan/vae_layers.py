@@ -91,7 +91,8 @@ def rms_norm(x: Float[Array, "*pixels C"], gamma: Float[Array, " C"]) -> Float[A
     wide = x.astype(jnp.float32)
     # The root of the larger square, not the larger root: finite gradients at zero.
     inverse = jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(wide), -1, keepdims=True), 1e-24))
-    return (wide * (inverse * x.shape[-1] ** 0.5)).astype(x.dtype) * gamma
+    normed = (wide * (inverse * x.shape[-1] ** 0.5)).astype(x.dtype)
+    return normed * jax.lax.broadcast_to_rank(gamma, x.ndim)
 
 
 def norm_silu(x: Float[Array, "*pixels C"], gamma: Float[Array, " C"]) -> Float[Array, "*pixels C"]:
@@ -106,15 +107,19 @@ class Convolution(nnx.Module):
         """Random kernel, zero bias."""
         initialise = nnx.initializers.lecun_normal()
         self.kernel = nnx.Param(initialise(rngs.params(), shape, jnp.float32))
-        self.bias = nnx.Param(jnp.zeros(shape[-1]))
+        self.bias = nnx.Param(jnp.zeros(shape[-1], jnp.float32))
 
     def causal(self, x: Array, past: Past) -> Array:
         """As a causal 3x3x3 convolution."""
-        return causal_conv3d(x, self.kernel[...], past) + self.bias[...]
+        return self.plus_bias(causal_conv3d(x, self.kernel[...], past))
 
     def pointwise(self, x: Array) -> Array:
         """As a 1x1x1 convolution."""
-        return x @ self.kernel[...] + self.bias[...]
+        return self.plus_bias(x @ self.kernel[...])
+
+    def plus_bias(self, x: Array) -> Array:
+        """The bias added along the last axis."""
+        return x + jax.lax.broadcast_to_rank(self.bias[...], x.ndim)
 
 
 class Residual(nnx.Module):
@@ -122,9 +127,9 @@ class Residual(nnx.Module):
 
     def __init__(self, num_in: int, num_out: int, rngs: nnx.Rngs):
         """Random weights."""
-        self.norm1 = nnx.Param(jnp.ones(num_in))
+        self.norm1 = nnx.Param(jnp.ones(num_in, jnp.float32))
         self.conv1 = Convolution((3, 3, 3, num_in, num_out), rngs)
-        self.norm2 = nnx.Param(jnp.ones(num_out))
+        self.norm2 = nnx.Param(jnp.ones(num_out, jnp.float32))
         self.conv2 = Convolution((3, 3, 3, num_out, num_out), rngs)
         self.shortcut = Convolution((num_in, num_out), rngs) if num_in != num_out else None
 
@@ -142,7 +147,7 @@ class Attention(nnx.Module):
 
     def __init__(self, width: int, rngs: nnx.Rngs):
         """Random weights."""
-        self.norm = nnx.Param(jnp.ones(width))
+        self.norm = nnx.Param(jnp.ones(width, jnp.float32))
         self.qkv = Convolution((width, 3 * width), rngs)
         self.out = Convolution((width, width), rngs)
 
@@ -186,13 +191,14 @@ class Down(nnx.Module):
         self, x: Float[Array, "B F height width C"], past: Past
     ) -> Float[Array, "B f h w C"]:
         """Space first (zeros on the right and below only); the first frame stays in time."""
-        x = conv2d(x, self.spatial.kernel[...], ((0, 1), (0, 1)), stride=2) + self.spatial.bias[...]
+        x = conv2d(x, self.spatial.kernel[...], ((0, 1), (0, 1)), stride=2)
+        x = self.spatial.plus_bias(x)
         if self.time is None:
             return x
         x = past.with_last(x)
         triples = jnp.concatenate([x[:, :-2:2], x[:, 1:-1:2], x[:, 2::2]], -1)
         kernel = self.time.kernel[...]
-        later = triples @ kernel.reshape(-1, kernel.shape[-1]) + self.time.bias[...]
+        later = self.time.plus_bias(triples @ kernel.reshape(-1, kernel.shape[-1]))
         return jnp.concatenate([x[:, :1], later], 1) if past.first else later
 
 
@@ -210,12 +216,12 @@ class Up(nnx.Module):
         """Time first: the first frame stays as it is and is not seen by those after it."""
         if self.time is not None:
             first, rest = (x[:, :1], x[:, 1:]) if past.first else (x[:, :0], x)
-            kernel, bias = self.time.kernel[...], self.time.bias[...]
+            kernel = self.time.kernel[...]
             late = jnp.concatenate(shifts(rest, past), -1)
-            pairs = late @ kernel.reshape(-1, kernel.shape[-1]) + bias
+            pairs = self.time.plus_bias(late @ kernel.reshape(-1, kernel.shape[-1]))
             # The first half of the channels is the earlier of the two frames.
             both = jnp.stack(jnp.split(pairs, 2, -1), 2)
             rest = both.reshape(x.shape[0], 2 * rest.shape[1], *rest.shape[2:])
             x = jnp.concatenate([first, rest], 1)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)
-        return conv2d(x, self.spatial.kernel[...], ((1, 1), (1, 1))) + self.spatial.bias[...]
+        return self.spatial.plus_bias(conv2d(x, self.spatial.kernel[...], ((1, 1), (1, 1))))

@@ -98,7 +98,7 @@ def decode(
         np.float32,
     )
     for y, x in _tiles((rows, columns), tile, decode_rim(config)):
-        piece = features[:, :, y.start : y.stop, x.start : x.stop]
+        piece = _window(features, slice(y.start, y.stop), slice(x.start, x.stop))
         done = 0
         for out in _stream(decode_leave, model, piece, 1, frames):
             kept = _kept(out, y, x, factor)
@@ -124,7 +124,11 @@ def encode(
     features = None
     for y, x in _tiles(grid, tile, encode_rim(config)):
         # Cut from the video while it may still be in host memory.
-        piece = video[:, :, y.start * factor : y.stop * factor, x.start * factor : x.stop * factor]
+        piece = _window(
+            video,
+            slice(y.start * factor, y.stop * factor),
+            slice(x.start * factor, x.stop * factor),
+        )
         done = 0
         for out in _stream(encode_enter, model, piece, 1, time * frames):
             kept = _kept(out, y, x, 1)
@@ -165,12 +169,27 @@ def encode_leave(model: VAE, features, before):
     return model.encode_leave(features, past), past.kept
 
 
+def _frames(clip: Array | np.ndarray, start: int, stop: int) -> Array:
+    """Frames of a clip, sent to the device by name where they are in host memory."""
+    if isinstance(clip, np.ndarray):
+        return jax.device_put(clip[:, start:stop])
+    return jax.lax.slice_in_dim(clip, start, stop, axis=1)
+
+
+def _window(clip, rows: slice, columns: slice):
+    """A part of every frame, where the clip is: no index of it is sent to a device unasked."""
+    if isinstance(clip, np.ndarray):
+        return clip[:, :, rows, columns]
+    clip = jax.lax.slice_in_dim(clip, rows.start, rows.stop, axis=2)
+    return jax.lax.slice_in_dim(clip, columns.start, columns.stop, axis=3)
+
+
 def _stream(run: Callable, model: VAE, clip, first: int, frames: int) -> Iterator[Array]:
     """Runs a clip's first frames, then piece after piece."""
     before, start = None, 0
     while start < clip.shape[1]:
         stop = start + (frames if start else first)
-        out, before = run(model, jnp.asarray(clip[:, start:stop]), before)
+        out, before = run(model, _frames(clip, start, stop), before)
         yield jax.block_until_ready(out)
         start = stop
 
@@ -204,7 +223,7 @@ def _kept(out: Array, y: Tile, x: Tile, factor: int) -> np.ndarray:
     """What a tile computed, without its rim, on the host."""
     rows = slice((y.keep_start - y.start) * factor, (y.keep_stop - y.start) * factor)
     columns = slice((x.keep_start - x.start) * factor, (x.keep_stop - x.start) * factor)
-    return np.asarray(out[:, :, rows, columns])
+    return jax.device_get(_window(out, rows, columns))
 
 
 def _place(target: np.ndarray, kept: np.ndarray, y: Tile, x: Tile, factor: int) -> None:

@@ -19,11 +19,16 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_jax import video
+from astraea_jax.checks import Number, OneOf, Whole
 from astraea_ports import export
 from astraea_ports.wan import vae_weights
 from astraea_ports.wan.part_training import PartTraining, fingerprint
 from astraea_ports.wan.training_recipe import (
+    MOST_CLIPS,
+    SHARE,
+    SHARED_RULES,
     by_shape,
+    check_fields,
     descend,
     loss_and_gradients,
     moving_average,
@@ -73,6 +78,21 @@ class VAERecipe:
     normal_weight: float = 1e-4
     seed: int = 0
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
+
+    def __post_init__(self):
+        """Refuses what is out of range."""
+        check_fields(
+            self,
+            {
+                **SHARED_RULES,
+                "clips": Whole(1, MOST_CLIPS),
+                "crops": Whole(1, 64),
+                "clip": Number(1e-6, 1e6),
+                "average": SHARE,
+                "normal_weight": Number(0, 100),
+                "dtype": OneOf(("bfloat16", "float32")),
+            },
+        )
 
 
 class VAEState(NamedTuple):
@@ -169,7 +189,7 @@ def cut(key: PRNGKeyArray, drawn: Drawn, recipe: VAERecipe) -> Drawn:
     """Crops at random places; those of one number lie alike in all clips."""
     frames, side = drawn.cover.shape[1:3]
     length, size = min(CROP_FRAMES, frames), min(CROP_SIDE, side)
-    places = jax.random.uniform(key, (recipe.crops, 3))
+    places = jax.random.uniform(key, (recipe.crops, 3), jnp.float32)
     parts = []
     for place in places:
         # Encoders see time in fours after the first frame: a crop starts at either end.
@@ -198,7 +218,7 @@ def train_step(
     over = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
     drawn = draw(keys[0], recipe.clips)
     drawn = drawn if whole else cut(keys[1], drawn, recipe)
-    noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn))
+    noise = jax.random.normal(keys[2], latents_shape(state.vae, drawn), jnp.float32)
     batch = jax.lax.with_sharding_constraint((noise, drawn), over)
     share = functools.partial(loss, recipe=recipe)
     value, gradients = loss_and_gradients(share, state.vae, batch, mesh)
@@ -239,6 +259,7 @@ class VAETraining(PartTraining):
         super().__init__(model, recipe, recipe.clips)
         self._draw = draw
         self._vae = vae_weights.load_vae(self.folder / "vae")
+        self.check_source({"vae": (self._vae, vae_weights.TABLE)})
         if from_nothing:
             self._vae = VAE(self._vae.config, nnx.Rngs(recipe.seed))
         self._done = 0

@@ -1,6 +1,5 @@
 """Loading the VAE's weights: the tables from checkpoint keys to parameters, in both layouts."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -120,41 +119,47 @@ WAN_VAE: Mapping[str, Any] = {
 
 
 def open_vae(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | VAEConfig | None = None,
     dtype: DTypeLike | None = None,
+    revision: str | None = None,
 ) -> checkpoints.Loadable[VAE]:
     """Finds a VAE and holds its headers against its config; see `load_vae`."""
+    config = config.to_dict() if isinstance(config, VAEConfig) else config
     place = checkpoints.find_part(
         source,
         folder="vae",
         kinds=("AutoencoderKLWan",),
         config=config,
         single=ORIGINAL_FILES,
+        revision=revision,
         single_config=WAN_VAE,
     )
-    parsed = VAEConfig.from_dict(place.config)
+    parsed = VAEConfig.from_dict(place.config, name=f"the VAE's config of {source}")
     template = jax.eval_shape(lambda: VAE(parsed, nnx.Rngs(0)))
     template = template if dtype is None else checkpoints.with_dtype(template, dtype)
-    return checkpoints.open_checkpoint(place.weights, template, TABLE, original_table(parsed))
+    return checkpoints.open_checkpoint(place.weights(), template, TABLE, original_table(parsed))
 
 
 def load_vae(
-    source: str | os.PathLike[str],
+    source: checkpoints.Source,
     *,
-    config: Mapping[str, Any] | None = None,
+    config: Mapping[str, Any] | VAEConfig | None = None,
     dtype: DTypeLike | None = None,
+    revision: str | None = None,
 ) -> VAE:
     """Loads a VAE in Diffusers' layout or the original one.
 
     Args:
       source: a folder with config.json and the weights, a whole model's folder or hub id, or a
         single file of weights (.safetensors; .pth where torch is installed).
-      config: what config.json holds; needed with a single file that is not the original's.
+      config: what config.json holds; needed with a single file that has none beside it and is not
+        the original's.
       dtype: of the parameters and of the computation; None is float32, as upstream runs it.
+      revision: of a hub id: a branch, a tag or a commit.
 
     Raises:
       Refusal: the config or the weights are missing, broken, or don't fit.
     """
-    return open_vae(source, config=config, dtype=dtype).load()
+    return open_vae(source, config=config, dtype=dtype, revision=revision).load()
