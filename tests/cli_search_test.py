@@ -18,7 +18,7 @@ from astraea_jax.bench.latency import latency_table
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import search, subject, target
-from astraea_jax.cli.generate import Request, suitable
+from astraea_jax.cli.request import Choice, Request
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
@@ -102,16 +102,13 @@ def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
     asked |= {"prompt": "a red circle", "model": ModelChoice(), "negative_prompt": "", "seed": 0}
     asked |= {"size": (None, None, None), "compare": False, "show_selection": False}
     asked |= {"output": pathlib.Path("out.mp4")}
-    (recipe,) = [
-        each
-        for each in suitable(Request(**asked), pipeline)
-        if each.schedule.budget == 0.4
-    ]  # fmt: skip
+    (recipe,) = Choice(Request(**asked), pipeline).suitable(pipeline.transformer)
     assert recipe.solver == "euler" and recipe.schedule.steps == pipeline.defaults.steps
     other = Request(**asked | {"solver": "unipc", "budget": None, "schedule": recipe})
     with pytest.warns(UserWarning, match="searched for solver euler, not unipc"):
-        assert suitable(other, pipeline) == []
-    assert suitable(Request(**asked | {"steps": 7}), pipeline) == []
+        assert Choice(other, pipeline).suitable(pipeline.transformer) == []
+    shorter = Choice(Request(**asked | {"steps": 7}), pipeline)
+    assert shorter.suitable(pipeline.transformer) == []
 
 
 @pytest.mark.slow

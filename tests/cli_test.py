@@ -10,6 +10,7 @@ import pwd
 import signal
 import sys
 import threading
+import types
 
 import jax
 import jax.numpy as jnp
@@ -17,16 +18,18 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from astraea_jax import cli, files, video
+from astraea_jax import cli, files, report, video
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench.models import ModelChoice, read_lora
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import compiled, ending
-from astraea_jax.cli.generate import Request, plan
+from astraea_jax.cli import compiled, ending, keeping
+from astraea_jax.cli.request import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
-from astraea_ports import tiny
+from astraea_ports import checkpoints, tiny
 from astraea_ports.wan import parts
+
+generate = importlib.import_module("astraea_jax.cli.generate")  # the command has its name
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -35,18 +38,60 @@ SMALL = ["--frames", "5", "--height", "32", "--width", "32", "--steps", "4"]
 SMALL += ["--no-compilation-cache"]
 
 
-def test_compare_writes_a_video_and_prints_what_was_saved(capsys):
+@pytest.fixture
+def loads(monkeypatch):
+    """What is loaded of a model, in turn."""
+    seen, load = [], checkpoints.Checkpoint.load
+    monkeypatch.setattr(
+        checkpoints.Checkpoint,
+        "load",
+        lambda self: seen.append(type(self.template).__name__) or load(self),
+    )
+    return seen
+
+
+def test_compare_writes_a_video_and_prints_what_was_saved(capsys, monkeypatch, loads):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setattr(parts, "LARGE", 0)
     arguments = [PROMPT, "--budget", "0.5", "--compare", "--show-selection", *SMALL]
+    arguments += ["--model", str(tiny.FOLDER), "--grid", "original", "--shift", "5"]
     assert cli.main(["generate", *arguments]) == 0
-    printed = capsys.readouterr().out
+    printed = capsys.readouterr()
     for words in ("tokens computed", "50.0 %", "speed-up", "PSNR", "SSIM", "cache", "out.mp4"):
-        assert words in printed
+        assert words in printed.out
     frames = video.read_video("out.mp4")
     assert frames.shape[0] == 5
     # Four panels of 256 pixels a side, under their titles.
     assert frames.shape[1] > 256 and frames.shape[2] >= 4 * 256
     assert np.abs(np.diff(frames.astype(int), axis=2)).max() > 50
-    assert sorted(os.listdir()) == ["out.mp4"]
+    # A large model is loaded part by part, each once for both runs.
+    assert loads == ["T5Encoder", "Transformer", "VAE"]
+    stages = ("text: ", "load: ", "denoise, dense: 4 steps", "denoise, step-level", "decode: ")
+    for stage in stages:
+        assert stage in printed.err
+    assert len(os.listdir("cache/astraea_jax/text")) == 2
+    assert sorted(os.listdir()) == ["cache", "out.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"), [(Refusal("NaN"), Refusal), (RuntimeError("out of memory"), RuntimeError)]
+)
+def test_latents_are_kept_where_decoding_fails(monkeypatch, tmp_path, error, kind):
+    monkeypatch.setattr(keeping.tempfile, "tempdir", str(tmp_path))
+
+    class Pipeline:
+        def finish(self, made, progress):
+            raise error
+
+    made = [types.SimpleNamespace(latents=np.full((1, 2, 4, 4, 16), each)) for each in (1.0, 2.0)]
+    monkeypatch.setattr(ModelChoice, "open", lambda self: Pipeline())
+    monkeypatch.setattr(generate, "_denoise", lambda *_: made)
+    with pytest.raises(kind) as caught:
+        generate.run(request(), report.Progress())
+    (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
+    assert str(error) in said and f"the latents are kept as {kept}" in said
+    assert np.load(kept)[:, 0, 0, 0, 0].tolist() == [1.0, 2.0]
 
 
 def test_schedule_file_and_gif(capsys):
@@ -55,19 +100,6 @@ def test_schedule_file_and_gif(capsys):
     assert cli.main(["generate", *arguments]) == 0
     assert os.path.getsize("clip.gif") > 100
     assert "tokens computed" in capsys.readouterr().out
-
-
-def test_a_large_model_is_loaded_stage_by_stage(capsys, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
-    monkeypatch.setattr(parts, "LARGE", 0)
-    arguments = [PROMPT, "--model", str(tiny.FOLDER)]
-    arguments += ["--solver", "dpm++", "--grid", "original", "--shift", "5", *SMALL]
-    assert cli.main(["generate", *arguments]) == 0
-    printed = capsys.readouterr()
-    assert "out.mp4" in printed.out
-    for stage in ("text: ", "load: ", "denoise, dense: 4 steps", "decode: "):
-        assert stage in printed.err
-    assert len(os.listdir("cache/astraea_jax/text")) == 2
 
 
 def test_the_command_to_convert(capsys):
@@ -123,9 +155,9 @@ def test_plan_takes_what_measured_best():
     assert plan(request(schedule=Schedule((10, 5))), 7)[0] == Astraea()
     assert plan(request(schedule=Schedule((10, 0))), 7)[0] == StepLevel(correct=True)
     with pytest.raises(ValueError, match="leave --budget or --method out"):
-        plan(request(budget=0.5, method=Dense()), 7)
+        request(budget=0.5, method=Dense()).check()
     with pytest.raises(ValueError, match=r"2 levels.*got 7 steps"):
-        plan(request(schedule=Schedule((10, 5)), steps=7), 7)
+        request(schedule=Schedule((10, 5)), steps=7).check()
 
 
 @pytest.mark.parametrize(
@@ -363,8 +395,7 @@ def test_a_path_is_printed_as_it_is(capsys, monkeypatch):
 
 @pytest.mark.parametrize("encodes", [True, False])
 def test_what_can_not_be_written_is_kept_elsewhere(monkeypatch, tmp_path, encodes):
-    module = importlib.import_module("astraea_jax.cli.generate")
-    monkeypatch.setattr(module.tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(keeping.tempfile, "tempdir", str(tmp_path))
     if not encodes:
 
         def fail(*_):
@@ -373,7 +404,7 @@ def test_what_can_not_be_written_is_kept_elsewhere(monkeypatch, tmp_path, encode
         monkeypatch.setattr(video, "_write_mp4", fail)
     latents = np.ones((2, 1, 4, 4, 16), np.float32)
     picture = np.zeros((2, 32, 32, 3), np.uint8)
-    said = module.keep(pathlib.Path("full/out.mp4"), picture, latents)
+    said = keeping.video_or_latents(".mp4", picture, [latents])
     (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert str(kept) in said
     if encodes:

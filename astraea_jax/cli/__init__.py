@@ -30,7 +30,8 @@ from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import compiled, convert, ending, score, search, sensitivity, train
-from astraea_jax.cli.generate import Request, run
+from astraea_jax.cli.generate import run
+from astraea_jax.cli.request import Request
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 from astraea_jax.search.recipe import Recipe, is_recipe

@@ -3,6 +3,7 @@
 from astraea_ports.t5 import load_text_encoder as load_text_encoder
 from astraea_ports.wan.config import CONFIGS as CONFIGS
 from astraea_ports.wan.lora import Lora as Lora
+from astraea_ports.wan.pipeline import Made as Made
 from astraea_ports.wan.pipeline import Pipeline as Pipeline
 from astraea_ports.wan.pipeline import Result as Result
 from astraea_ports.wan.text import Tokenizer as Tokenizer

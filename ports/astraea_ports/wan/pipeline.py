@@ -2,11 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -16,7 +15,6 @@ from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.flops import Workload
 from astraea_jax.methods import Method
-from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch
 from astraea_ports import t5
@@ -25,6 +23,7 @@ from astraea_ports.wan import embeddings, parts, stages, vae
 from astraea_ports.wan import plan as plans
 from astraea_ports.wan.lora import Lora
 from astraea_ports.wan.parts import Defaults
+from astraea_ports.wan.stages import Made as Made
 from astraea_ports.wan.stages import Progress as Progress
 from astraea_ports.wan.stages import Result as Result
 from astraea_ports.wan.stages import Stage as Stage
@@ -192,10 +191,54 @@ class Pipeline:
         Raises:
           Refusal: any of these out of range, before any long work.
         """
+        plan = self.plan(
+            prompts,
+            frames=frames,
+            height=height,
+            width=width,
+            steps=steps,
+            guidance=guidance,
+            negative_prompt=negative_prompt,
+            seed=seed,
+            latents=latents,
+            method=method,
+            schedule=schedule,
+            solver=solver,
+            shift=shift,
+            grid=grid,
+        )
+        made = self.denoise(plan, driver=driver, progress=progress, trace=trace)
+        return self.finish(made, progress)[0]
+
+    def plan(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance: float | None = None,
+        negative_prompt: str | None = "",
+        seed: int | Sequence[int] = 0,
+        latents: Float[Array, "B f h w 16"] | None = None,
+        method: Method | None = None,
+        schedule: Schedule | None = None,
+        solver: str = "unipc",
+        shift: float | None = None,
+        grid: solvers.Grid | None = None,
+    ) -> plans.Plan:
+        """A call's arguments, checked and with the defaults filled in; no weight is read.
+
+        For more than one run of a prompt: `denoise` it by several methods, then `finish` them.
+
+        Raises:
+          Refusal: any of these out of range.
+        """
         shape = self.latents_shape(*self.size(frames, height, width))
         if steps is None:
             steps = self.defaults.steps if schedule is None else schedule.steps
-        plan = plans.make(
+        return plans.make(
             [prompts] if isinstance(prompts, str) else prompts,
             self.tokenizer,
             shape,
@@ -210,41 +253,79 @@ class Pipeline:
             seed=seed,
             latents=latents,
         )
+
+    def denoise(
+        self,
+        plan: plans.Plan,
+        choose: Callable[[Transformer], Sequence[tuple[Method, Schedule]]] | None = None,
+        *,
+        driver: loop.Driver = "static",
+        progress: Progress | None = None,
+        trace: bool = False,
+    ) -> list[Made]:
+        """Encodes the text and denoises, once for each run, with every part loaded once.
+
+        Args:
+          plan: of `Pipeline.plan`.
+          choose: gives the method and the schedule of each run; it gets the transformer with its
+            weights, which a searched schedule may have to know. None is the plan's own, once.
+          driver: see `astraea_jax.denoise`.
+          progress: called as progress(stage, done, total).
+          trace: whether to keep which tokens were computed.
+
+        Returns:
+          The latents of each run; the seconds of what they share stand with the first.
+
+        Raises:
+          Refusal: NaN or infinity in a run's latents.
+        """
         report = progress or quiet
         seconds: dict[Stage, Stopwatch] = {}
         report("text", 0, 1)
         with stopwatch() as seconds["text"]:
             context = self.encode_text(plan.prompts, plan.negative_prompt)
         report("text", 1, 1)
-        denoised = self._denoise(plan, context, driver, trace, report, seconds)
-        stages.check_finite(
-            "denoising", denoised.latents, "the transformer's weights, LoRA, dtype and guidance"
-        )
-        video = self.decode(denoised.latents, report, seconds)
-        branches = 1 if plan.guidance is None else 2
-        return Result(video, denoised.latents, branches, plan.schedule, denoised.trace, seconds)
-
-    def _denoise(self, plan: plans.Plan, context, driver, trace, report, seconds) -> loop.Denoised:
-        """The denoising stage; a transformer that was loaded for it is gone when it ends."""
+        # Held by this function alone: one that was loaded for its stage is gone when it returns.
         transformer = self._resident("transformer", report, seconds)
-        steps = plan.solver.steps
-        report("denoise", 0, steps)
-        with stopwatch() as seconds["denoise"]:
-            return jax.block_until_ready(
-                loop.denoise(
+        runs = [(plan.method, plan.schedule)] if choose is None else choose(transformer)
+        made = []
+        for method, schedule in runs:
+            own = plan._replace(method=method, schedule=schedule)
+            seconds = {} if made else seconds
+            made.append(
+                stages.denoise(
                     transformer,
-                    plan.noise,
+                    own,
                     context,
-                    solver=plan.solver,
-                    schedule=plan.schedule,
-                    method=plan.method,
-                    guidance=plan.guidance,
-                    key=seeded(plan.seed),
                     driver=driver,
-                    progress=lambda done: report("denoise", done, steps),
                     trace=trace,
+                    report=report,
+                    seconds=seconds,
                 )
             )
+        return made
+
+    def finish(self, made: Sequence[Made], progress: Progress | None = None) -> list[Result]:
+        """Decodes what was denoised, with the VAE loaded once.
+
+        Raises:
+          Refusal: NaN or infinity in a video.
+        """
+        report = progress or quiet
+        # The decoder may be the largest thing of all: loaded once, and gone when this returns.
+        vae = self._resident("vae", report, made[0].seconds)
+        decoder = dataclasses.replace(self, vae=vae)
+        return [
+            Result(
+                video=decoder.decode(each.latents, report, each.seconds),
+                latents=each.latents,
+                branches=each.branches,
+                schedule=each.schedule,
+                trace=each.trace,
+                seconds=each.seconds,
+            )
+            for each in made
+        ]
 
     def decode(
         self,

@@ -5,19 +5,23 @@ A part that is shapes alone is loaded for its stage, timed apart, and let go whe
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
-from astraea_jax.methods import Trace
+from astraea_jax.methods import Method, Trace
+from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
 from astraea_ports.checkpoints import Loadable
 from astraea_ports.wan import vae, vae_tiles
+from astraea_ports.wan.plan import Plan
+from astraea_ports.wan.transformer import Transformer
 
 Stage = Literal["text", "load", "denoise", "decode"]
 
@@ -36,7 +40,7 @@ class Result:
       schedule: the levels that were run.
       trace: which tokens each step computed, or () when it was not asked for.
       seconds: of each stage, compilation apart; "load" is that of transformer and VAE, where they
-        are loaded for their stage.
+        are loaded for their stage. What several runs share ("text", "load") stands with the first.
     """
 
     video: Float[Array, "B F height width 3"]
@@ -45,6 +49,26 @@ class Result:
     schedule: Schedule
     trace: Trace | tuple[()]
     seconds: Mapping[Stage, Stopwatch]
+
+
+class Made(NamedTuple):
+    """A run that is not decoded yet.
+
+    Attributes:
+      method: how its steps were computed.
+      schedule: the levels that were run.
+      latents: denoised, normalised.
+      branches: guidance branches that were run, 1 or 2.
+      trace: which tokens each step computed, or () when it was not asked for.
+      seconds: of each stage until now.
+    """
+
+    method: Method
+    schedule: Schedule
+    latents: Float[Array, "B f h w 16"]
+    branches: int
+    trace: Trace | tuple[()]
+    seconds: dict[Stage, Stopwatch]
 
 
 def quiet(stage: Stage, done: int, total: int) -> None:
@@ -102,6 +126,61 @@ def check_finite(stage: str, values: Any, advice: str) -> None:
             f"{stage} gave NaN or infinity in {len(wrong)} of {len(values)} videos ({which}): "
             f"check {advice}"
         )
+
+
+def denoise(
+    transformer: Transformer,
+    plan: Plan,
+    context: Float[Array, "rows M D"],
+    *,
+    driver: loop.Driver,
+    trace: bool,
+    report: Progress,
+    seconds: dict[Stage, Stopwatch],
+) -> Made:
+    """Runs a plan's method and schedule.
+
+    Args:
+      transformer: with its weights.
+      plan: what to run.
+      context: text of each guidance branch, of each prompt.
+      driver: see `astraea_jax.denoise`.
+      trace: whether to keep which tokens were computed.
+      report: takes progress.
+      seconds: gets those of denoising.
+
+    Raises:
+      Refusal: NaN or infinity in the latents.
+    """
+    steps = plan.solver.steps
+    report("denoise", 0, steps)
+    with stopwatch() as seconds["denoise"]:
+        denoised = jax.block_until_ready(
+            loop.denoise(
+                transformer,
+                plan.noise,
+                context,
+                solver=plan.solver,
+                schedule=plan.schedule,
+                method=plan.method,
+                guidance=plan.guidance,
+                key=seeded(plan.seed),
+                driver=driver,
+                progress=lambda done: report("denoise", done, steps),
+                trace=trace,
+            )
+        )
+    check_finite(
+        "denoising", denoised.latents, "the transformer's weights, LoRA, dtype and guidance"
+    )
+    return Made(
+        plan.method,
+        plan.schedule,
+        denoised.latents,
+        1 if plan.guidance is None else 2,
+        denoised.trace,
+        seconds,
+    )
 
 
 @timed_jit()
