@@ -363,35 +363,37 @@ def test_a_videos_noise_is_that_of_the_seed_and_its_place():
     shape = pipeline().latents_shape(*SIZE.values())
     keys = [jax.random.fold_in(jax.random.key(7), index) for index in range(2)]
     start = jnp.stack([jax.random.normal(key, shape) for key in keys])
-    options = SIZE | {"steps": 1, "solver": "euler"}
-    seeded = pipeline()([PROMPT, PROMPT], seed=7, **options)
-    given = pipeline()([PROMPT, PROMPT], latents=start, **options)
-    first = pipeline()(PROMPT, seed=7, **options)
-    assert np.array_equal(seeded.latents, given.latents)
-    assert relative(first.latents[0], np.asarray(seeded.latents[0])) <= 1e-5
-    assert relative(seeded.latents[0], np.asarray(seeded.latents[1])) > 0.1
+    seeded = pipeline().plan([PROMPT, PROMPT], seed=7, **SIZE)
+    assert np.array_equal(seeded.noise, start)
+    assert np.array_equal(pipeline().plan([PROMPT] * 2, latents=start, **SIZE).noise, start)
+    assert np.array_equal(pipeline().plan(PROMPT, seed=7, **SIZE).noise, start[:1])
+    assert relative(start[0], np.asarray(start[1])) > 0.1
+
+
+def latents(**options):
+    """What is denoised from the test's noise."""
+    options |= SIZE | {"steps": 1, "latents": noise(1)}
+    (made,) = pipeline().denoise(pipeline().plan(PROMPT, **options))
+    return np.asarray(made.latents)
 
 
 def test_no_guidance_runs_one_branch():
-    options = SIZE | {"steps": 2, "latents": noise(1)}
-    plain = pipeline()(PROMPT, guidance=1.0, **options)
-    assert plain.branches == 1
+    plan = pipeline().plan(PROMPT, guidance=1.0, **SIZE)
+    assert plan.guidance is None and plan.negative_prompt is None
+    plain = latents(guidance=1.0)
     text = pipeline().encode_text([PROMPT], None)
     assert text.shape[0] == 1
     expected = loop.denoise(
         pipeline().transformer, noise(1), text, driver="static",
-        solver=solvers.unipc(2, shift=pipeline().shift),
+        solver=solvers.unipc(1, shift=pipeline().shift),
     )  # fmt: skip
-    assert relative(plain.latents, np.asarray(expected.latents)) <= 1e-5
-    guided = pipeline()(PROMPT, guidance=5.0, **options)
-    assert relative(plain.latents, np.asarray(guided.latents)) > 1e-2
+    assert relative(plain, np.asarray(expected.latents)) <= 1e-5
+    assert relative(plain, latents(guidance=5.0)) > 1e-2
 
 
 def test_the_negative_prompt_is_read():
-    options = SIZE | {"steps": 1, "latents": noise(1), "guidance": 5.0}
-    empty = pipeline()(PROMPT, **options)
-    other = pipeline()(PROMPT, negative_prompt="a blue square", **options)
-    assert relative(empty.latents, np.asarray(other.latents)) > 1e-3
+    other = latents(guidance=5.0, negative_prompt="a blue square")
+    assert relative(latents(guidance=5.0), other) > 1e-3
 
 
 def test_defaults_are_the_folders():
