@@ -85,6 +85,28 @@ def scatter_rows(
     return values.at[batch, indices].set(news, mode="drop", unique_indices=True)
 
 
+def attention_entropy(
+    q: Float[Array, "B K A C"], k: Float[Array, "B M A C"], *, scale: float | None = None
+) -> Float[Array, "B K"]:
+    """Entropy in nats, 0..ln M, of the mean over the heads of each row's attention; float32.
+
+    Args:
+      q: queries.
+      k: keys, few: each head makes a K x M matrix, one after another.
+      scale: of the logits; None is C ** -0.5.
+    """
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+
+    def add(total, head):
+        queries, keys = head
+        logits = jnp.einsum("bkc,bmc->bkm", queries, keys, preferred_element_type=jnp.float32)
+        return total + jax.nn.softmax(logits * factor, axis=-1), None
+
+    start = jnp.zeros_like(q, jnp.float32, (*q.shape[:2], k.shape[1]))
+    total, _ = lax.scan(add, start, (jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)))
+    return jax.scipy.special.entr(total / q.shape[2]).sum(axis=-1)
+
+
 def _xla(q, k, v, count, indices, scale):
     """The reference, on any platform."""
     if indices is not None:

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Integer, Key
 
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
-from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold, seeded
+from astraea_jax.methods.base import Evaluation, Method, Mode, StepInputs, Trace, fold, seeded
 from astraea_jax.methods.dense import Dense
-from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.model import Conditions, Geometry, Prepared, VideoDiT
 from astraea_jax.schedule import LEVELS, Schedule, check_levels
 from astraea_jax.solvers import Solver, SolverState
 from astraea_jax.timing import timed_jit, tracing
@@ -68,20 +68,19 @@ class Settings(NamedTuple):
     trace: bool
 
     @property
-    def correct(self) -> bool:
-        """Whether steps that reused a velocity are corrected once the next one is known."""
-        return getattr(self.method, "correct", False)
-
-    @property
     def apart(self) -> bool:
         """Whether a token's velocity may be computed in one guidance branch and not in another."""
-        return self.num_branches > 1 and not getattr(self.method, "fresh_alike", False)
+        return self.num_branches > 1 and not self.method.fresh_alike
+
+    def evaluation(self, model: VideoDiT, prepared: Prepared, steps: Array) -> Evaluation:
+        """What the steps of a run share."""
+        return Evaluation(model, prepared, self.geometry, self.num_branches, steps)
 
 
 def denoise(
     model: VideoDiT,
     latents: Float[Array, "P F Y X C"],
-    context: Float[Array, "B M D"],
+    conditions: Conditions,
     *,
     solver: Solver,
     schedule: Schedule | Sequence[int] | Integer[Array, "T"] | np.ndarray | None = None,
@@ -97,8 +96,9 @@ def denoise(
     Args:
       model: a video diffusion transformer.
       latents: Gaussian noise, one video a row.
-      context: text embeddings padded to the model's text length; with guidance the P conditional
-        rows first, then the P unconditional ones.
+      conditions: what the model takes beside noise, a row for each video; for Wan text embeddings
+        [B, M, D], padded to the model's text length. With guidance the P conditional rows first,
+        then the P unconditional ones.
       solver: of `solvers.unipc` or `solvers.euler`, T steps.
       schedule: a level for each step; None is dense. A list, tuple or array of levels 0..10 (its
         first 10) does too, and with the dynamic driver may be traced: it is then not checked.
@@ -118,7 +118,7 @@ def denoise(
         before anything is computed.
     """
     method = Dense() if method is None else method
-    settings = check(model, latents, context, method, guidance, trace)
+    settings = check(model, latents, conditions, method, guidance, trace)
     if driver not in ("dynamic", "static"):
         raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
     if progress is not None and tracing():
@@ -130,12 +130,12 @@ def denoise(
     levels = _levels(schedule, solver, method, driver)
     key = seeded(0) if key is None else key
     scale = _as_float32(1.0 if guidance is None else guidance)
-    latents, context = _as_float32(latents), _placed(context)
+    latents, conditions = _as_float32(latents), _placed(conditions)
     if driver == "static":
-        return _static(model, latents, context, solver, levels, scale, key, settings, progress)
+        return _static(model, latents, conditions, solver, levels, scale, key, settings, progress)
     solver, levels = _placed((solver, levels))
     run = functools.partial(
-        dynamic_loop, model, latents, context, solver, levels, scale, key, settings=settings
+        dynamic_loop, model, latents, conditions, solver, levels, scale, key, settings=settings
     )
     if progress is None:
         return run()
@@ -147,38 +147,29 @@ def denoise(
 
 @timed_jit(static=("settings",))
 def dynamic_loop(
-    model, latents, context, solver, levels, guidance, key, *, settings, listener=None
+    model, latents, conditions, solver, levels, guidance, key, *, settings, listener=None
 ):
     """The whole loop as one program; levels, solver, guidance, key and listener are data."""
-    prepared = model.prepare(context, settings.geometry)
-    step = loop_step(model, prepared, guidance, key, settings=settings, listener=listener)
+    prepared = model.prepare(conditions, settings.geometry)
+    it = settings.evaluation(model, prepared, jnp.int32(solver.steps))
+    step = loop_step(it, guidance, key, settings=settings, listener=listener)
     indices = jnp.arange(solver.steps, dtype=jnp.int32)
     state = start(model, latents, settings, (prepared, solver, levels, guidance, key))
     state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
     return Denoised(state.latents, traces)
 
 
-def loop_step(model, prepared, guidance, key, *, settings: Settings, listener=None):
+def loop_step(it: Evaluation, guidance, key, *, settings: Settings, listener=None):
     """The body of a scan over (solver row, level, index of the step), level being data.
 
     `listener` is the number under which `_listening` keeps whom to tell; None tells nobody.
     """
-    method = settings.method
 
     def step(state: LoopState, xs):
         solver_row, level, index = xs
         inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
-        runs = [functools.partial(_forward, settings=settings, mode=mode) for mode in method.modes]
-        if len(runs) == 1:
-            # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
-            # a bare forward pass with the loop, and its last bits would not be those of a branch.
-            runs.insert(0, functools.partial(_nothing, runs[0]))
-            choice = (inputs.level >= 0).astype(jnp.int32)
-        else:
-            choice = method.decide(state.method, inputs)
-        runs = [functools.partial(_alike, run, _varying_axes(state)) for run in runs]
-        forward = lax.switch(choice, runs, model, prepared, inputs, state.method)
-        state = advance(model, state, forward, solver_row, guidance, settings)
+        forward = _decided(it, inputs, state, settings)
+        state = advance(it.model, state, forward, solver_row, guidance, settings)
         if listener is not None:
             jax.debug.callback(_report_step, listener, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
@@ -186,21 +177,39 @@ def loop_step(model, prepared, guidance, key, *, settings: Settings, listener=No
     return step
 
 
-def _static(model, latents, context, solver, levels, guidance, key, settings, progress):
-    """A host loop over compiled steps, one for each mode that the schedule uses."""
+def _decided(it: Evaluation, inputs: StepInputs, state: LoopState, settings: Settings):
+    """The forward pass in the mode that the method decides on as it runs."""
+    method = settings.method
+    choice, method_state = method.decide(it, inputs, state.method)
+    runs = [functools.partial(_forward, it, mode, settings) for mode in method.modes]
+    if len(runs) == 1:
+        # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
+        # a bare forward pass with the loop, and its last bits would not be those of a branch.
+        runs.insert(0, functools.partial(_nothing, runs[0]))
+        choice = (inputs.level >= 0).astype(jnp.int32)
+    runs = [functools.partial(_alike, run, _varying_axes(state)) for run in runs]
+    return lax.switch(choice, runs, inputs, method_state)
+
+
+def _static(model, latents, conditions, solver, levels, guidance, key, settings, progress):
+    """A host loop over compiled steps, one for each mode that the method plans.
+
+    Where it plans none, there is one program, which decides as it runs.
+    """
     levels = [int(level) for level in jax.device_get(levels)]
-    modes = [settings.method.static_mode(level) for level in levels]
-    prepared, state = start_static(model, latents, context, settings=settings)
+    modes = settings.method.plan(levels, solver) or [None] * len(levels)
+    prepared, state = start_static(model, latents, conditions, settings=settings)
     traces = []
     # Cut on the host and sent at once: a small model's step is shorter than to cut on a device.
     table = jax.device_get(solver)
     numbers = [
-        (jax.tree.map(lambda leaf, i=index: leaf[i], table), np.int8(level), np.int32(index))
+        (jax.tree.map(lambda leaf, i=index: leaf[i], table), *map(np.int32, (level, index)))
         for index, level in enumerate(levels)
     ]
+    steps = _placed(np.int32(len(levels)))
     for index, (mode, number) in enumerate(zip(modes, _placed(numbers), strict=True)):
         state, step_trace = static_step(
-            model, prepared, state, *number, guidance, key, settings=settings, mode=mode
+            model, prepared, state, *number, steps, guidance, key, settings=settings, mode=mode
         )
         traces.append(step_trace)
         if progress is not None:
@@ -211,19 +220,27 @@ def _static(model, latents, context, solver, levels, guidance, key, settings, pr
 
 
 @timed_jit(static=("settings",))
-def start_static(model, latents, context, *, settings) -> tuple[Prepared, LoopState]:
+def start_static(model, latents, conditions, *, settings) -> tuple[Prepared, LoopState]:
     """What the static driver starts from."""
-    prepared = model.prepare(context, settings.geometry)
+    prepared = model.prepare(conditions, settings.geometry)
     return prepared, start(model, latents, settings, prepared)
 
 
 @timed_jit(static=("settings", "mode"), donate=("state",))
 def static_step(
-    model, prepared, state: LoopState, solver_row, level, index, guidance, key, *, settings, mode
-) -> tuple[LoopState, Trace | tuple[()]]:
-    """One step whose mode is static; the state is donated, so the cache is updated in place."""
+    model, prepared, state: LoopState, solver_row, level, index, steps, guidance, key, *,
+    settings, mode,
+) -> tuple[LoopState, Trace | tuple[()]]:  # fmt: skip
+    """One of so many steps; the state is donated, so the cache is updated in place.
+
+    Its mode is static, or None: the method decides as it runs.
+    """
+    it = settings.evaluation(model, prepared, steps)
     inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
-    forward = _forward(model, prepared, inputs, state.method, settings=settings, mode=mode)
+    if mode is None:
+        forward = _decided(it, inputs, state, settings)
+    else:
+        forward = _forward(it, mode, settings, inputs, state.method)
     state = advance(model, state, forward, solver_row, guidance, settings)
     return state, forward.trace if settings.trace else ()
 
@@ -235,23 +252,21 @@ def start(model, latents, settings: Settings, others=()) -> LoopState:
     latents = jnp.array(latents, copy=True)
     method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
     parts = settings.num_branches if settings.apart else 1
-    gap = solvers.no_gap(latents, parts) if settings.correct else ()
+    gap = solvers.no_gap(latents, parts) if settings.method.corrects else ()
     state = LoopState(latents, solvers.init(latents), method_state, gap)
     return _varying(state, _varying_axes((model, latents, others)))
 
 
 def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
     """What a method's forward pass is given: the latents once for each guidance branch."""
-    branches = settings.num_branches
-    repeated = jnp.concatenate([latents] * branches)
+    repeated = jnp.concatenate([latents] * settings.num_branches)
     timestep = jnp.full((repeated.shape[0],), solver_row.timestep, jnp.float32)
-    return StepInputs(repeated, timestep, jnp.asarray(level, jnp.int32), fold(key, index))
+    level, index = jnp.asarray(level, jnp.int32), jnp.asarray(index, jnp.int32)
+    return StepInputs(repeated, timestep, level, index, fold(key, index))
 
 
-def _forward(model, prepared, inputs, state, *, settings: Settings, mode: Mode):
-    return settings.method.forward(
-        mode, model, prepared, settings.geometry, inputs, state, settings.num_branches
-    )
+def _forward(it: Evaluation, mode: Mode, settings: Settings, inputs, state):
+    return settings.method.forward(mode, it, inputs, state)
 
 
 def _nothing(forward, *operands):
@@ -271,7 +286,7 @@ def advance(model, state, forward, solver_row, guidance, settings: Settings) -> 
         conditional, unconditional = branches
         velocity = unconditional + guidance * (conditional - unconditional)
     latents, history, gap = state.latents, state.solver, state.gap
-    if settings.correct:
+    if settings.method.corrects:
         # The guided velocity is a sum of the branches': what each adds to the gap is its share.
         parts, shares = velocity[None], (1.0,)
         if settings.apart:
@@ -295,15 +310,19 @@ def _fresh(model, forward, settings: Settings):
     return branches if settings.apart else branches[:1]
 
 
-def check(model, latents, context, method, guidance, trace) -> Settings:
+def check(model, latents, conditions, method, guidance, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
     geometry = model.geometry(latents.shape)
+    method.check(geometry)
     branches = 1 if guidance is None else 2
-    if context.ndim != 3 or context.shape[0] != branches * latents.shape[0]:
-        raise Refusal(
-            f"expected context of {branches * latents.shape[0]} rows ({branches} guidance "
-            f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
-        )
+    rows = branches * latents.shape[0]
+    for path, leaf in jax.tree.flatten_with_path(conditions)[0]:
+        if not jnp.ndim(leaf) or jnp.shape(leaf)[0] != rows:
+            name = jax.tree_util.keystr(path) or "them"
+            raise Refusal(
+                f"expected conditions of {rows} rows ({branches} guidance branches of "
+                f"{latents.shape[0]} videos); got shape {tuple(jnp.shape(leaf))} of {name}"
+            )
     return Settings(method, geometry, branches, trace)
 
 
@@ -330,8 +349,7 @@ def known_levels(schedule, steps: int, method: Method, *, dense_start: int = 1) 
     if schedule is None:
         schedule = (LEVELS,) * steps
     levels = check_levels(schedule, steps=steps, dense_start=dense_start)
-    for level in sorted(set(levels)):
-        method.static_mode(level)
+    method.check_levels(levels)
     return levels
 
 

@@ -1,12 +1,15 @@
 """What a video diffusion transformer offers, so that every method runs on it unchanged.
 
-A model is a pytree of parameters. It is laid out as layers that all look alike and are scanned;
-a layer holds one block or several kinds of block in a fixed order (Wan: one; OpenSora: a spatial
-and a temporal one). A block offers its sub-layers apart, un-gated, so that a method may compute,
-reuse or skip each of them, for all tokens or for some.
+A model is a pytree of parameters. It is laid out as stacks of layers; a stack's layers all look
+alike and are scanned, and a layer holds one block or several kinds of block in a fixed order (Wan:
+one stack of one kind; OpenSora: one of a spatial and a temporal kind; HunyuanVideo: two stacks). A
+block offers its sub-layers apart, un-gated, so that a method may compute, reuse or skip each of
+them, for all tokens or for some. Tokens that are not the video's (text that the blocks change) go
+along beside: every method moves them on in full.
 """
 
 import hashlib
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -14,43 +17,25 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+Conditions = Any
+"""What a video is made of beside noise, as the model defines it: a pytree whose leaves have a
+leading axis over rows. Text embeddings [B, M, D] for Wan; text with its mask, frame rate and size;
+image features and latents; pooled text."""
+
 Prepared = Any
 """What a model computes once a run: text keys and values of every block, rotary tables."""
 
 LayerInputs = Any
-"""A pytree with a leading axis over layers: parameters and prepared text of each layer."""
+"""A pytree with a leading axis over a stack's layers: parameters and prepared text of each."""
 
 Modulation = Any
 """What a step adds: the time embedding and what follows from it for every block."""
 
+Side = Any
+"""Tokens beside the video's that the blocks move on; () where a model has none."""
 
-class Geometry(NamedTuple):
-    """Static sizes of a run.
-
-    Attributes:
-      grid: tokens along (frames, height, width).
-      width: channels of a token, H.
-      num_layers: layers that the scan runs over.
-      patch_values: numbers that the head gives for a token.
-      groups: of each kind of block in a layer, in order of computation.
-    """
-
-    grid: tuple[int, int, int]
-    width: int
-    num_layers: int
-    patch_values: int
-    groups: tuple["Groups", ...]
-
-    @property
-    def num_blocks(self) -> int:
-        """Blocks that each keep a cache, L."""
-        return self.num_layers * len(self.groups)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of one video, N."""
-        frames, height, width = self.grid
-        return frames * height * width
+Shared = Any
+"""What a block's parts read of all tokens: keys and values, normed and rotated."""
 
 
 class Groups(NamedTuple):
@@ -66,78 +51,165 @@ class Groups(NamedTuple):
     contiguous: bool = True
 
 
-class Gates(NamedTuple):
-    """Factors on the sub-layers' outputs; 1.0 where a model has none."""
+class Kind(NamedTuple):
+    """A kind of block.
 
-    self_attention: Array | float
-    cross_attention: Array | float
-    mlp: Array | float
+    Attributes:
+      name: "block" where there is one kind; "spatial", "temporal", "double", ... where more.
+      groups: which tokens attend to which.
+      parts: names of its sub-layers, in order: "self", "cross", "mlp", or "fused".
+    """
+
+    name: str = "block"
+    groups: Groups = Groups()
+    parts: tuple[str, ...] = ("self", "cross", "mlp")
+
+
+class Stack(NamedTuple):
+    """Layers that all look alike.
+
+    Attributes:
+      layers: how many.
+      kinds: of the blocks in each, in order of computation.
+    """
+
+    layers: int
+    kinds: tuple[Kind, ...]
+
+
+class Geometry(NamedTuple):
+    """Static sizes of a run.
+
+    Attributes:
+      grid: tokens along (frames, height, width).
+      width: channels of a token, H.
+      patch_values: numbers that the head gives for a token.
+      stacks: of layers, in order of computation.
+    """
+
+    grid: tuple[int, int, int]
+    width: int
+    patch_values: int
+    stacks: tuple[Stack, ...]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks that each keep a cache, L."""
+        return sum(stack.layers * len(stack.kinds) for stack in self.stacks)
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of all stacks."""
+        return sum(stack.layers for stack in self.stacks)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of one video, N."""
+        frames, height, width = self.grid
+        return frames * height * width
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """Of all stacks, in order of computation."""
+        return tuple(kind for stack in self.stacks for kind in stack.kinds)
+
+
+class Rows(NamedTuple):
+    """Some tokens of the sequence, or all of it.
+
+    Attributes:
+      values: the tokens.
+      indices: their positions; None means that `values` is the whole sequence. Positions past the
+        tokens are computed like the last one, and written nowhere.
+      normed: what the block's `entry` makes of them, where that is known.
+    """
+
+    values: Float[Array, "B K H"]
+    indices: Int[Array, "B K"] | None = None
+    normed: Float[Array, "B K H"] | None = None
+
+    def of(self, tokens: Float[Array, "B N H"]) -> Float[Array, "B K H"]:
+        """Of something that every token has, the rows'; as it is where it has one for all."""
+        if self.indices is None or tokens.shape[1] == 1:
+            return tokens
+        return jnp.take_along_axis(tokens, self.indices[..., None], axis=1, mode="clip")
+
+
+class PartOut(NamedTuple):
+    """What a sub-layer gives.
+
+    Attributes:
+      out: un-gated.
+      lse: log-sum-exp of its attention; None where it has none over the video's tokens.
+      entropy: gives the entropy of each row's attention to the text, mean over the heads, in nats;
+        None where there is no such attention. A function, since few ask and it costs a softmax.
+    """
+
+    out: Float[Array, "B K H"]
+    lse: Float[Array, "B A K"] | None = None
+    entropy: Callable[[], Float[Array, "B K"]] | None = None
+
+
+class Part(NamedTuple):
+    """A sub-layer of a bound block.
+
+    Attributes:
+      name: "self", "cross", "mlp" or "fused".
+      gate: factor on what it gives: [B, 1, H], one for each token [B, N, H], or a number.
+      run: the sub-layer, un-gated, on rows, given what `Block.shared` made.
+      shares: whether it reads that.
+    """
+
+    name: str
+    gate: Array | float
+    run: Callable[[Rows, Shared], PartOut]
+    shares: bool = False
 
 
 class EntryNorm(NamedTuple):
-    """What a block makes of the tokens that its self-attention reads, as data.
+    """What a block makes of the tokens that its attention reads, as data.
 
     A layer norm without parameters, a scale and a shift, in float32.
 
     Attributes:
-      scale: added to one.
+      scale: added to one; for all tokens, or for each.
       shift: added last.
       eps: of the norm.
       dtype: of the result.
     """
 
-    scale: Float[Array, "B 1 H"]
-    shift: Float[Array, "B 1 H"]
+    scale: Float[Array, "B #N H"]
+    shift: Float[Array, "B #N H"]
     eps: float
     dtype: jnp.dtype
 
-    def __call__(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """Normed, scaled and shifted rows."""
-        normed = layer_norm(rows, self.eps) * (1 + self.scale) + self.shift
-        return normed.astype(self.dtype)
+    def __call__(self, rows: Rows) -> Float[Array, "B K H"]:
+        """Normed, scaled and shifted rows; those that are known as they are."""
+        if rows.normed is not None:
+            return rows.normed
+        normed = layer_norm(rows.values, self.eps) * (1 + rows.of(self.scale))
+        return (normed + rows.of(self.shift)).astype(self.dtype)
 
 
 @runtime_checkable
 class Block(Protocol):
-    """One block with its parameters, its text and this step's modulation bound to it.
+    """One block with its parameters, its conditions and this step's modulation bound to it."""
 
-    Attributes:
-      gates: on the sub-layers.
-      entry: what `keys_values` begins with, if it is of this kind; None if not.
-    """
+    @property
+    def entry(self) -> EntryNorm | None:
+        """What `shared` begins with, if it is of this kind; None if not."""
+        ...
 
-    gates: Gates
-    entry: EntryNorm | None
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """Its sub-layers, in order; each reads the rows that the ones before it left."""
+        ...
 
-    def keys_values(
-        self, tokens: Float[Array, "B N H"], normed: Float[Array, "B N H"] | None = None
-    ) -> Any:
-        """Keys and values of every token, normed and rotated.
+    def shared(self, tokens: Rows, side: Side) -> tuple[Shared, Side]:
+        """What the parts read of the whole sequence, and the side tokens moved on.
 
-        `normed` is what `entry` makes of the tokens, where that is known; never given to a block
-        that has no `entry`.
+        `tokens.normed` is given where it is known, never to a block that has no `entry`.
         """
-        ...
-
-    def self_attention(
-        self,
-        rows: Float[Array, "B K H"],
-        indices: Int[Array, "B K"] | None,
-        keys_values: Any,
-        normed: Float[Array, "B K H"] | None = None,
-    ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
-        """Un-gated self-attention of rows (at `indices`; None means all tokens), and its LSE.
-
-        `normed` is what `entry` makes of the rows, as it is for `keys_values`.
-        """
-        ...
-
-    def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """Un-gated attention of rows to the text."""
-        ...
-
-    def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
-        """Un-gated feed-forward of rows."""
         ...
 
 
@@ -154,23 +226,34 @@ class VideoDiT(Protocol):
         """Static sizes for latents [B, F, H, W, C]; Refusal for sizes it can't do."""
         ...
 
-    def prepare(self, context: Float[Array, "B M D"], geometry: Geometry) -> Prepared:
-        """What stays the same through a run."""
+    def prepare(self, conditions: Conditions, geometry: Geometry) -> Prepared:
+        """What stays the same through a run; Refusal for conditions that are not its own."""
         ...
 
-    def modulation(self, timestep: Float[Array, "B"]) -> Modulation:
+    def modulation(self, timestep: Float[Array, "B"], prepared: Prepared) -> Modulation:
         """What a step adds; timestep in 0..1000."""
         ...
 
-    def embed(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B N H"]:
-        """Tokens of the latents, row-major in (frame, height, width)."""
+    def signals(self, modulation: Modulation) -> Mapping[str, Float[Array, "B D"]]:
+        """What of it tells how far the model's answer moves between steps, by name.
+
+        "embedding": of the time; "projected": what the blocks get of it, flat.
+        """
         ...
 
-    def layers(self, prepared: Prepared) -> LayerInputs:
-        """What a scan over layers runs over."""
+    def embed(
+        self, latents: Float[Array, "B F Y X C"], prepared: Prepared
+    ) -> tuple[Float[Array, "B N H"], Side]:
+        """Tokens of the latents, row-major in (frame, height, width), and what goes beside."""
         ...
 
-    def bind(self, layer: LayerInputs, prepared: Prepared, modulation: Modulation) -> tuple:
+    def layers(self, stack: int, prepared: Prepared) -> LayerInputs:
+        """What a scan over the layers of a stack runs over."""
+        ...
+
+    def bind(
+        self, stack: int, layer: LayerInputs, prepared: Prepared, modulation: Modulation
+    ) -> tuple[Block, ...]:
         """The blocks of one layer (a slice of `layers`), in order of computation."""
         ...
 
@@ -200,51 +283,71 @@ def add_gated(
     return total.astype(rows.dtype)
 
 
+class BlockOut(NamedTuple):
+    """What a block gives of some rows.
+
+    Attributes:
+      rows: that leave it.
+      lse: log-sum-exp of its attention; None where that was not run.
+      outs: of each part by name, un-gated.
+      entropy: of the attention to the text; see `PartOut`.
+    """
+
+    rows: Float[Array, "B K H"]
+    lse: Float[Array, "B A K"] | None
+    outs: dict[str, Float[Array, "B K H"]]
+    entropy: Callable[[], Float[Array, "B K"]] | None = None
+
+
 def apply_block(
     block: Block,
-    rows: Float[Array, "B K H"],
-    indices: Int[Array, "B K"] | None,
-    keys_values: Any,
-    normed: Float[Array, "B K H"] | None = None,
-) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
-    """The whole block on some rows: exact for them, given the keys and values of all tokens.
+    rows: Rows,
+    shared: Shared,
+    *,
+    known: Mapping[str, Float[Array, "B K H"]] | None = None,
+) -> BlockOut:
+    """The whole block on some rows: exact for them, given what is shared of all tokens.
 
     Args:
       block: a bound block.
       rows: the tokens to compute.
-      indices: their positions in the sequence; None means that `rows` is all of it.
-      keys_values: of `block.keys_values` on the whole sequence.
-      normed: what `block.entry` makes of the rows, where that is known.
-
-    Returns:
-      The rows that leave the block, and their log-sum-exp.
+      shared: of `block.shared` on the whole sequence; anything where no part that runs reads it.
+      known: what parts give, by name, un-gated: those are not run.
     """
-    known = () if normed is None else (normed,)
-    attended, lse = block.self_attention(rows, indices, keys_values, *known)
-    rows = add_gated(rows, block.gates.self_attention, attended)
-    rows = add_gated(rows, block.gates.cross_attention, block.cross_attention(rows))
-    rows = add_gated(rows, block.gates.mlp, block.mlp(rows))
-    return rows, lse
+    known = {} if known is None else known
+    lse, entropy, outs = None, None, {}
+    for part in block.parts:
+        made = PartOut(known[part.name]) if part.name in known else part.run(rows, shared)
+        lse = made.lse if lse is None else lse
+        entropy = made.entropy if entropy is None else entropy
+        gate = part.gate if isinstance(part.gate, float | int) else rows.of(part.gate)
+        outs[part.name] = made.out
+        rows = Rows(add_gated(rows.values, gate, made.out), rows.indices)
+    return BlockOut(rows.values, lse, outs, entropy)
 
 
 def dense_forward(
     model: VideoDiT,
     latents: Float[Array, "B F Y X C"],
     timestep: Float[Array, "B"],
-    context: Float[Array, "B M D"],
+    conditions: Conditions,
 ) -> Float[Array, "B F Y X C"]:
     """The plain model: velocity of latents, with no cache of any kind."""
     geometry = model.geometry(latents.shape)
-    prepared = model.prepare(context, geometry)
-    modulation = model.modulation(timestep)
+    prepared = model.prepare(conditions, geometry)
+    modulation = model.modulation(timestep, prepared)
+    carry = model.embed(latents, prepared)
+    for stack in range(len(geometry.stacks)):
 
-    def layer_step(tokens, layer):
-        for block in model.bind(layer, prepared, modulation):
-            tokens, _ = apply_block(block, tokens, None, block.keys_values(tokens))
-        return tokens, None
+        def layer_step(carry, layer, stack=stack):
+            tokens, side = carry
+            for block in model.bind(stack, layer, prepared, modulation):
+                shared, side = block.shared(Rows(tokens), side)
+                tokens = apply_block(block, Rows(tokens), shared).rows
+            return (tokens, side), None
 
-    tokens, _ = jax.lax.scan(layer_step, model.embed(latents), model.layers(prepared))
-    return model.unpatchify(model.head(tokens, modulation), geometry)
+        carry, _ = jax.lax.scan(layer_step, carry, model.layers(stack, prepared))
+    return model.unpatchify(model.head(carry[0], modulation), geometry)
 
 
 def fingerprint(model: VideoDiT) -> str:

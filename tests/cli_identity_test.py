@@ -142,7 +142,7 @@ def test_more_generations_go_on_with_the_same_search():
 def test_a_method_is_known_by_all_its_fields(monkeypatch):
     before = identified()[1]
     monkeypatch.setitem(
-        METHODS, "step-level", dataclasses.replace(METHODS["step-level"], correct=True)
+        METHODS, "step-level", dataclasses.replace(METHODS["step-level"], corrects=True)
     )
     assert identified()[1] != before
 

@@ -147,13 +147,13 @@ def test_lora_files_with_and_without_a_strength():
 
 def test_plan_takes_what_measured_best():
     method, levels = plan(request(budget=0.5), 30)
-    assert method == StepLevel(correct=True) and levels.budget == 0.5
+    assert method == StepLevel(corrects=True) and levels.budget == 0.5
     assert levels.levels[:6] == (10,) * 6 and set(levels.levels) == {0, 10}
     method, levels = plan(request(budget=0.5, method=Astraea()), 30)
     assert levels.levels[:6] == (10,) * 6 and 0 < min(levels.levels) < 10
     assert plan(request(), 7) == (Dense(), Schedule.dense(7))
     assert plan(request(schedule=Schedule((10, 5))), 7)[0] == Astraea()
-    assert plan(request(schedule=Schedule((10, 0))), 7)[0] == StepLevel(correct=True)
+    assert plan(request(schedule=Schedule((10, 0))), 7)[0] == StepLevel(corrects=True)
     with pytest.raises(ValueError, match="leave --budget or --method out"):
         request(budget=0.5, method=Dense()).check()
     with pytest.raises(ValueError, match=r"2 levels.*got 7 steps"):

@@ -11,21 +11,20 @@ import numpy as np
 import oracle
 import pytest
 from helpers import (
-    grouped_inputs,
     random_levels,
     slow_but,
     small_inputs,
     small_model,
-    twice_grouped_inputs,
 )
 from jax.sharding import Mesh, PartitionSpec
+from other_models import grouped_inputs, twice_grouped_inputs
 
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, base, token_wise
-from astraea_jax.model import Geometry, Groups, dense_forward
+from astraea_jax.model import Geometry, Kind, Stack, dense_forward
 from astraea_jax.schedule import Schedule, rows_at
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
@@ -63,8 +62,10 @@ def quickly_compiled(request):
 
 
 def in_a_loop(method):
-    """The method with its rows in a loop, which compiles faster; see `test_pieces_agree`."""
-    return dataclasses.replace(method, pieces="loop") if isinstance(method, Astraea) else method
+    """The method with its rows in a loop, which compiles faster, and gives the same."""
+    return (
+        dataclasses.replace(method, traced_level="loop") if isinstance(method, Astraea) else method
+    )
 
 
 def run(method, levels, *, solver=None, driver="dynamic", inputs=None, model=None, **kwargs):
@@ -170,14 +171,14 @@ def test_dynamic_equals_static_equals_masked_oracle(name):
 
 
 @pytest.mark.slow
-def test_pieces_agree():
+def test_ways_to_run_a_traced_level_agree():
     inputs, model, levels = small_inputs(3), small_model(), (10, 4, 0, 7, 10, 1)
     static = run(Astraea(), levels, inputs=inputs, driver="static").latents
     scale = np.abs(np.asarray(static)).max()
-    for pieces in ("branch", "loop"):
+    for how in ("branch", "loop"):
         got = denoise(
             model, inputs.latents, inputs.context, solver=solvers.unipc(6),
-            schedule=Schedule(levels), method=Astraea(pieces=pieces), guidance=GUIDANCE,
+            schedule=Schedule(levels), method=Astraea(traced_level=how), guidance=GUIDANCE,
         )  # fmt: skip
         np.testing.assert_allclose(got.latents, static, atol=1e-5 * scale)
 
@@ -252,7 +253,7 @@ def test_each_kind_of_block_computes_equal_rows_of_its_groups(name):
     for index, level in enumerate((10, 2)):
         row = jax.tree.map(lambda leaf, i=index: leaf[i], solver)
         state, _ = loop.static_step(
-            model, prepared, state, row, np.int8(level), np.int32(index), jnp.float32(GUIDANCE),
+            model, prepared, state, row, *map(np.int32, (level, index, 2)), jnp.float32(GUIDANCE),
             jax.random.key(0), settings=settings, mode=settings.method.static_mode(level),
         )  # fmt: skip
         caches.append(np.asarray(state.method.cache.out))  # the next step takes it
@@ -260,7 +261,7 @@ def test_each_kind_of_block_computes_equal_rows_of_its_groups(name):
     for block, rows in enumerate(computed):
         frames = rows.reshape(2, 4, 13)
         of_groups = frames.sum(axis=1 + (block % 2 == 0))
-        groups = geometry.groups[block % 2].number
+        groups = geometry.kinds[block % 2].groups.number
         assert (of_groups == rows_at(2, 52, groups) // groups).all()
 
 
@@ -307,9 +308,11 @@ class NoModel:
 
 def corrected_run(solver, velocities, fresh, *, branches, guidance=GUIDANCE):
     """The loop's steps with velocities [T, branch, N] that are given, reused where not fresh."""
-    method = Astraea(SelectionConfig(branches=branches), correct=True)
+    method = Astraea(SelectionConfig(branches=branches), corrects=True)
     count = velocities.shape[2]
-    settings = loop.Settings(method, Geometry((1, 1, count), 1, 1, 1, (Groups(),)), 2, False)
+    settings = loop.Settings(
+        method, Geometry((1, 1, count), 1, 1, (Stack(1, (Kind(),)),)), 2, False
+    )
     model = NoModel()
     state = loop.start(model, jnp.ones((1, 1, 1, count, 1)), settings)
 
@@ -501,7 +504,7 @@ def compiled_steps(method):
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
     static = {
         level: loop.static_step.lower(
-            model, prepared, state, row, jnp.int8(level), jnp.int32(1), scale, key,
+            model, prepared, state, row, *map(jnp.int32, (level, 1, 4)), scale, key,
             settings=settings, mode=method.static_mode(level),
         ).compile()
         for level in (4, 10)
@@ -510,7 +513,7 @@ def compiled_steps(method):
 
 
 @pytest.mark.parametrize(
-    ("name", "pieces"),
+    ("name", "traced_level"),
     [
         pytest.param("default", "branch", marks=pytest.mark.slow),
         ("published", "loop"),
@@ -519,8 +522,8 @@ def compiled_steps(method):
 )
 @pytest.mark.usefixtures("fully_optimised")
 @pytest.mark.core
-def test_no_copy_of_the_cache_and_donated(name, pieces):
-    cache, programs = compiled_steps(Astraea(CONFIGS[name], pieces))
+def test_no_copy_of_the_cache_and_donated(name, traced_level):
+    cache, programs = compiled_steps(Astraea(CONFIGS[name], traced_level))
     shape = ",".join(map(str, cache.out.shape))
     for which, program in programs.items():
         text = program.as_text()
@@ -688,7 +691,7 @@ def test_bad_input_is_refused_before_anything_runs():
             model, inputs.latents, inputs.context, schedule=Schedule((10, 5, 0)),
             method=StepLevel(), **call,
         )  # fmt: skip
-    with pytest.raises(ValueError, match="expected context of 2 rows"):
+    with pytest.raises(ValueError, match="expected conditions of 2 rows"):
         denoise(model, inputs.latents, inputs.context[:1], **call)
     with pytest.raises(ValueError, match=r"expected latents \[B,F,H,W,4\]"):
         denoise(model, inputs.latents[..., :3], inputs.context, **call)

@@ -162,9 +162,10 @@ def sparse_step(level):
 
     def step(mode, latents, state):
         given = base.StepInputs(
-            latents, jnp.full(2, 500.0), jnp.int32(mode.level), jax.random.key(0)
+            latents, jnp.full(2, 500.0), *map(jnp.int32, (mode.level, 1)), jax.random.key(0)
         )
-        return method.forward(mode, model, prepared, geometry, given, state, 2)
+        it = base.Evaluation(model, prepared, geometry, 2, jnp.int32(2))
+        return method.forward(mode, it, given, state)
 
     @jax.jit
     def both(latents):

@@ -9,10 +9,10 @@ import pytest
 
 from astraea_jax import methods
 from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, Method, StepLevel, base
-from astraea_jax.model import Geometry, Groups
+from astraea_jax.model import Geometry, Groups, Kind, Stack
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
-GEOMETRY = Geometry((3, 4, 5), 24, 2, 16, (Groups(),))
+GEOMETRY = Geometry((3, 4, 5), 24, 16, (Stack(2, (Kind(),)),))
 
 
 def test_make_gives_each_by_its_name():
@@ -54,9 +54,12 @@ def test_static_modes_agree_with_the_dynamic_choice(name):
     levels = (0, 10) if isinstance(method, StepLevel) else range(11)
     for level in levels:
         inputs = base.StepInputs(
-            jnp.zeros((2, 3, 8, 10, 4)), jnp.zeros(2), jnp.int32(level), jax.random.key(0)
+            jnp.zeros((2, 3, 8, 10, 4)),
+            jnp.zeros(2),
+            *map(jnp.int32, (level, 0)),
+            jax.random.key(0),
         )
-        mode = method.modes[int(method.decide(state, inputs))]
+        mode = method.modes[int(method.decide(None, inputs, state)[0])]
         static = method.static_mode(level)
         assert mode.kind == static.kind
         assert static.level in (level, 10 if isinstance(method, Dense) else level)
@@ -127,7 +130,8 @@ FRAMES, POSITIONS = Groups(3), Groups(20, contiguous=False)
     ],
 )
 def test_a_split_serves_the_kinds_that_it_gives_equal_rows(kinds, splits, serving):
-    geometry = GEOMETRY._replace(groups=kinds)
+    stack = Stack(2, tuple(Kind(str(i), groups) for i, groups in enumerate(kinds)))
+    geometry = GEOMETRY._replace(stacks=(stack,))
     assert base.splits(geometry) == splits
     assert tuple(base.split_of(geometry, each) for each in kinds) == serving
     state = Astraea().init(geometry, 2, jnp.dtype(jnp.float32))

@@ -16,10 +16,10 @@ from astraea_jax.methods.base import fold
 from astraea_jax.schedule import LEVELS, rows_per_level
 
 
-def denoise(model, latents, context, *, solver, levels, config, guidance, key):
+def denoise(model, latents, conditions, *, solver, levels, config, guidance, key):
     """Latents after all steps, by plain loops over steps and blocks."""
     geometry = model.geometry(latents.shape)
-    prepared = model.prepare(context, geometry)
+    prepared = model.prepare(conditions, geometry)
     history, memory = solvers.init(latents), {}
     for index, level in enumerate(levels):
         row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
@@ -41,45 +41,64 @@ def denoise(model, latents, context, *, solver, levels, config, guidance, key):
 
 def _velocity(model, latents, timestep, prepared, geometry, level, config, memory, key):
     """One evaluation; what blocks remember is in `memory`, by (name, block)."""
-    modulation = model.modulation(timestep)
-    tokens = model.embed(latents)
-    layers, index, entering = model.layers(prepared), 0, tokens
-    for layer in range(geometry.num_layers):
-        for kind, groups in enumerate(geometry.groups):
-            out, lse = _whole_block(model, layers, layer, kind, prepared, modulation, tokens)
-            # With scope "step" a kind's first block selects for all of its kind, on the tokens that
-            # enter the step; kinds for which one selection does share that of the first.
-            slot, seen = index, tokens
-            if config.scope == "step":
-                slot, seen = (0 if shared(geometry) else kind), entering
-            if config.scope == "block" or (layer == 0 and slot == kind):
-                fresh = _fresh(seen, slot, groups, level, config, memory, key)
-                new = selection.heads_reduced(lse, config)
-                age = memory.get(("age", slot), jnp.zeros(fresh.shape, jnp.int32))
-                memory["lse", slot] = jnp.where(fresh, new, memory.get(("lse", slot), new))
-                memory["age", slot] = jnp.where(fresh, 0, age + 1)
-                memory["fresh", slot] = fresh
-                _remember(seen, slot, fresh, config, memory)
-            fresh = memory["fresh", slot]
-            out = _merge(tokens, out, index, fresh, config, memory)
-            tokens, index = out, index + 1
+    modulation = model.modulation(timestep, prepared)
+    tokens, side = model.embed(latents, prepared)
+    entering, kinds = tokens, geometry.kinds
+    first = {id(kind): None for kind in kinds}
+    for index, (stack, kind_index, layer) in enumerate(order(geometry)):
+        kind = geometry.stacks[stack].kinds[kind_index]
+        place = kinds.index(kind)
+        out, lse, side = _whole_block(
+            model, stack, layer, kind_index, prepared, modulation, tokens, side
+        )
+        # With scope "step" a kind's first block selects for all of its kind, on the tokens that
+        # enter the step; kinds for which one selection does share that of the first.
+        slot, seen = index, tokens
+        if config.scope == "step":
+            slot, seen = (0 if shared(geometry) else place), entering
+        if config.scope == "block" or (first[id(kind)] is None and slot == place):
+            groups = kind.groups
+            if config.scope == "step" and shared(geometry):
+                groups = max((each.groups for each in kinds), key=lambda each: each.number)
+            fresh = _fresh(seen, slot, groups, level, config, memory, key)
+            new = selection.heads_reduced(lse, config)
+            age = memory.get(("age", slot), jnp.zeros(fresh.shape, jnp.int32))
+            memory["lse", slot] = jnp.where(fresh, new, memory.get(("lse", slot), new))
+            memory["age", slot] = jnp.where(fresh, 0, age + 1)
+            memory["fresh", slot] = fresh
+            _remember(seen, slot, fresh, config, memory)
+        first[id(kind)] = index
+        fresh = memory["fresh", slot]
+        tokens = _merge(tokens, out, index, fresh, config, memory)
     velocity = model.head(tokens, modulation)
     if config.velocity == "kept" and "velocity" in memory:
         velocity = jnp.where(fresh[..., None], velocity, memory["velocity"])
     memory["velocity"] = velocity
 
 
+def order(geometry):
+    """The blocks: their stack, which of a layer's they are, and their layer."""
+    for stack, each in enumerate(geometry.stacks):
+        for layer in range(each.layers):
+            for kind in range(len(each.kinds)):
+                yield stack, kind, layer
+
+
 def shared(geometry):
-    """Whether equal rows in the first kind's groups are equal rows in every kind's."""
-    tenths = {rows_per_level(geometry.num_tokens, each.number) for each in geometry.groups}
-    return len(tenths) == 1 and all(each.number == 1 for each in geometry.groups[1:])
+    """Whether equal rows in the finest groups are equal rows in every kind's."""
+    numbers = {kind.groups.number for kind in geometry.kinds}
+    tenths = {rows_per_level(geometry.num_tokens, number) for number in numbers}
+    return len(tenths) == 1 and len(numbers - {1}) <= 1
 
 
-@functools.partial(jax.jit, static_argnames="kind")
-def _whole_block(model, layers, layer, kind, prepared, modulation, tokens):
+@functools.partial(jax.jit, static_argnames=("stack", "kind"))
+def _whole_block(model, stack, layer, kind, prepared, modulation, tokens, side):
     """One block on every token."""
-    block = model.bind(jax.tree.map(lambda x: x[layer], layers), prepared, modulation)[kind]
-    return core.apply_block(block, tokens, None, block.keys_values(tokens))
+    layers = jax.tree.map(lambda x: x[layer], model.layers(stack, prepared))
+    block = model.bind(stack, layers, prepared, modulation)[kind]
+    shared, side = block.shared(core.Rows(tokens), side)
+    out = core.apply_block(block, core.Rows(tokens), shared)
+    return out.rows, out.lse, side
 
 
 def _fresh(tokens, index, groups, level, config, memory, key):

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import grouped_inputs, small_inputs, small_model, twice_grouped_inputs
+from helpers import small_inputs, small_model
+from other_models import grouped_inputs
 
 from astraea_jax import solvers
 from astraea_jax.denoise import denoise
@@ -57,29 +58,19 @@ def test_lanes_give_what_each_schedule_gives_alone():
     model, inputs, method = (
         small_model(),
         small_inputs(videos=2),
-        Astraea(pieces="loop", correct=True),
+        StepLevel(corrects=True),
     )
-    # Three lanes for five schedules of unlike length; tiles that do not divide the work.
-    found = scorer(method, lanes=3, tiles=4, batch=5, dense_start=1).latents(LEVELS)
-    expected = one_by_one(method, LEVELS, model, inputs)
+    # Three lanes for five schedules of unlike length.
+    found = scorer(method, lanes=3, batch=5, dense_start=1).latents(WHOLE)
+    expected = one_by_one(method, WHOLE, model, inputs)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
-    masked = scorer(method, plan="masked", batch=5).latents(LEVELS)
-    assert np.abs(masked - expected).max() < 2e-5 * np.abs(expected).max()
 
 
-def test_lanes_on_a_model_of_two_kinds_of_block():
+def test_token_wise_schedules_are_scored_one_after_another():
     model, inputs = grouped_inputs()
-    method = Astraea(SelectionConfig("block", "separate", rank="random"), pieces="loop")
-    found = scorer(method, model=model, inputs=inputs, lanes=2, batch=6).latents(LEVELS)
+    method = Astraea(SelectionConfig("block", "separate", rank="random"), traced_level="loop")
+    found = scorer(method, model=model, inputs=inputs, batch=6).latents(LEVELS)
     expected = one_by_one(method, LEVELS, model, inputs)
-    assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
-
-
-def test_lanes_on_a_model_that_needs_two_selections_a_step():
-    model, inputs = twice_grouped_inputs()
-    method, levels = Astraea(SelectionConfig(rank="random"), pieces="loop"), LEVELS[1:4]
-    found = scorer(method, model=model, inputs=inputs, lanes=2, batch=3).latents(levels)
-    expected = one_by_one(method, levels, model, inputs)
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
@@ -89,7 +80,7 @@ def test_plans_and_a_shared_dense_start_agree():
     method = StepLevel("residual")
     errors = [
         scorer(method, plan=plan, dense_start=start, lanes=2, batch=5)(levels)
-        for plan, start in (("lanes", 1), ("lanes", 2), ("map", 2), ("masked", 2))
+        for plan, start in (("lanes", 1), ("lanes", 2), ("map", 2))
     ]
     assert errors[0].shape == (5, 2)
     for other in errors[1:]:
@@ -107,11 +98,10 @@ def test_the_error_of_pixels_is_that_of_what_decode_gives():
     ("options", "message"),
     [
         ({"method": Dense(), "plan": "lanes"}, 'dense has no plan "lanes"'),
-        ({"plan": "fast"}, "plan must be 'lanes' or 'map' or 'masked'; got 'fast'"),
+        ({"plan": "fast"}, "plan must be 'lanes' or 'map'; got 'fast'"),
         ({"dense_start": 6}, r"dense_start must be an integer in 1\.\.5; got 6"),
         ({"lanes": 0}, r"lanes must be an integer in 1\.\.10000; got 0"),
         ({"lanes": 10**9}, r"lanes must be an integer in 1\.\.10000; got 1000000000"),
-        ({"tiles": 0}, r"tiles must be an integer in 1\.\.10000; got 0"),
         ({"batch": -1}, r"batch must be an integer in 1\.\.10000; got -1"),
         ({"inputs": small_inputs(videos=2)._replace(context=jnp.zeros((3, 5, 8)))}, "of 4 rows"),
     ],
@@ -141,8 +131,8 @@ def test_levels_are_checked_as_everywhere_and_no_row_gives_none(as_a_user):
 class Eager(StepLevel):
     """Whole steps, of which it skips none."""
 
-    def decide(self, state, inputs):
-        return jnp.int32(1)
+    def decide(self, it, inputs, state):
+        return jnp.int32(1), state
 
 
 class Doubled(Astraea):
@@ -156,7 +146,7 @@ class Doubled(Astraea):
 @pytest.mark.core
 def test_lanes_are_only_for_methods_that_they_honour():
     for name, method in METHODS.items():
-        assert lanes.can_run_in_lanes(method) == (name != "dense")
+        assert lanes.can_run_in_lanes(method) == name.startswith("step-level")
     for method in (Eager(), Doubled()):
         assert not lanes.can_run_in_lanes(method)
         with pytest.raises(ValueError, match='has no plan "lanes"; use "map"'):
@@ -165,7 +155,7 @@ def test_lanes_are_only_for_methods_that_they_honour():
 
 def test_a_method_of_its_own_is_scored_as_it_computes():
     model, inputs = small_model(), small_inputs(videos=2)
-    for method in (Eager(), Doubled(pieces="loop")):
+    for method in (Eager(), Doubled(traced_level="loop")):
         found = scorer(method, lanes=2, batch=2).latents(WHOLE[1:3])
         expected = one_by_one(method, WHOLE[1:3], model, inputs)
         assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
@@ -182,7 +172,7 @@ def test_lanes_decide_of_a_level_as_the_method_does():
     levels = jnp.array([[10, 5, 10, 0, 10], [10, 0, 10, 0, 10]], jnp.int8)
     found = lanes.denoise_many(
         model, prepared, state, solver, levels, guidance=scale, key=key, settings=settings,
-        dense_start=1, plan="lanes", lanes=2, tiles=4,
+        dense_start=1, plan="lanes", lanes=2,
     )  # fmt: skip
     assert np.array_equal(found[0], found[1])
 
@@ -212,7 +202,7 @@ def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
                     latents, history = solvers.step(row(again), history, latents, line)
             start, index, velocity = (latents, history), step, now
         latents, history = solvers.step(row(step), history, latents, velocity)
-    for method in (StepLevel(correct=True), Astraea(pieces="loop", correct=True)):
+    for method in (StepLevel(corrects=True), Astraea(traced_level="loop", corrects=True)):
         found = denoise(
             model, *inputs, solver=table, schedule=jnp.asarray(levels, jnp.int8), method=method,
             guidance=3.0,
@@ -221,7 +211,9 @@ def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("method", [StepLevel(correct=True), Astraea(pieces="loop", correct=True)])
+@pytest.mark.parametrize(
+    "method", [StepLevel(corrects=True), Astraea(traced_level="loop", corrects=True)]
+)
 def test_correction_at_full_budget_is_the_dense_model_bit_for_bit(method):
     inputs, full = small_inputs(), jnp.full(4, 10, jnp.int8)
     runs = [
@@ -236,9 +228,9 @@ def test_correction_at_full_budget_is_the_dense_model_bit_for_bit(method):
 
 def test_correction_needs_a_velocity_that_is_kept():
     with pytest.raises(ValueError, match="kept"):
-        Astraea(SelectionConfig(velocity="recomputed"), correct=True)
+        Astraea(SelectionConfig(velocity="recomputed"), corrects=True)
     with pytest.raises(ValueError, match="residual"):
-        StepLevel("residual", correct=True)
+        StepLevel("residual", corrects=True)
 
 
 def test_a_fingerprint_tells_models_apart_and_not_dtypes():
@@ -256,8 +248,8 @@ import population_test as here
 assert jax.device_count() == 8
 levels = np.concatenate([here.WHOLE] * 4)[:19]
 levels[::3, 2] = 10
-one = here.scorer(here.StepLevel(correct=True), lanes=2, batch=4)(levels)
-many = here.scorer(here.StepLevel(correct=True), lanes=2, batch=4, devices=jax.devices())(levels)
+one = here.scorer(here.StepLevel(corrects=True), lanes=2, batch=4)(levels)
+many = here.scorer(here.StepLevel(corrects=True), lanes=2, batch=4, devices=jax.devices())(levels)
 assert np.array_equal(one, many), np.abs(one - many).max()
 print("alike")
 """

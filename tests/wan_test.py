@@ -57,9 +57,10 @@ def transformer():
 def intermediates(model, latents, timestep, context):
     """Everything upstream recorded, by its name there."""
     geometry = model.geometry(latents.shape)
-    prepared, time = model.prepare(context, geometry), model.modulation(timestep)
+    prepared = model.prepare(context, geometry)
+    time = model.modulation(timestep, prepared)
     text = model.text_2(jax.nn.gelu(model.text_1(context), approximate=True))
-    tokens = model.embed(latents)
+    tokens, side = model.embed(latents, prepared)
     got = {
         "temb": time.embedding,
         "timestep_proj": time.projected.reshape(len(timestep), -1),
@@ -67,23 +68,21 @@ def intermediates(model, latents, timestep, context):
         "tokens_in": tokens,
     }
     for index in range(geometry.num_layers):
-        layer = jax.tree.map(lambda leaf, i=index: leaf[i], model.layers(prepared))
-        (block,) = model.bind(layer, prepared, time)
-        keys_values = block.keys_values(tokens)
-        attended, lse = block.self_attention(tokens, None, keys_values)
+        layer = jax.tree.map(lambda leaf, i=index: leaf[i], model.layers(0, prepared))
+        (block,) = model.bind(0, layer, prepared, time)
+        keys_values, side = block.shared(core.Rows(tokens), side)
+        out = core.apply_block(block, core.Rows(tokens), keys_values)
         if index == 0:
-            rows = core.add_gated(tokens, block.gates.self_attention, attended)
-            cross = block.cross_attention(rows)
             details = {
                 "b0_k_rope": keys_values.keys,
                 "b0_v": keys_values.values,
-                "b0_attn1_out": attended,
-                "b0_attn2_out": cross,
-                "b0_ffn_out": block.mlp(core.add_gated(rows, block.gates.cross_attention, cross)),
+                "b0_attn1_out": out.outs["self"],
+                "b0_attn2_out": out.outs["cross"],
+                "b0_ffn_out": out.outs["mlp"],
             }
             got |= {name: value[:1] for name, value in details.items()}
-        tokens, _ = core.apply_block(block, tokens, None, keys_values)
-        got |= {f"b{index}_lse": lse, f"block{index}_out": tokens}
+        tokens = out.rows
+        got |= {f"b{index}_lse": out.lse, f"block{index}_out": tokens}
     return got | {"head_out": model.head(tokens, time)}
 
 
@@ -118,13 +117,14 @@ def test_velocity(transformer, recorded):
 def test_selected_rows_of_a_block_are_the_rows_upstream_has(transformer, recorded):
     geometry = transformer.geometry(recorded["x"].shape)
     prepared = transformer.prepare(jnp.asarray(recorded["context"]), geometry)
-    time = transformer.modulation(jnp.asarray(recorded["t"], jnp.float32))
-    layer = jax.tree.map(lambda leaf: leaf[1], transformer.layers(prepared))
-    (block,) = transformer.bind(layer, prepared, time)
+    time = transformer.modulation(jnp.asarray(recorded["t"], jnp.float32), prepared)
+    layer = jax.tree.map(lambda leaf: leaf[1], transformer.layers(0, prepared))
+    (block,) = transformer.bind(0, layer, prepared, time)
     tokens = jnp.asarray(recorded["i.block0_out"])
     indices = jnp.array([[35, 0, 17, 4], [3, 30, 8, 9]])
     rows = jnp.take_along_axis(tokens, indices[..., None], axis=1)
-    got, lse = core.apply_block(block, rows, indices, block.keys_values(tokens))
+    shared, _ = block.shared(core.Rows(tokens), ())
+    got, lse, *_ = core.apply_block(block, core.Rows(rows, indices), shared)
     expected = np.take_along_axis(recorded["i.block1_out"], np.asarray(indices)[..., None], axis=1)
     np.testing.assert_allclose(got, expected, rtol=0, atol=WITHIN)
     expected = np.take_along_axis(recorded["i.b1_lse"], np.asarray(indices)[:, None], axis=2)

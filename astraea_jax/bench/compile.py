@@ -139,9 +139,9 @@ def _inputs(transformer, shape, settings) -> tuple[Any, ...]:
         predict=jax.ShapeDtypeStruct((3,), jnp.float32),
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    numbers = (jnp.int8, jnp.int32, jnp.float32)
-    level, index, guidance = (jax.ShapeDtypeStruct((), dtype) for dtype in numbers)
-    return transformer, prepared, state, row, level, index, guidance, key
+    level, index, steps = [jax.ShapeDtypeStruct((), jnp.int32)] * 3
+    guidance = jax.ShapeDtypeStruct((), jnp.float32)
+    return transformer, prepared, state, row, level, index, steps, guidance, key
 
 
 def _compile(inputs, settings, level: int) -> dict[str, Any]:

@@ -192,19 +192,18 @@ def _static_case(model, latents, context, solver, settings, level: int, held: di
     """
     prepared, state = loop.start_static(model, latents, context, settings=settings)
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
-    scale, key = jnp.float32(5.0), jax.random.key(0)
+    numbers = jnp.int32(1), jnp.int32(2), jnp.float32(5.0), jax.random.key(0)
 
     def lower(level: int, state):
         mode = settings.method.static_mode(level)
         return loop.static_step.lower(
-            model, prepared, state, row, jnp.int8(level), jnp.int32(1), scale, key,
-            settings=settings, mode=mode,
-        )  # fmt: skip
+            model, prepared, state, row, jnp.int32(level), *numbers, settings=settings, mode=mode
+        )
 
     began = time.perf_counter()
     program = lower(level, state).compile()
     compile_seconds = time.perf_counter() - began
-    arguments = (row, jnp.int8(level), jnp.int32(1), scale, key)
+    arguments = (row, jnp.int32(level), *numbers)
     if settings.method not in held:
         dense = program if level == LEVELS else lower(LEVELS, state).compile()
         held[settings.method] = dense(model, prepared, state, *arguments)[0]

@@ -22,6 +22,7 @@ from astraea_jax.attention import gather_rows
 from astraea_jax.bench import options
 from astraea_jax.bench.models import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS
+from astraea_jax.model import Rows
 from astraea_jax.schedule import Schedule
 
 POLICIES: tuple[tuple[Dtype, Precision], ...] = (
@@ -166,16 +167,16 @@ def _rows_of_a_block(transformer, latents, context) -> tuple[Array, Array]:
     """Half of a block's rows computed alone, and the same rows computed with all others."""
     geometry = transformer.geometry(latents.shape)
     prepared = transformer.prepare(context, geometry)
-    modulation = transformer.modulation(jnp.full((1,), 500.0))
-    layer = jax.tree.map(lambda leaf: leaf[0], transformer.layers(prepared))
-    (block,) = transformer.bind(layer, prepared, modulation)
-    tokens = transformer.embed(latents)
-    keys_values = block.keys_values(tokens)
+    modulation = transformer.modulation(jnp.full((1,), 500.0), prepared)
+    layer = jax.tree.map(lambda leaf: leaf[0], transformer.layers(0, prepared))
+    block = transformer.bind(0, layer, prepared, modulation)[0]
+    tokens, side = transformer.embed(latents, prepared)
+    shared, _ = block.shared(Rows(tokens), side)
     indices = jax.random.permutation(jax.random.key(1), geometry.num_tokens)[None, ::2]
     rows = gather_rows(tokens, indices)
-    alone, _ = core.apply_block(block, rows, indices, keys_values)
-    together, _ = core.apply_block(block, tokens, None, keys_values)
-    return alone, gather_rows(together, indices)
+    alone = core.apply_block(block, Rows(rows, indices), shared)
+    together = core.apply_block(block, Rows(tokens), shared)
+    return alone.rows, gather_rows(together.rows, indices)
 
 
 def _difference(got: Array, expected: Array) -> dict:

@@ -53,11 +53,11 @@ def latency_table(
     row = jax.tree.map(lambda leaf: jnp.asarray(leaf[1]), solver)
     prepared, state = loop.start_static(model, latents, context, settings=settings)
     holder = [state]
-    arguments = (jnp.int32(1), jnp.float32(scale), jax.random.key(0))
+    arguments = (jnp.int32(1), jnp.int32(3), jnp.float32(scale), jax.random.key(0))
 
     def step(level: int) -> None:
         holder[0], _ = loop.static_step(
-            model, prepared, holder[0], row, jnp.int8(level), *arguments,
+            model, prepared, holder[0], row, jnp.int32(level), *arguments,
             settings=settings, mode=method.static_mode(level),
         )  # fmt: skip
         jax.block_until_ready(holder[0].latents)

@@ -264,7 +264,7 @@ class Study:
 
     def _latents(self, method: Method, solver: str, levels: Sequence[int]) -> jax.Array:
         if isinstance(method, Astraea):
-            method = dataclasses.replace(method, pieces="loop")  # the quickest to compile
+            method = dataclasses.replace(method, traced_level="loop")  # the quickest to compile
         with jax.default_matmul_precision("highest"):
             return denoise(
                 self.pipeline.transformer,

@@ -165,5 +165,5 @@ def plan(request: Request, steps: int, recipes: Sequence[Recipe] = ()) -> Run:
     return method, Schedule.for_budget(steps, request.budget, whole_steps=whole)
 
 
-SKIPPING = StepLevel(correct=True)
+SKIPPING = StepLevel(corrects=True)
 """What skips whole steps unless another method is asked for."""

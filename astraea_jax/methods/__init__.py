@@ -14,11 +14,11 @@ from astraea_jax.selection import PUBLISHED
 METHODS = {
     "dense": Dense(),
     "astraea": Astraea(),
-    "astraea-corrected": Astraea(correct=True),
+    "astraea-corrected": Astraea(corrects=True),
     "astraea-published": Astraea(PUBLISHED),
     "fixed-token": FixedToken(),
     "step-level": StepLevel(),
-    "step-level-corrected": StepLevel(correct=True),
+    "step-level-corrected": StepLevel(corrects=True),
     "step-level-residual": StepLevel("residual"),
 }
 """Methods by the name that commands know them by."""

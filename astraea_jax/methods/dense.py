@@ -1,17 +1,15 @@
 """The plain model at every step: the reference."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int
 
-from astraea_jax.methods import base
-from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.methods import base, blocks
+from astraea_jax.model import Geometry
 
 
 @dataclasses.dataclass(frozen=True)
-class Dense:
+class Dense(base.ByLevel):
     """Every token of every block at every step, whatever the schedule says."""
 
     @property
@@ -29,30 +27,17 @@ class Dense:
         del level
         return base.DENSE
 
-    def decide(self, state: Any, inputs: base.StepInputs) -> Int[Array, ""]:
-        """The one mode."""
-        del state, inputs
-        return jnp.int32(0)
-
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> tuple[()]:
         """No state."""
         del geometry, batch, dtype
         return ()
 
     def forward(
-        self,
-        mode: base.Mode,
-        model: VideoDiT,
-        prepared: Prepared,
-        geometry: Geometry,
-        inputs: base.StepInputs,
-        state: tuple[()],
-        num_branches: int,
+        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: tuple[()]
     ) -> base.Forward:
         """The model."""
-        del mode, num_branches
-        modulation = model.modulation(inputs.timestep)
-        tokens = model.embed(inputs.latents)
-        tokens = base.dense_tokens(model, prepared, modulation, geometry, tokens)
-        trace = base.full_trace(inputs.latents.shape[0], geometry.num_tokens)
-        return base.Forward(model.head(tokens, modulation), state, trace)
+        del mode
+        modulation = it.model.modulation(inputs.timestep, it.prepared)
+        tokens = blocks.dense_tokens(it, modulation, *it.model.embed(inputs.latents, it.prepared))
+        trace = blocks.full_trace(it.geometry, len(inputs.latents))
+        return base.Forward(it.model.head(tokens, modulation), state, trace)

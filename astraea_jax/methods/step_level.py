@@ -4,11 +4,11 @@ import dataclasses
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from astraea_jax.checks import Refusal
-from astraea_jax.methods import base
-from astraea_jax.model import Geometry, Prepared, VideoDiT
+from astraea_jax.methods import base, blocks
+from astraea_jax.model import Geometry
 
 
 class StepLevelState(NamedTuple):
@@ -24,14 +24,14 @@ class StepLevelState(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class StepLevel:
+class StepLevel(base.ByLevel):
     """Level 10 runs the model, level 0 reuses; there is nothing between.
 
     Attributes:
       reuse: "velocity" costs nothing at a skipped step. "residual" embeds the latents, adds what
         the blocks added when they last ran, and runs the head with the current time, as TeaCache
         and MagCache do.
-      correct: whether, once the next velocity is known, the steps that reused the last one are
+      corrects: whether, once the next velocity is known, the steps that reused the last one are
         taken again along the line between the two; needs reuse "velocity". It costs no
         evaluation of the model.
 
@@ -39,24 +39,21 @@ class StepLevel:
     """
 
     reuse: Literal["velocity", "residual"] = "velocity"
-    correct: bool = False
+    corrects: bool = False
+
+    fresh_alike = True  # every token in both guidance branches, or none
 
     def __post_init__(self):
         if self.reuse not in ("velocity", "residual"):
             raise Refusal(f"reuse must be velocity or residual; got {self.reuse!r}")
-        if self.correct and self.reuse == "residual":
-            raise Refusal('correct needs reuse "velocity"; got "residual": leave one out')
+        if self.corrects and self.reuse == "residual":
+            raise Refusal('corrects needs reuse "velocity"; got "residual": leave one out')
 
     @property
     def name(self) -> str:
         """What tables call it, and `METHODS`."""
         residual = "-residual" if self.reuse == "residual" else ""
-        return f"step-level{residual}{'-corrected' if self.correct else ''}"
-
-    @property
-    def fresh_alike(self) -> bool:
-        """A step computes every token in both guidance branches, or none."""
-        return True
+        return f"step-level{residual}{'-corrected' if self.corrects else ''}"
 
     @property
     def modes(self) -> tuple[base.Mode, ...]:
@@ -69,11 +66,6 @@ class StepLevel:
             raise base.no_level(self.name, level, "whole steps, levels 0 and 10")
         return base.DENSE if level else base.SKIP
 
-    def decide(self, state: StepLevelState, inputs: base.StepInputs) -> Int[Array, ""]:
-        """Run at level 10 and skip below."""
-        del state
-        return base.is_dense(inputs.level).astype(jnp.int32)
-
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> StepLevelState:
         """Zeros."""
         kept = self.reuse == "velocity"
@@ -84,34 +76,20 @@ class StepLevel:
         )
 
     def forward(
-        self,
-        mode: base.Mode,
-        model: VideoDiT,
-        prepared: Prepared,
-        geometry: Geometry,
-        inputs: base.StepInputs,
-        state: StepLevelState,
-        num_branches: int,
+        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: StepLevelState
     ) -> base.Forward:
         """The model, or what it gave when it last ran."""
-        del num_branches
-        batch, kept = inputs.latents.shape[0], self.reuse == "velocity"
-        if mode == base.SKIP and kept:
-            trace = base.empty_trace(batch, geometry.num_tokens)
-            fresh = jnp.zeros((batch, geometry.num_tokens), bool)
-            return base.Forward(state.velocity, state, trace, fresh)
-        modulation = model.modulation(inputs.timestep)
-        tokens = model.embed(inputs.latents)
-        if mode == base.SKIP:
-            trace = base.empty_trace(batch, geometry.num_tokens)
-            velocity = model.head(tokens + state.residual, modulation)
-            fresh = jnp.zeros((batch, geometry.num_tokens), bool)
-            return base.Forward(velocity, state, trace, fresh)
-        final = base.dense_tokens(model, prepared, modulation, geometry, tokens)
-        velocity = model.head(final, modulation)
-        if kept:
-            state = state._replace(velocity=velocity)
-        else:
-            state = state._replace(residual=(final - tokens).astype(state.residual.dtype))
-        fresh = jnp.ones((batch, geometry.num_tokens), bool)
-        return base.Forward(velocity, state, base.full_trace(batch, geometry.num_tokens), fresh)
+        batch = len(inputs.latents)
+        computed = mode != base.SKIP
+        trace = (blocks.full_trace if computed else blocks.empty_trace)(it.geometry, batch)
+        fresh = jnp.full((batch, it.geometry.num_tokens), computed)
+        if self.reuse == "residual":
+            run = blocks.run_residual if computed else blocks.reuse_residual
+            velocity, residual = run(it, inputs, state.residual)
+            return base.Forward(velocity, state._replace(residual=residual), trace, fresh)
+        if computed:
+            modulation = it.model.modulation(inputs.timestep, it.prepared)
+            tokens, side = it.model.embed(inputs.latents, it.prepared)
+            tokens = blocks.dense_tokens(it, modulation, tokens, side)
+            state = state._replace(velocity=it.model.head(tokens, modulation))
+        return base.Forward(state.velocity, state, trace, fresh)

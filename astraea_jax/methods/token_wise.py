@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -13,8 +13,9 @@ from astraea_jax import entry, selection
 from astraea_jax import model as core
 from astraea_jax.attention import gather_rows, scatter_rows
 from astraea_jax.cache import TokenCache
-from astraea_jax.methods import base
-from astraea_jax.model import Geometry, Groups, Prepared, VideoDiT
+from astraea_jax.methods import base, blocks
+from astraea_jax.methods.blocks import Place
+from astraea_jax.model import Geometry, Groups, Modulation, Rows, Shared, Side
 from astraea_jax.selection import SelectionConfig
 
 FEW_ROWS = 1024
@@ -45,6 +46,7 @@ class Carry(NamedTuple):
 
     Attributes:
       tokens: entering the block.
+      side: tokens beside the video's.
       before: what entered it a step earlier, where that is known without a slot of its own.
       cache: the token cache.
       previous: the selection of the block before.
@@ -53,6 +55,7 @@ class Carry(NamedTuple):
     """
 
     tokens: Float[Array, "B N H"]
+    side: Side
     before: Float[Array, "B N W"]
     cache: TokenCache
     previous: Bool[Array, "B N"]
@@ -60,36 +63,50 @@ class Carry(NamedTuple):
     overlap: Float[Array, "B"]
 
 
-class Filled(NamedTuple):
-    """What the selected rows of a block are written to, or the rows themselves.
+class FreshRows(NamedTuple):
+    """What a block made of the selected rows.
 
     Attributes:
-      merged: the tokens that leave the block: stale ones from the start, fresh ones once written.
-      out: the cache's large array, of all blocks; of rows, what is kept of them.
+      rows: that leave the block.
+      cached: what the cache is to hold of them.
+      lse: one log-sum-exp a row.
+    """
+
+    rows: Float[Array, "B K H"]
+    cached: Float[Array, "B K H"]
+    lse: Float[Array, "B K"]
+
+
+class Destination(NamedTuple):
+    """What fresh rows are written to.
+
+    Attributes:
+      tokens: that leave the block: stale ones from the start, fresh ones once written.
+      stack: the cache's large array, of all blocks.
       lse: one log-sum-exp a token.
     """
 
-    merged: Float[Array, "B K H"]
-    out: Array
-    lse: Float[Array, "B K"]
+    tokens: Float[Array, "B N H"]
+    stack: Float[Array, "L B N H"]
+    lse: Float[Array, "B N"]
 
 
 class Opened(NamedTuple):
     """A block before its rows are computed.
 
     Attributes:
-      carry: what entered the block, its reference brought up to date.
+      carry: what entered the block, its reference brought up to date, its side tokens moved on.
       choice: which rows to compute.
-      keys_values: of all tokens.
+      shared: of all tokens.
       before: what entered the next block a step earlier; see `Carry`.
-      filled: what the rows are written to.
+      onto: what the rows are written to.
     """
 
     carry: Carry
     choice: Choice
-    keys_values: Any
+    shared: Shared
     before: Float[Array, "B N W"]
-    filled: Filled
+    onto: Destination
 
 
 def older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
@@ -97,22 +114,23 @@ def older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
     return jnp.minimum(age, 126) + jnp.int8(1)
 
 
-def compute_rows(config: SelectionConfig, block, rows, indices, keys_values, normed=None) -> Filled:
-    """A block on some of its rows: what each of the three arrays gets there."""
-    fresh, lse = core.apply_block(block, rows, indices, keys_values, normed)
-    kept = fresh
+def compute_rows(config: SelectionConfig, block, rows: Rows, shared: Shared) -> FreshRows:
+    """A block on some of its rows."""
+    out = core.apply_block(block, rows, shared)
+    fresh = cached = out.rows
     if config.reuse == "residual":
         # Both are made in one pass, where the rows were: else XLA keeps those aside in each block.
-        fresh, kept = lax.optimization_barrier((fresh, fresh - rows))
-    return Filled(fresh, kept, selection.heads_reduced(lse, config))
+        fresh, cached = lax.optimization_barrier((fresh, fresh - rows.values))
+    assert out.lse is not None, "a selection weighs tokens by their attention"
+    return FreshRows(fresh, cached, selection.heads_reduced(out.lse, config))
 
 
-def write_rows(filled: Filled, index, indices, fresh: Filled) -> Filled:
-    """`filled` with the rows of a block put at `indices`."""
-    return Filled(
-        scatter_rows(filled.merged, indices, fresh.merged),
-        token_cache.write_rows(filled.out, index, indices, fresh.out),
-        scatter_rows(filled.lse, indices, fresh.lse),
+def write_rows(onto: Destination, index, indices, fresh: FreshRows) -> Destination:
+    """`onto` with the rows of a block put at `indices`."""
+    return Destination(
+        scatter_rows(onto.tokens, indices, fresh.rows),
+        token_cache.write_rows(onto.stack, index, indices, fresh.cached),
+        scatter_rows(onto.lse, indices, fresh.lse),
     )
 
 
@@ -120,44 +138,44 @@ def write_rows(filled: Filled, index, indices, fresh: Filled) -> Filled:
 class Run:
     """One evaluation of the model: what its parts share.
 
-    A sparse step is `begin`, for every block `open_block`, `compute_rows` for its rows in any
-    number of pieces, `close_block`, and then `finish`; a driver of many runs at once may lay the
-    pieces of all of them out as one list.
+    A sparse step is `begin`, for every block `open_block`, `compute_rows` for its rows and
+    `close_block`, and then `finish`.
     """
 
     config: SelectionConfig
-    model: VideoDiT
-    prepared: Prepared
-    modulation: core.Modulation
-    geometry: Geometry
+    it: base.Evaluation
+    modulation: Modulation
     inputs: base.StepInputs
-    num_branches: int
-    masked: bool = False
+
+    @property
+    def geometry(self) -> Geometry:
+        """Static sizes."""
+        return self.it.geometry
 
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
         config = self.config
-        tokens = self.model.embed(self.inputs.latents)
+        tokens, side = self.it.model.embed(self.inputs.latents, self.it.prepared)
         cache = state.cache
         if config.scope == "step" or config.chained:
             cache = self._with_reference(cache, selection.view(tokens, config))
 
-        def step(carry, block, index, groups):
-            tokens, cache = carry
-            residual = config.reuse == "residual"
-            out, lse, kept = base.dense_block(block, tokens, residual=residual)
-            lse = selection.heads_reduced(lse, config)
+        def body(carry, block, place: Place):
+            tokens, side, cache = carry
+            index, groups = place.index, place.kind.groups
+            out = blocks.dense_block(block, tokens, side, residual=config.reuse == "residual")
+            lse = selection.heads_reduced(out.lse, config)
             cache = cache._replace(
-                out=token_cache.write_block(cache.out, index, kept),
+                out=token_cache.write_block(cache.out, index, out.cached),
                 lse=self._write_selection(cache.lse, index, groups, lse),
                 age=self._write_selection(cache.age, index, groups, jnp.zeros_like(lse)),
                 reference=self._write_reference(cache.reference, index, tokens),
             )
-            return out, cache
+            return out.tokens, out.side, cache
 
-        tokens, cache = self._scan(step, (tokens, cache))
-        velocity = self.model.head(tokens, self.modulation)
-        trace = base.full_trace(tokens.shape[0], tokens.shape[1])
+        tokens, _, cache = self._run_blocks(body, (tokens, side, cache))
+        velocity = self.it.model.head(tokens, self.modulation)
+        trace = blocks.full_trace(self.geometry, len(tokens))
         fresh = jnp.ones(trace.computed.shape, bool)
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, fresh)
 
@@ -167,56 +185,56 @@ class Run:
         if choices is not None and len(choices) == 1 and isinstance(level, int):
             return self._sparse_rows(state, choices[0], carry, level)
 
-        def step(carry: Carry, block, index, groups) -> Carry:
-            opened = self.open_block(carry, block, index, groups, choices, level)
+        def body(carry: Carry, block, place: Place) -> Carry:
+            opened = self.open_block(carry, block, place, choices, level)
 
-            def compute(filled: Filled, indices) -> Filled:
-                rows = gather_rows(opened.carry.tokens, indices)
-                fresh = compute_rows(self.config, block, rows, indices, opened.keys_values)
-                return write_rows(filled, index, indices, fresh)
+            def compute(onto: Destination, indices) -> Destination:
+                rows = Rows(gather_rows(opened.carry.tokens, indices), indices)
+                fresh = compute_rows(self.config, block, rows, opened.shared)
+                return write_rows(onto, place.index, indices, fresh)
 
-            filled = self._at_level(compute, opened.filled, opened.choice, level)
-            return self.close_block(opened, filled, index, groups)
+            written = self._at_level(compute, opened.onto, opened.choice, level)
+            return self.close_block(opened, written, place)
 
-        return self.finish(self._scan(step, carry), state)
+        return self.finish(self._run_blocks(body, carry), state)
 
     def _sparse_rows(
-        self, state: AstraeaState, whole: Choice, carry: Carry, level: int
+        self, state: AstraeaState, choice: Choice, carry: Carry, level: int
     ) -> base.Forward:
         """A step whose one selection has a known size: its rows go from block to block as rows.
 
         They are put among the tokens, and into the cache, where these enter the next block.
         """
         config, cache = self.config, carry.cache
-        indices = self._first_rows(whole, level)
+        indices = self._first_rows(choice, level)
         slots = entry.slots_of(indices, self.geometry.num_tokens)
         residual = config.reuse == "residual"
 
-        def step(carried, block, index, groups):
-            del groups
-            left, lse = carried
-            entered = entry.enter_block(left, indices, slots, index, block.entry, residual=residual)
-            known = () if entered.normed is None else (entered.normed,)
-            keys_values = block.keys_values(entered.tokens, *known)
-            fresh = compute_rows(
-                config, block, left.rows, indices, keys_values, entered.normed_rows
+        def body(carried, block, place: Place):
+            leaving, side, lse = carried
+            entered = entry.enter_block(
+                leaving, indices, slots, place.index, block.entry, residual=residual
             )
-            left = entry.Left(entered.tokens, entered.stack, fresh.merged, fresh.out)
+            shared, side = block.shared(Rows(entered.tokens, None, entered.normed), side)
+            rows = Rows(leaving.rows, indices, entered.normed_rows)
+            fresh = compute_rows(config, block, rows, shared)
+            leaving = entry.Leaving(entered.tokens, entered.stack, fresh.rows, fresh.cached)
             # One selection serves all blocks, weighed by the first block's attention.
-            return left, jnp.where(index == 0, fresh.lse, lse)
+            return leaving, side, jnp.where(place.index == 0, fresh.lse, lse)
 
         rows = gather_rows(carry.tokens, indices)
-        left = entry.Left(carry.tokens, cache.out, rows, jnp.zeros_like(rows))
-        left, lse = self._scan(step, (left, jnp.zeros_like(indices, jnp.float32)))
-        blocks = self.geometry.num_blocks
-        entered = entry.merged(left, indices, blocks, residual=residual)
+        leaving = entry.Leaving(carry.tokens, cache.out, rows, jnp.zeros_like(rows))
+        lse = jnp.zeros_like(indices, jnp.float32)
+        leaving, _, lse = self._run_blocks(body, (leaving, carry.side, lse))
+        number = self.geometry.num_blocks
+        entered = entry.merged(leaving, indices, number, residual=residual)
         lse = scatter_rows(cache.lse[0], indices, lse)
         carry = carry._replace(
             tokens=entered.tokens,
             cache=cache._replace(out=entered.stack, lse=lse[None]),
-            previous=whole.fresh,
-            computed=blocks * whole.fresh.astype(jnp.float32),
-            overlap=jnp.full_like(carry.overlap, blocks - 1.0),
+            previous=choice.fresh,
+            computed=number * choice.fresh.astype(jnp.float32),
+            overlap=jnp.full_like(carry.overlap, number - 1.0),
         )
         return self.finish(carry, state)
 
@@ -228,7 +246,7 @@ class Run:
         They are one for each of `base.splits`, or None where every block selects for itself.
         """
         config, cache = self.config, state.cache
-        tokens = self.model.embed(self.inputs.latents)
+        tokens, side = self.it.model.embed(self.inputs.latents, self.it.prepared)
         batch, num_tokens, _ = tokens.shape
         choices = None
         if config.scope == "step":
@@ -240,6 +258,7 @@ class Run:
             cache = self._with_reference(cache, tokens)
         carry = Carry(
             tokens,
+            side,
             before,
             cache,
             previous=jnp.zeros_like(tokens, bool, (batch, num_tokens)),
@@ -248,9 +267,10 @@ class Run:
         )
         return choices, carry
 
-    def open_block(self, carry: Carry, block, index, groups, choices, level) -> Opened:
+    def open_block(self, carry: Carry, block, place: Place, choices, level) -> Opened:
         """What a block needs before any of its rows is computed; `choices` are of `begin`."""
-        config, slot = self.config, self._slot(index, groups)
+        config, index, groups = self.config, place.index, place.kind.groups
+        slot = self._slot(index, groups)
         if choices is not None:
             choice = choices[slot]
         else:
@@ -264,31 +284,31 @@ class Run:
                 stack = token_cache.write_block(cache.reference, index, reference)
                 cache = cache._replace(reference=stack)
             carry = carry._replace(cache=cache)
-        keys_values = block.keys_values(carry.tokens)
+        shared, side = block.shared(Rows(carry.tokens), carry.side)
         # What every token would leave with if it were stale; the rows are then written over it.
-        onto = carry.tokens if config.reuse == "residual" else None
-        out, merged = token_cache.read_block(carry.cache.out, index, onto)
-        before = merged if config.chained else carry.before
-        merged = merged.astype(carry.tokens.dtype)  # the cache may be narrower
-        lse = carry.cache.lse[slot]
-        return Opened(carry, choice, keys_values, before, Filled(merged, out, lse))
+        added = carry.tokens if config.reuse == "residual" else None
+        stack, stale = token_cache.read_block(carry.cache.out, index, added)
+        before = stale if config.chained else carry.before
+        stale = stale.astype(carry.tokens.dtype)  # the cache may be narrower
+        onto = Destination(stale, stack, carry.cache.lse[slot])
+        return Opened(carry._replace(side=side), choice, shared, before, onto)
 
-    def close_block(self, opened: Opened, filled: Filled, index, groups) -> Carry:
+    def close_block(self, opened: Opened, written: Destination, place: Place) -> Carry:
         """What enters the next block, once the selected rows are computed."""
-        carry, choice = opened.carry, opened.choice
+        carry, choice, index = opened.carry, opened.choice, place.index
         cache = carry.cache
         age = cache.age
         if self.config.scope == "block":
             aged = jnp.where(choice.fresh, 0, older(cache.age[index]))
             age = token_cache.write_block(age, index, aged)
         cache = cache._replace(
-            out=filled.out,
-            lse=self._write_selection(cache.lse, index, groups, filled.lse),
+            out=written.stack,
+            lse=self._write_selection(cache.lse, index, place.kind.groups, written.lse),
             age=age,
         )
         same = selection.overlap(choice.fresh, carry.previous)
-        return Carry(
-            tokens=filled.merged,
+        return carry._replace(
+            tokens=written.tokens,
             before=opened.before,
             cache=cache,
             previous=choice.fresh,
@@ -298,22 +318,22 @@ class Run:
 
     def finish(self, carry: Carry, state: AstraeaState) -> base.Forward:
         """The velocity and the state that the last block leaves; `state` is the step's own."""
-        velocity = self.model.head(carry.tokens, self.modulation)
+        velocity = self.it.model.head(carry.tokens, self.modulation)
         if self.config.velocity == "kept":
             velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
-        blocks = self.geometry.num_blocks
-        trace = base.Trace(carry.computed / blocks, carry.overlap / max(blocks - 1, 1))
+        number = self.geometry.num_blocks
+        trace = base.Trace(
+            carry.computed / number,
+            carry.overlap / max(number - 1, 1),
+            blocks.part_shares(self.geometry, 1.0),
+        )
         return base.Forward(velocity, AstraeaState(carry.cache, velocity), trace, carry.previous)
 
     def _at_level(self, compute, state, choice: Choice, level):
-        """Runs the selected rows: at once when their number is known, else as `pieces` says."""
+        """Runs the selected rows: at once when their number is known, else two tenths at a time."""
         rows = choice.indices.shape[1] // selection.LEVELS
         if isinstance(level, int):
             return compute(state, self._first_rows(choice, level))
-
-        if self.masked:
-            place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
-            return compute(state, jnp.where(place < level * rows, choice.indices, past))
 
         def run(state, first, tenths: int):
             indices = lax.dynamic_slice_in_dim(choice.indices, first * rows, tenths * rows, 1)
@@ -332,7 +352,7 @@ class Run:
         """
         indices = choice.indices[:, : level * (choice.indices.shape[1] // selection.LEVELS)]
         batch, count = indices.shape
-        if count < FEW_ROWS or any(groups.number > 1 for groups in self.geometry.groups):
+        if count < FEW_ROWS or any(k.groups.number > 1 for k in self.geometry.kinds):
             return indices
         added = jnp.full((batch, -count % entry.PADDING), self.geometry.num_tokens, indices.dtype)
         return jnp.concatenate([indices, added], axis=1)
@@ -361,12 +381,12 @@ class Run:
         if config.rank == "random":
             key: Key[Array, ""] = base.fold(self.inputs.key, slot)
             shape = (batch, num_tokens)
-            scores = selection.random_score(key, shape, config, self.num_branches)
+            scores = selection.random_score(key, shape, config, self.it.branches)
         else:
             delta = selection.change(selection.view(tokens, config), before, config)
             scores = selection.score(cache.lse[slot], delta, age, config)
             if config.branches == "shared":
-                scores = selection.shared_score(scores, self.num_branches)
+                scores = selection.shared_score(scores, self.it.branches)
         ordered = selection.order(scores, age, groups=groups.number, contiguous=groups.contiguous)
         count = level * (ordered.shape[1] // selection.LEVELS)
         return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))
@@ -379,9 +399,18 @@ class Run:
         """Stores LSE or age of a block; where one selection serves many, of their first alone."""
         slot = self._slot(index, groups)
         if self.config.scope == "step":
-            slots = [base.split_of(self.geometry, each) for each in self.geometry.groups]
-            rows = jnp.where(index == slots.index(slot), rows.astype(stack.dtype), stack[slot])
+            rows = jnp.where(index == self._first_of(slot), rows.astype(stack.dtype), stack[slot])
         return token_cache.write_block(stack, slot, rows)
+
+    def _first_of(self, slot: int) -> int:
+        """The first block that a split serves."""
+        before = 0
+        for stack in self.geometry.stacks:
+            for place, kind in enumerate(stack.kinds):
+                if base.split_of(self.geometry, kind.groups) == slot:
+                    return before + place
+            before += stack.layers * len(stack.kinds)
+        raise AssertionError(slot)
 
     def _with_reference(self, cache: TokenCache, tokens: Float[Array, "B N W"]) -> TokenCache:
         """The cache with the one reference that serves all blocks."""
@@ -401,7 +430,5 @@ class Run:
             return now
         return jnp.where(fresh[..., None], now, before)
 
-    def _scan(self, step, carry):
-        return base.scan_blocks(
-            self.model, self.prepared, self.modulation, self.geometry, step, carry
-        )
+    def _run_blocks(self, body, carry):
+        return blocks.run_blocks(self.it, self.modulation, body, carry)

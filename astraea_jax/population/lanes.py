@@ -1,18 +1,16 @@
 """Many schedules denoised in one program, at the sum of their costs.
 
-A batch of candidates runs in lanes. At every round each lane takes one computed step, whichever
+Schedules of whole steps run in lanes. At every round each lane takes one computed step, whichever
 step that is in its own schedule; the steps it skips cost a solver step. A lane whose schedule is
 done takes the next candidate, so a batch takes as many rounds as its computed steps fill, and no
-lane waits for another at a step that it skips itself. Within a round the rows of ASTRAEA's sparse
-steps are one list of (candidate, tenth of the tokens) tiles of which a fixed number is computed
-at a time, so a round costs the sum of its levels.
+lane waits for another at a step that it skips itself. Others are denoised one after another, in
+one program too: laid out as one list of tiles for many lanes, sparse steps were slower than that.
 
 All candidates share the prompts, their text, the noise and the dense start of their schedules.
 """
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -23,17 +21,55 @@ from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import denoise as loop
 from astraea_jax.denoise import LoopState, Settings
-from astraea_jax.methods import Astraea, Method, StepLevel, base
+from astraea_jax.methods import Method, base
 from astraea_jax.model import VideoDiT
-from astraea_jax.population.sparse import Lane, sparse_forward
 from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver
 from astraea_jax.timing import timed_jit
 
-Plan = Literal["lanes", "map", "masked"]
+Plan = Literal["lanes", "map"]
 
 AXIS = "candidates"
 """The mesh axis that schedules are spread over."""
+
+
+class Lane(NamedTuple):
+    """What one lane does at a step; mapped over lanes, everything here is shared by them."""
+
+    it: base.Evaluation
+    solver: Solver
+    guidance: Array
+    key: Array
+    settings: Settings
+
+    def row(self, index) -> Solver:
+        """The solver's coefficients at a step."""
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf)[index], self.solver)
+
+    def forward(self, mode: base.Mode, state: LoopState, index, level) -> base.Forward:
+        """The method's forward pass in a mode."""
+        row = self.row(index)
+        inputs = loop.step_inputs(state.latents, row, level, index, self.key, self.settings)
+        return self.settings.method.forward(mode, self.it, inputs, state.method)
+
+    def advance(self, state: LoopState, forward: base.Forward, index) -> LoopState:
+        """The solver's step."""
+        row = self.row(index)
+        return loop.advance(self.it.model, state, forward, row, self.guidance, self.settings)
+
+    def compute(self, state: LoopState, index) -> LoopState:
+        """A computed step."""
+        return self.advance(state, self.forward(base.DENSE, state, index, LEVELS), index)
+
+    def skip(self, state: LoopState, index, mask) -> LoopState:
+        """A step at level 0 where `mask` says so."""
+        after = self.advance(state, self.forward(base.SKIP, state, index, 0), index)
+
+        def choose(new, old):
+            # What a skipped step does not touch is not copied.
+            return old if new is old else jnp.where(mask, new, old)
+
+        return jax.tree.map(choose, after, state)
 
 
 class Lanes(NamedTuple):
@@ -56,27 +92,26 @@ class Lanes(NamedTuple):
 
 @timed_jit(static=("settings", "dense_start", "precision"))
 def denoise_start(
-    model, latents, context, solver, guidance, key, *, settings, dense_start, precision
+    model, latents, conditions, solver, guidance, key, *, settings, dense_start, precision
 ):
     """What the model prepares, and the state after the dense steps that all schedules share."""
     with jax.default_matmul_precision(precision):
-        return _start(model, latents, context, solver, guidance, key, settings, dense_start)
+        prepared = model.prepare(conditions, settings.geometry)
+        each = _lane(model, prepared, solver, guidance, key, settings)
+
+        def step(state: LoopState, index):
+            return each.compute(state, index), None
+
+        indices = jnp.arange(dense_start, dtype=jnp.int32)
+        return prepared, lax.scan(step, loop.start(model, latents, settings), indices)[0]
 
 
-def _start(model, latents, context, solver, guidance, key, settings, dense_start):
-    prepared = model.prepare(context, settings.geometry)
-    each = Lane(model, prepared, solver, guidance, key, settings)
-
-    def step(state: LoopState, index):
-        inputs = each.inputs(state.latents, index, LEVELS)
-        forward = each.forward(base.DENSE, inputs, state.method)
-        return each.advance(state, forward, index), None
-
-    indices = jnp.arange(dense_start, dtype=jnp.int32)
-    return prepared, lax.scan(step, loop.start(model, latents, settings), indices)[0]
+def _lane(model, prepared, solver: Solver, guidance, key, settings: Settings) -> Lane:
+    it = settings.evaluation(model, prepared, jnp.int32(solver.steps))
+    return Lane(it, solver, guidance, key, settings)
 
 
-@timed_jit(static=("settings", "dense_start", "plan", "lanes", "tiles", "precision", "mesh"))
+@timed_jit(static=("settings", "dense_start", "plan", "lanes", "precision", "mesh"))
 def denoise_many(
     model: VideoDiT,
     prepared: Any,
@@ -90,7 +125,6 @@ def denoise_many(
     dense_start: int,
     plan: Plan,
     lanes: int,
-    tiles: int,
     precision: str | None = None,
     mesh: Mesh | None = None,
 ) -> Float[Array, "S P F Y X C"]:
@@ -106,15 +140,13 @@ def denoise_many(
       key: for methods that draw.
       settings: static choices, without a trace.
       dense_start: steps that `state` is past.
-      plan: "lanes": at the sum of the schedules' costs. "map": one schedule after another.
-        "masked": all at once, each at the cost of the fullest.
+      plan: "lanes": some at a time, whole steps alone. "map": one schedule after another.
       lanes: schedules denoised at a time.
-      tiles: tenths of a sparse step computed at a time.
       precision: of matrix products, as `jax.default_matmul_precision`.
       mesh: devices to spread the schedules over, each with as many; they never talk.
     """
     static = {"settings": settings, "dense_start": dense_start, "plan": plan}
-    run = functools.partial(_denoise_many, lanes=lanes, tiles=tiles, **static)
+    run = functools.partial(_denoise_many, lanes=lanes, **static)
     if mesh is not None:
         whole, split = PartitionSpec(), PartitionSpec(AXIS)
         places = (whole, whole, whole, whole, split, whole, whole)
@@ -124,27 +156,21 @@ def denoise_many(
 
 
 def _denoise_many(
-    model, prepared, state, solver, levels, guidance, key, *,
-    settings, dense_start, plan, lanes, tiles,
-):  # fmt: skip
+    model, prepared, state, solver, levels, guidance, key, *, settings, dense_start, plan, lanes
+):
     """What one device does with its schedules."""
+    each = _lane(model, prepared, solver, guidance, key, settings)
     if plan == "lanes":
-        each = Lane(model, prepared, solver, guidance, key, settings)
-        forward = _many_forward(settings.method, tiles)
-        if isinstance(settings.method, StepLevel):
-            levels = jnp.where(levels >= LEVELS, levels, 0)  # as it decides
-        return Batch.of(each, forward, state, levels, dense_start).denoise(lanes)
-    if plan == "masked" and isinstance(settings.method, Astraea):
-        masked = dataclasses.replace(settings.method, pieces="masked")
-        settings = settings._replace(method=masked)
-    loop_step = loop.loop_step(model, prepared, guidance, key, settings=settings)
+        levels = jnp.where(levels >= LEVELS, levels, 0)  # as whole steps are decided
+        return Batch.of(each, state, levels, dense_start).denoise(lanes)
+    loop_step = loop.loop_step(each.it, guidance, key, settings=settings)
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
     indices = jnp.arange(dense_start, solver.steps, dtype=jnp.int32)
 
     def run(row):
         return lax.scan(loop_step, state, (rows, row[dense_start:], indices))[0].latents
 
-    return lax.map(run, levels) if plan == "map" else jax.vmap(run)(levels)
+    return lax.map(run, levels)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +179,6 @@ class Batch:
 
     Attributes:
       each: what a lane does at a step.
-      forward: a computed step of all lanes.
       shared: the state after the dense start, where every schedule begins.
       levels: the schedules, and one of zeros for a lane with nothing left to do.
       order: where each schedule was, before the longest came first.
@@ -161,19 +186,18 @@ class Batch:
     """
 
     each: Lane
-    forward: Callable[..., base.Forward]
     shared: LoopState
     levels: Int[Array, "R T"]
     order: Int[Array, "S"]
     dense_start: int
 
     @classmethod
-    def of(cls, each: Lane, forward, shared: LoopState, levels, dense_start: int) -> "Batch":
+    def of(cls, each: Lane, shared: LoopState, levels, dense_start: int) -> "Batch":
         """The longest first, so that the last rounds are not left to a few lanes."""
         order = jnp.argsort(-(levels[:, dense_start:] > 0).sum(axis=1))
         nothing = jnp.zeros((1, levels.shape[1]), levels.dtype)
         levels = jnp.concatenate([levels[order], nothing])
-        return cls(each, forward, shared, levels, order, dense_start)
+        return cls(each, shared, levels, order, dense_start)
 
     def denoise(self, lanes: int) -> Float[Array, "S P F Y X C"]:
         """Latents of every schedule, in so many lanes."""
@@ -250,32 +274,11 @@ class Batch:
         """One computed step of every lane."""
         active = carry.candidate < self.number
         at = jnp.minimum(carry.index, self.steps - 1)
-        level = jnp.where(active, self.levels[carry.candidate, at], 0).astype(jnp.int32)
-        inputs = jax.vmap(self.each.inputs)(carry.state.latents, at, level)
-        result = self.forward(self.each, inputs, carry.state.method)
-        state = jax.vmap(self.each.advance)(carry.state, result, at)
+        state = jax.vmap(self.each.compute)(carry.state, at)
         # A lane with nothing left to do repeats its last step, which nobody reads.
         return carry._replace(index=carry.index + active.astype(jnp.int32), state=state)
 
 
 def can_run_in_lanes(method: Method) -> bool:
-    """Whether "lanes" gives what the method's own `decide` and `forward` give.
-
-    Lanes read the levels themselves, and lay out the rows of ASTRAEA's steps in a way of their own:
-    they do not fit a method that decides or computes otherwise, by a class of its own say.
-    """
-    for known, own in ((Astraea, ("modes", "decide", "forward")), (StepLevel, ("modes", "decide"))):
-        if isinstance(method, known):
-            return all(getattr(type(method), name) is getattr(known, name) for name in own)
-    return False
-
-
-def _many_forward(method: Method, tiles: int):
-    """A computed step of all lanes: whole steps side by side, or ASTRAEA's tiles in one list."""
-    if isinstance(method, Astraea):
-        return functools.partial(sparse_forward, tiles=tiles)
-
-    def dense(each: Lane, inputs, state):
-        return jax.vmap(functools.partial(each.forward, base.DENSE))(inputs, state)
-
-    return dense
+    """Whether "lanes" gives what the method's own `decide` gives: whole steps, by their level."""
+    return method.by_level and method.modes == (base.SKIP, base.DENSE)

@@ -15,7 +15,7 @@ from astraea_jax import checks
 from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Method
-from astraea_jax.model import VideoDiT
+from astraea_jax.model import Conditions, VideoDiT
 from astraea_jax.population.lanes import (
     AXIS,
     Plan,
@@ -27,7 +27,7 @@ from astraea_jax.schedule import LEVELS
 from astraea_jax.solvers import Solver
 
 MOST = 10_000
-"""Lanes, tiles and schedules of a batch: far more than any device holds."""
+"""Lanes and schedules of a batch: far more than any device holds."""
 
 Rows = Int[np.ndarray, "S T"] | Sequence[Sequence[int]]
 """Schedules, one a row."""
@@ -43,7 +43,7 @@ class Scorer:
         self,
         model: VideoDiT,
         latents: Float[Array, "P F Y X C"],
-        context: Float[Array, "B M D"],
+        conditions: Conditions,
         *,
         solver: Solver,
         method: Method,
@@ -52,7 +52,6 @@ class Scorer:
         dense_start: int = 1,
         plan: Plan | None = None,
         lanes: int = 8,
-        tiles: int | None = None,
         batch: int | None = None,
         decode: Callable[[Array], Array] | None = None,
         precision: str | None = None,
@@ -63,7 +62,7 @@ class Scorer:
         Args:
           model: a video diffusion transformer.
           latents: Gaussian noise, one prompt a row.
-          context: text, conditional rows first.
+          conditions: what the model takes beside noise, conditional rows first.
           solver: T steps.
           method: how the schedules' steps are computed.
           guidance: scale, or None for none.
@@ -71,7 +70,6 @@ class Scorer:
           dense_start: leading steps that every schedule has at level 10, at least 1.
           plan: see `denoise_many`; None is "lanes" where the method has such a plan, else "map".
           lanes: schedules denoised at a time on each device.
-          tiles: tenths computed at a time; None is two a lane.
           batch: schedules handed to a device in one program; fewer are filled up with schedules
             that compute nothing. None is four times the lanes.
           decode: latents [P, ...] to pixels; the error is then that of pixels.
@@ -82,14 +80,14 @@ class Scorer:
           Refusal: shapes that do not fit, a plan that the method does not have, or a number out of
             range.
         """
-        settings = loop.check(model, latents, context, method, guidance, False)
+        settings = loop.check(model, latents, conditions, method, guidance, False)
         in_lanes = can_run_in_lanes(method)
         plan = ("lanes" if in_lanes else "map") if plan is None else plan
         checks.one_of("plan", plan, get_args(Plan))
         if plan == "lanes" and not in_lanes:
             raise Refusal(f'{method.name} has no plan "lanes"; use "map"')
         checks.whole("dense_start", dense_start, 1, solver.steps)
-        for name, value in (("lanes", lanes), ("tiles", tiles), ("batch", batch)):
+        for name, value in (("lanes", lanes), ("batch", batch)):
             if value is not None:
                 checks.whole(name, value, 1, MOST)
         self._method, self._dense_start = method, dense_start
@@ -103,13 +101,13 @@ class Scorer:
         latents = jnp.asarray(latents, jnp.float32)
         self._shape = latents.shape
         prepared, state = denoise_start(
-            model, latents, context, solver, scale, key,
+            model, latents, conditions, solver, scale, key,
             settings=settings, dense_start=dense_start, precision=precision,
         )  # fmt: skip
         self._many = functools.partial(
             denoise_many, model, prepared, state, solver, guidance=scale, key=key,
             settings=settings, dense_start=dense_start, plan=plan, lanes=lanes,
-            tiles=tiles or 2 * lanes, precision=precision, mesh=mesh,
+            precision=precision, mesh=mesh,
         )  # fmt: skip
         self._dense: Array | None = None
         self._target: Array | None = None

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_jax.attention import query_sparse_attention
+from astraea_jax.attention import attention_entropy, query_sparse_attention
 from astraea_ports.wan.config import TransformerConfig
 
 
@@ -141,44 +141,44 @@ class BoundBlock:
         )
         self.entry = core.EntryNorm(scale, shift, block.eps, self.dtype)
         self.mlp_shift, self.mlp_scale = mlp_shift, mlp_scale
-        self.gates = core.Gates(gate, 1.0, mlp_gate)
+        self.parts = (
+            core.Part("self", gate, self.self_attention, shares=True),
+            core.Part("cross", 1.0, self.cross_attention),
+            core.Part("mlp", mlp_gate, self.mlp),
+        )
 
-    def keys_values(
-        self, tokens: Float[Array, "B N H"], normed: Float[Array, "B N H"] | None = None
-    ) -> KeysValues:
-        """Normed, rotated keys and plain values of every token."""
+    def shared(self, tokens: core.Rows, side: core.Side) -> tuple[KeysValues, core.Side]:
+        """Normed, rotated keys and plain values of every token; nothing goes beside them."""
         attention = self.block.attn1
-        x = self.entry(tokens) if normed is None else normed
+        x = self.entry(tokens)
         keys = attention.turned(attention.norm_k, attention.to_k(x), self.rope)
-        return KeysValues(keys, attention.split(attention.to_v(x)))
+        return KeysValues(keys, attention.split(attention.to_v(x))), side
 
-    def self_attention(
-        self,
-        rows: Float[Array, "B K H"],
-        indices: Int[Array, "B K"] | None,
-        keys_values: KeysValues,
-        normed: Float[Array, "B K H"] | None = None,
-    ) -> tuple[Float[Array, "B K H"], Float[Array, "B A K"]]:
+    def self_attention(self, rows: core.Rows, keys_values: KeysValues) -> core.PartOut:
         """Rows attend to every token; queries turn by their own position in the video."""
         attention = self.block.attn1
         rope = self.rope
-        if indices is not None:
-            rope = Rope(*(table.at[indices].get(mode="clip") for table in rope))
-        queries = attention.to_q(self.entry(rows) if normed is None else normed)
-        queries = attention.turned(attention.norm_q, queries, rope)
+        if rows.indices is not None:
+            rope = Rope(*(table.at[rows.indices].get(mode="clip") for table in rope))
+        queries = attention.turned(attention.norm_q, attention.to_q(self.entry(rows)), rope)
         out, lse = query_sparse_attention(queries, *keys_values)
-        return attention.to_out(out.reshape(rows.shape)), lse
+        return core.PartOut(attention.to_out(out.reshape(rows.values.shape)), lse)
 
-    def cross_attention(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+    def cross_attention(self, rows: core.Rows, keys_values: KeysValues) -> core.PartOut:
         """Rows attend to the text, padding included, as the model was trained."""
+        del keys_values  # those of the video's tokens
         attention, norm = self.block.attn2, self.block.norm2
-        x = norm(rows.astype(jnp.float32))
+        x = norm(rows.values.astype(jnp.float32))
         queries = attention.split(attention.norm_q(attention.to_q(x.astype(self.dtype))))
         out, _ = query_sparse_attention(queries, *self.text)
-        return attention.to_out(out.reshape(rows.shape))
+        return core.PartOut(
+            attention.to_out(out.reshape(rows.values.shape)),
+            entropy=lambda: attention_entropy(queries, self.text.keys),
+        )
 
-    def mlp(self, rows: Float[Array, "B K H"]) -> Float[Array, "B K H"]:
+    def mlp(self, rows: core.Rows, keys_values: KeysValues) -> core.PartOut:
         """Feed-forward with the tanh GELU."""
-        x = core.layer_norm(rows, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
+        del keys_values
+        x = core.layer_norm(rows.values, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
         hidden = self.block.ffn_in(x.astype(self.dtype))
-        return self.block.ffn_out(jax.nn.gelu(hidden, approximate=True))
+        return core.PartOut(self.block.ffn_out(jax.nn.gelu(hidden, approximate=True)))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from astraea_jax import denoise as loop
 from astraea_jax import solvers
 from astraea_jax.checks import Refusal
-from astraea_jax.flops import Workload
+from astraea_jax.flops import BlockSizes, Workload
 from astraea_jax.methods import Method
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch
@@ -399,14 +399,13 @@ class Pipeline:
         """Sizes for `astraea_jax.flops` of a video's size."""
         config = self.transformer.config
         geometry = self.transformer.geometry((1, *self.latents_shape(frames, height, width)))
-        return Workload(
-            num_blocks=geometry.num_blocks,
-            num_tokens=geometry.num_tokens,
-            width=config.width,
+        blocks = BlockSizes(
+            number=config.num_layers,
             ffn_width=config.ffn_dim,
             text_tokens=self.tokenizer.length,
             keys=geometry.num_tokens,
         )
+        return Workload(geometry.num_tokens, config.width, (blocks,))
 
     def size(
         self, frames: int | None, height: int | None, width: int | None

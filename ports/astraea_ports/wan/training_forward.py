@@ -80,7 +80,7 @@ def velocity(
     hidden = passes.gelu(*_project(context, model.text_1))
     text = passes.biased(*_project(hidden, model.text_2))
     rope = rope_tables(geometry.grid, model.config.attention_head_dim)
-    modulation = model.modulation(timestep)
+    modulation = model.time(timestep)
 
     def apply(tokens: Array, block: Block) -> tuple[Array, None]:
         return _block(block, tokens, text, rope, modulation.projected, layout), None
@@ -89,7 +89,7 @@ def velocity(
         apply = jax.checkpoint(apply, policy=_kept, prevent_cse=layout.unroll)
     unroll = model.config.num_layers if layout.unroll else 1
     # Rounded between sub-layers, as bfloat16 training does: half the traffic of a float32 stream.
-    tokens = model.embed(latents).astype(model.patch_embedding.kernel.dtype)
+    tokens = model.patches(latents).astype(model.patch_embedding.kernel.dtype)
     tokens, _ = jax.lax.scan(apply, tokens, model.blocks, unroll=unroll)
     return model.unpatchify(model.head(tokens, modulation), geometry)
 

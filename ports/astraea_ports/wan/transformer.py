@@ -114,13 +114,24 @@ class Transformer(nnx.Module):
         return core.Geometry(
             grid=(frames, height, width),
             width=config.width,
-            num_layers=config.num_layers,
             patch_values=patch_values,
-            groups=(core.Groups(),),
+            stacks=(core.Stack(config.num_layers, (core.Kind(),)),),
         )
 
-    def prepare(self, context: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
-        """Text keys and values of every block, and the rotary tables: once a run."""
+    def prepare(self, conditions: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
+        """Text keys and values of every block, and the rotary tables: once a run.
+
+        Args:
+          conditions: text embeddings, padded to the model's text length.
+          geometry: of the latents.
+
+        Raises:
+          Refusal: what is no such array.
+        """
+        if jnp.ndim(conditions) != 3 or conditions.shape[-1] != self.config.text_dim:
+            shape = tuple(getattr(conditions, "shape", ()))
+            raise Refusal(f"expected text [B, M, {self.config.text_dim}]; got {shape}")
+        context = conditions
         context = context.astype(self.text_1.kernel.dtype)
         text = self.text_2(jax.nn.gelu(self.text_1(context), approximate=True))
 
@@ -132,8 +143,13 @@ class Transformer(nnx.Module):
         rope = rope_tables(geometry.grid, self.config.attention_head_dim)
         return Prepared(jax.vmap(project)(self.blocks), rope)
 
-    def modulation(self, timestep: Float[Array, "B"]) -> TimeModulation:
-        """Time embedding: cosines first; the projection feeds the blocks, the rest the head."""
+    def modulation(self, timestep: Float[Array, "B"], prepared: Prepared) -> TimeModulation:
+        """Time embedding and its projection: the one feeds the head, the other the blocks."""
+        del prepared
+        return self.time(timestep)
+
+    def time(self, timestep: Float[Array, "B"]) -> TimeModulation:
+        """Embedding of the timestep: cosines first."""
         half = self.config.freq_dim // 2
         frequency = np.exp(-np.log(10000.0) * np.arange(half) / half).astype(np.float32)
         angle = timestep.astype(jnp.float32)[:, None] * frequency[None]
@@ -142,25 +158,40 @@ class Transformer(nnx.Module):
         projected = self.time_proj(jax.nn.silu(embedding))
         return TimeModulation(embedding, projected.reshape(-1, 6, self.config.width))
 
-    def embed(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B N H"]:
+    def signals(self, modulation: TimeModulation) -> dict[str, Float[Array, "B D"]]:
+        """The time embedding, and its projection to scales, shifts and gates."""
+        flat = modulation.projected.reshape(len(modulation.projected), -1)
+        return {"embedding": modulation.embedding, "projected": flat}
+
+    def embed(
+        self, latents: Float[Array, "B F Y X C"], prepared: Prepared
+    ) -> tuple[Float[Array, "B N H"], tuple[()]]:
         """Patches, flattened as (frame, row, column, channel), projected to tokens."""
+        del prepared
+        return self.patches(latents), ()
+
+    def patches(self, latents: Float[Array, "B F Y X C"]) -> Float[Array, "B N H"]:
+        """Tokens of latents."""
         grid = self.geometry(latents.shape).grid
         steps = tuple(n for pair in zip(grid, self.config.patch_size, strict=True) for n in pair)
         x = latents.reshape(latents.shape[0], *steps, latents.shape[-1])
         x = x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(latents.shape[0], int(np.prod(grid)), -1)
         return self.patch_embedding(x.astype(self.patch_embedding.kernel.dtype)).astype(self.dtype)
 
-    def layers(self, prepared: Prepared) -> tuple[Block, KeysValues]:
-        """Stacked parameters and text of the blocks."""
+    def layers(self, stack: int, prepared: Prepared) -> tuple[Block, KeysValues]:
+        """Parameters and text of the blocks of the one stack."""
+        del stack
         return self.blocks, prepared.text
 
     def bind(
         self,
+        stack: int,
         layer: tuple[Block, KeysValues],
         prepared: Prepared,
         modulation: TimeModulation,
     ) -> tuple[BoundBlock]:
         """The one block of a layer."""
+        del stack
         block, text = layer
         return (BoundBlock(block, text, prepared.rope, modulation.projected),)
 
