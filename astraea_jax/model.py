@@ -85,12 +85,14 @@ class Geometry(NamedTuple):
       width: channels of a token, H.
       patch_values: numbers that the head gives for a token.
       stacks: of layers, in order of computation.
+      signals: names and widths of what `VideoDiT.signals` gives.
     """
 
     grid: tuple[int, int, int]
     width: int
     patch_values: int
     stacks: tuple[Stack, ...]
+    signals: tuple[tuple[str, int], ...] = ()
 
     @property
     def num_blocks(self) -> int:

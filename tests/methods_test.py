@@ -6,19 +6,22 @@ import sys
 import jax
 import jax.numpy as jnp
 import pytest
+from helpers import small_model
 
 from astraea_jax import methods
 from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, Method, StepLevel, base
 from astraea_jax.model import Geometry, Groups, Kind, Stack
 from astraea_jax.selection import PUBLISHED, SelectionConfig
 
-GEOMETRY = Geometry((3, 4, 5), 24, 16, (Stack(2, (Kind(),)),))
+SIGNALS = ("embedding", 24), ("projected", 144)
+GEOMETRY = Geometry((3, 4, 5), 24, 16, (Stack(2, (Kind(),)),), SIGNALS)
+BY_LEVEL = [name for name, method in METHODS.items() if method.by_level]
 
 
 def test_make_gives_each_by_its_name():
     assert list(METHODS) == [
         "dense", "astraea", "astraea-corrected", "astraea-published", "fixed-token",
-        "step-level", "step-level-corrected", "step-level-residual",
+        "step-level", "step-level-corrected", "step-level-residual", "pab-2-6", "teacache-0.08",
     ]  # fmt: skip
     assert all(methods.make(name) is method for name, method in METHODS.items())
     assert methods.make("astraea-published") == Astraea(PUBLISHED)
@@ -47,9 +50,10 @@ def test_a_method_is_called_as_the_registry_calls_it():
     }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", BY_LEVEL)
 def test_static_modes_agree_with_the_dynamic_choice(name):
     method = METHODS[name]
+    it = base.Evaluation(small_model(), (), GEOMETRY, 2, jnp.int32(4))
     state = method.init(GEOMETRY, 2, jnp.dtype(jnp.float32))
     levels = (0, 10) if isinstance(method, StepLevel) else range(11)
     for level in levels:
@@ -59,7 +63,7 @@ def test_static_modes_agree_with_the_dynamic_choice(name):
             *map(jnp.int32, (level, 0)),
             jax.random.key(0),
         )
-        mode = method.modes[int(method.decide(None, inputs, state)[0])]
+        mode = method.modes[int(method.decide(it, inputs, state)[0])]
         static = method.static_mode(level)
         assert mode.kind == static.kind
         assert static.level in (level, 10 if isinstance(method, Dense) else level)

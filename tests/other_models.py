@@ -39,7 +39,8 @@ class GroupedModel(nnx.Module):
         )
         kinds = core.Kind("spatial", core.Groups(frames)), core.Kind("temporal", temporal)
         stacks = (core.Stack(self.num_layers, kinds),)
-        return core.Geometry(tuple(shape[1:4]), self.width, shape[4], stacks)
+        signals = (("embedding", 1),)
+        return core.Geometry(tuple(shape[1:4]), self.width, shape[4], stacks, signals)
 
     def prepare(self, conditions, geometry):
         return conditions.mean(axis=1), jnp.zeros(geometry.grid[0])
@@ -169,7 +170,7 @@ class TwoStackModel(nnx.Module):
         self.text = nnx.Linear(8, width, rngs=rngs)
         keys = jax.random.split(rngs.params(), 5)
         make = lambda key: nnx.Linear(width, 5 * width, rngs=nnx.Rngs(key))  # noqa: E731
-        self.stacks = jax.vmap(make)(keys[:2]), jax.vmap(make)(keys[2:])
+        self.double, self.single = jax.vmap(make)(keys[:2]), jax.vmap(make)(keys[2:])
         self.leave = nnx.Linear(width, channels, rngs=rngs)
 
     def geometry(self, shape):
@@ -177,7 +178,8 @@ class TwoStackModel(nnx.Module):
         double = core.Kind("double", core.Groups(), ("self", "mlp"))
         single = core.Kind("single", core.Groups(frames), ("fused",))
         stacks = core.Stack(2, (double,)), core.Stack(3, (single,))
-        return core.Geometry(tuple(shape[1:4]), self.width, shape[4], stacks)
+        signals = ("embedding", 1), ("projected", frames * shape[2] * shape[3])
+        return core.Geometry(tuple(shape[1:4]), self.width, shape[4], stacks, signals)
 
     def prepare(self, conditions, geometry):
         first = np.arange(geometry.num_tokens) < geometry.num_tokens // geometry.grid[0]
@@ -195,7 +197,7 @@ class TwoStackModel(nnx.Module):
         return self.enter(latents.reshape(latents.shape[0], -1, latents.shape[-1])), prepared[0]
 
     def layers(self, stack, prepared):
-        return self.stacks[stack]
+        return self.single if stack else self.double
 
     def bind(self, stack, layer, prepared, modulation):
         _, mask, _, frames = prepared

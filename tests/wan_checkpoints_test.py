@@ -69,7 +69,7 @@ def test_the_recorded_run(recorded, layout):
     for index in range(4):
         row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
         state, _ = loop.static_step(
-            transformer, prepared, state, row, jnp.int8(10), jnp.int32(index), jnp.float32(5.0),
+            transformer, prepared, state, row, *map(jnp.int32, (10, index, 4)), jnp.float32(5.0),
             jax.random.key(0), settings=settings, mode=Dense().static_mode(10),
         )  # fmt: skip
         expected = recorded["latents_traj"][index + 1]

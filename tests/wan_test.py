@@ -304,7 +304,7 @@ def test_latents_after_every_step(upstream):
     for index in range(steps):
         row = jax.tree.map(lambda leaf, i=index: jnp.asarray(leaf[i]), solver)
         state, _ = loop.static_step(
-            model, prepared, state, row, jnp.int8(10), jnp.int32(index),
+            model, prepared, state, row, *map(jnp.int32, (10, index, steps)),
             jnp.float32(upstream.guidance), jax.random.key(0),
             settings=settings, mode=Dense().static_mode(10),
         )  # fmt: skip

@@ -7,7 +7,9 @@ from astraea_jax.methods.base import Mode as Mode
 from astraea_jax.methods.base import Trace as Trace
 from astraea_jax.methods.dense import Dense as Dense
 from astraea_jax.methods.fixed_token import FixedToken as FixedToken
+from astraea_jax.methods.pab import PAB as PAB
 from astraea_jax.methods.step_level import StepLevel as StepLevel
+from astraea_jax.methods.teacache import TeaCache as TeaCache
 from astraea_jax.methods.token_wise import AstraeaState as AstraeaState
 from astraea_jax.selection import PUBLISHED
 
@@ -20,6 +22,8 @@ METHODS = {
     "step-level": StepLevel(),
     "step-level-corrected": StepLevel(corrects=True),
     "step-level-residual": StepLevel("residual"),
+    "pab-2-6": PAB(),
+    "teacache-0.08": TeaCache(),
 }
 """Methods by the name that commands know them by."""
 

@@ -1,6 +1,6 @@
 """How methods go through a model's blocks: in order, on every token, or some of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -141,6 +141,19 @@ def dense_tokens(
         return out.tokens, out.side
 
     return run_blocks(it, modulation, body, (tokens, side))[0]
+
+
+def shared_for(
+    block: core.Block, tokens: Rows, side: Side, known: Mapping[str, Array]
+) -> tuple[core.Shared, Side]:
+    """What the parts that are not known read of all tokens: nothing, where none of them does.
+
+    Where tokens go beside the video's, they are moved on all the same.
+    """
+    read = any(part.shares for part in block.parts if part.name not in known)
+    if read or jax.tree.leaves(side):
+        return block.shared(tokens, side)
+    return None, side
 
 
 def run_residual(

@@ -116,6 +116,7 @@ class Transformer(nnx.Module):
             width=config.width,
             patch_values=patch_values,
             stacks=(core.Stack(config.num_layers, (core.Kind(),)),),
+            signals=(("embedding", config.width), ("projected", 6 * config.width)),
         )
 
     def prepare(self, conditions: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
