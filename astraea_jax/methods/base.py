@@ -115,6 +115,20 @@ class Method(Protocol):
         ...
 
 
+def check(method: Any) -> Method:
+    """Returns `method` if it is one.
+
+    Raises:
+      Refusal: it is something else: a method's name, or its class.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise Refusal(
+            "method must be an acceleration method, as Astraea() is or methods.make gives it by "
+            f"name; got {checks.shown(method)}"
+        )
+    return method
+
+
 def splits(geometry: Geometry) -> tuple[Groups, ...]:
     """The ways of splitting the tokens into groups for which a step needs a selection each.
 

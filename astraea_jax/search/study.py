@@ -91,9 +91,18 @@ def open_journal(
       Refusal: a folder that can't be written, a journal that another process holds, one of
         another search, or one that is no journal.
     """
-    path = pathlib.Path(folder) / JOURNAL
+    path = files.as_path(folder) / JOURNAL
+    for name, value in (("steps", steps), ("prompts", prompts)):
+        if value is not None:
+            checks.whole(name, value, 1, 1_000_000)
+    try:
+        plain = json.loads(json.dumps(checks.fields({"header": header}, _HEADER, name="header")))
+    except (TypeError, RecursionError) as error:
+        raise Refusal(
+            f"expected JSON values in the header ({files.reason(error)}): convert them"
+        ) from error
     with files.held(path) as file:
-        yield Journal(file, _read(file, path, json.loads(json.dumps(header)), steps, prompts))
+        yield Journal(file, _read(file, path, plain["header"], steps, prompts))
 
 
 def _read(file, path: pathlib.Path, header: dict, steps, prompts) -> list[Evaluation]:

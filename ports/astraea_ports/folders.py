@@ -51,6 +51,15 @@ Source = str | os.PathLike[str] | ModelFolder
 """A folder, a hub id `owner/name`, or what was found of either."""
 
 
+def as_source(source: Any) -> str:
+    """What a model is called, as text; Refusal for what is neither text nor a path."""
+    if not isinstance(source, str | os.PathLike):
+        raise Refusal(
+            f"expected the folder of a model or a hub id `owner/name`, got {shown(source)}"
+        )
+    return os.fspath(source)
+
+
 def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     """A model's folder: itself, or one that holds the JSON files of a model of the hub.
 
@@ -64,7 +73,7 @@ def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     """
     if isinstance(source, ModelFolder):
         return source
-    name = os.fspath(source)
+    name = as_source(source)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         if revision is not None:
