@@ -189,12 +189,11 @@ def _check(q, k, v, indices, count, scale) -> None:
         if value is None and name in ("indices", "count"):
             continue
         kind = jnp.floating if name in ("q", "k", "v") else jnp.integer
-        if not jnp.issubdtype(checks.array(name, value).dtype, kind):
-            raise Refusal(f"{name} must be an array of {kind.__name__} numbers; got {value.dtype}")
-    if isinstance(scale, str | bool) or (
-        isinstance(scale, int | float) and not abs(scale) <= LARGEST_SCALE
-    ):
-        raise Refusal(f"scale must be a number within {LARGEST_SCALE:g}; got {scale!r}")
+        dtype = checks.array(name, value).dtype
+        if not jnp.issubdtype(dtype, kind):
+            raise Refusal(f"{name} must be an array of {kind.__name__} numbers; got {dtype}")
+    if scale is not None and not isinstance(scale, jax.Array):
+        checks.number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise Refusal(
             "expected q [B,K,A,C] and k, v [B,N,A,C] of one shape; "

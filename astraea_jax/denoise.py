@@ -312,9 +312,12 @@ def check(model, latents, context, method, guidance, key, trace) -> Settings:
     ):
         if not jnp.issubdtype(checks.array(name, value, shape).dtype, jnp.floating):
             raise Refusal(f"{name} must be an array of floats {shape}; got {value.dtype}")
-    if guidance is not None and not hasattr(guidance, "dtype"):
+    if isinstance(guidance, jax.Array | np.ndarray):
+        if guidance.shape != ():
+            raise Refusal(f"guidance must be one number; got an array of shape {guidance.shape}")
+    elif guidance is not None:
         checks.number("guidance", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
-    if key is not None and getattr(key, "shape", None) != () and not _is_raw(key):
+    if key is not None and not _is_key(key):
         raise Refusal(f"key must be one of jax.random.key(seed); got {checks.shown(key)}")
     checks.flag("trace", trace)
     geometry = model.geometry(latents.shape)
@@ -327,9 +330,12 @@ def check(model, latents, context, method, guidance, key, trace) -> Settings:
     return Settings(method, geometry, branches, trace)
 
 
-def _is_raw(key) -> bool:
-    """Whether it is a key of JAX's older kind: an array of words."""
-    return getattr(key, "ndim", 0) == 1 and jnp.issubdtype(key.dtype, jnp.unsignedinteger)
+def _is_key(key) -> bool:
+    """Whether it is a key, or one of JAX's older kind: an array of words."""
+    if not isinstance(key, jax.Array):
+        return False
+    typed = key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return typed or (key.ndim == 1 and jnp.issubdtype(key.dtype, jnp.unsignedinteger))
 
 
 def _levels(schedule, solver: Solver, method: Method, driver: Driver):

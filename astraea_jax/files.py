@@ -265,7 +265,7 @@ def held(path: str | os.PathLike, *, choose: str = "another folder") -> Iterator
         if path.exists():
             check_input(path)
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    except (OSError, Refusal) as error:
+    except (OSError, Refusal, ValueError) as error:  # ValueError: a null byte in the name
         raise Refusal(f"can't write {path} ({reason(error)}): choose {choose}") from error
     with file:
         try:

@@ -247,7 +247,7 @@ def evolve(
     Returns:
       The last generation.
     """
-    if states is not None and pathlib.Path(states).exists() and not pathlib.Path(states).is_dir():
+    if states is not None and os.path.exists(states) and not os.path.isdir(states):
         raise Refusal(f"expected a folder for states; {states} is none: choose another folder")
     began = time.perf_counter()
     saved = _restore(states, space, config) if states is not None else None

@@ -244,7 +244,7 @@ class Place(NamedTuple):
             return self.model.path / self.folder
         for name in self.single:
             self.model.fetch(name)
-            if (self.model.path / name).is_file():
+            if os.path.isfile(self.model.path / name):
                 return self.model.path / name
         raise Refusal(
             f"expected {' or '.join(self.single)} in {self.model.name or self.model.path}, got "
@@ -289,7 +289,7 @@ def find_part(
                 )
             return Place(config, ModelFolder(path.parent), single=(path.name,))
     model = find_model(source, revision=revision)
-    if (model.path / "model_index.json").is_file():
+    if os.path.isfile(model.path / "model_index.json"):
         found = read_config(model.path / folder, expected=kinds) if config is None else config
         return Place(found, model, folder)
     if single_config is not None and _is_single(model, kinds, single):
@@ -300,7 +300,7 @@ def find_part(
 
 def _is_single(model: ModelFolder, kinds: Sequence[str], single: Sequence[str]) -> bool:
     """Whether a part is one file in a model's folder of the original layout."""
-    if any((model.path / name).is_file() for name in single):
+    if any(os.path.isfile(model.path / name) for name in single):
         return True
     # On the hub it may be there and not fetched; the config beside it is the transformer's.
     described = read_config(model.path) if model.name is not None else {}

@@ -105,7 +105,7 @@ def is_original(folder: Path) -> bool:
     """
     if os.path.lexists(folder / "model_index.json"):
         return False
-    found = [name for name in EXPERTS if (folder / name).is_dir()]
+    found = [name for name in EXPERTS if os.path.isdir(folder / name)]
     if found:
         raise Refusal(
             f"{folder} holds {' and '.join(found)}: this looks like Wan 2.2 A14B (two experts); "

@@ -135,7 +135,6 @@ class VAEConfig:
         """
         advice = family.advice(config)
         values = configs.read(config, _RULES, name=name, required=_REQUIRED, advice=advice)
-        numbers = {key: tuple(map(float, values[key])) for key in ("latents_mean", "latents_std")}
         try:
             read = cls(
                 encoder_width=values["base_dim"],
@@ -144,7 +143,8 @@ class VAEConfig:
                 multipliers=tuple(values["dim_mult"]),
                 num_blocks=values["num_res_blocks"],
                 temporal=tuple(values["temperal_downsample"]),
-                **numbers,
+                latents_mean=tuple(map(float, values["latents_mean"])),
+                latents_std=tuple(map(float, values["latents_std"])),
             )
         except Refusal as error:
             raise Refusal(f"{name}: {error}; {advice}") from error
