@@ -105,7 +105,7 @@ def place_trials(
 
 
 def weight_trials(path: pathlib.Path, read: Callable, *, flips: int = 15) -> Iterator[Trial]:
-    """Weights cut short, headers with a bit turned over or another length, numbers that are none."""
+    """Weights cut short, headers with a bit turned or another length, numbers that are none."""
     rng = np.random.default_rng(0)
     content, name = path.read_bytes(), f"{path.parent.name}/{path.name}"
     start = 8 + int.from_bytes(content[:8], "little")
@@ -206,21 +206,15 @@ def schedule_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> I
         yield from (trial for trial in json_trials(path, read) if not _is_free(trial.name, read))
         yield from place_trials(path, special, read)
     # Levels alone say nothing else; what stands beside them is not read.
-    read_levels = lambda: Schedule.load(path)  # noqa: E731
     content = json.loads(path.read_text())
-    for field in ("format", "steps", "levels"):
-        for value in field_values(content[field]):
-            wrong = json.dumps(content | {field: value}).encode()
-            yield Trial(
-                f"Schedule.load: {field} = {value!r:.40}", changed(path, wrong, read_levels)
-            )
-    yield from (
-        Trial(
-            f"recipes_in: {broken[:20]!r}",
-            changed(path, broken.encode(), lambda: recipes_in(folder)),
-        )
-        for broken in BROKEN
-    )
+    wrongs = [
+        json.dumps(content | {field: value}).encode()
+        for field in ("format", "steps", "levels")
+        for value in field_values(content[field])
+    ]
+    for wrong in (*wrongs, *(broken.encode() for broken in BROKEN)):
+        for read in (lambda: Schedule.load(path), lambda: recipes_in(folder)):
+            yield Trial(f"a schedule: {wrong[:60]}", changed(path, wrong, read))
 
 
 def _is_free(name: str, read: Callable) -> bool:
@@ -247,7 +241,7 @@ def text_trials(
         read = lambda words=words: cli.main([*words, f"--prompts={prompts}"])  # noqa: E731
         kinds = {kind: path for kind, path in special.items() if kind != "deep"}
         for trial in place_trials(prompts, {**kinds, "deep": special["empty"]}, read):
-            yield dataclasses_named(trial, f"{command}, ")
+            yield _named(trial, f"{command}, ")
         for wrong in (b"\n \n", b"\xff\xfe\x00", b"a" * 100_000):
             yield Trial(f"{command} --prompts: {wrong[:9]!r}", changed(prompts, wrong, read))
     captions = model / "captions.json"
@@ -258,7 +252,7 @@ def text_trials(
     yield from place_trials(captions, special, read)
 
 
-def dataclasses_named(trial: Trial, before: str) -> Trial:
+def _named(trial: Trial, before: str) -> Trial:
     """The trial with a longer name."""
     return Trial(before + trial.name, trial.call)
 
@@ -327,28 +321,27 @@ def study_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iter
     for kind in ("quality", "search"):
         path = folder / f"{kind}.json"
         content = json.loads((STUDIES / f"{kind}.json").read_text())
-        content["rows"] = content["rows"][:1]
+        row = content["rows"][0]
+        wrongs = [
+            (field, value, {"rows": [row | {field: value}]})
+            for field, right in row.items()
+            for value in field_values(right)
+        ]
+        wrongs += [
+            (field, value, {field: value})
+            for field in ("model", "rows")
+            for value in field_values(content[field])
+            if value != []
+        ]
+        content["rows"] = [row]
         path.write_text(json.dumps(content))
         words = ["bench", "collect", os.fspath(path), f"--study={kind}", "--output=made.json"]
         read = lambda words=words: cli.main(words)  # noqa: E731
-        row = content["rows"][0]
-        for field in READ_AGAIN & {*row}:
-            for value in field_values(row[field]):
-                if (
-                    isinstance(value, str)
-                    and value
-                    and len(value) < 1000
-                    and isinstance(row[field], str)
-                ):
-                    continue  # a name is free
-                wrong = json.dumps(content | {"rows": [row | {field: value}]}).encode()
-                yield Trial(f"{kind}: {field} = {value!r:.40}", changed(path, wrong, read))
-        for field in ("model", "rows"):
-            for value in field_values(content[field]):
-                if value in ("nonsense", []):
-                    continue
-                wrong = json.dumps(content | {field: value}).encode()
-                yield Trial(f"{kind}: {field} = {value!r:.40}", changed(path, wrong, read))
+        for field, value, change in wrongs:
+            if value == "nonsense" or (field, value) in FREE_OF_STUDIES:
+                continue  # a name is free
+            wrong = json.dumps(content | change).encode()
+            yield Trial(f"{kind}: {field} = {value!r:.40}", changed(path, wrong, read))
         for broken in BROKEN:
             yield Trial(f"{kind}: {broken[:20]!r}", changed(path, broken.encode(), read))
         yield from place_trials(path, special, read)
@@ -358,11 +351,11 @@ def study_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iter
         yield Trial(f"gpu: {wrong[:20]!r}", changed(path, wrong.encode(), read))
 
 
-READ_AGAIN = {
-    *("method", "solver", "pattern", "cost", "psnr", "ssim", "psnr_half_width", "psnr_worst"),
-    *("what", "budget", "levels", "fitness", "evaluations"),
-}
-"""Fields of a study's rows that are read again."""
+FREE_OF_STUDIES = (
+    *(("evaluations", 0), ("run", 0)),
+    *((field, None) for field in ("reuse", "scope", "branches", "velocity", "rank", "overlap")),
+    ("budget", None),
+)
 
 
 def video_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterator[Trial]:

@@ -59,7 +59,7 @@ def by_name(
 
 
 NONE = {name: (None,) for name in ("schedule", "method", "guidance", "key", "progress")}
-STEPS = tuple(value for value in WHOLE if value is not True) + (True, 0, 10**5)
+STEPS = (*WHOLE, 0, 10**5)
 
 
 def schedule_trials(folder: pathlib.Path) -> Iterator[Trial]:
@@ -89,9 +89,8 @@ def schedule_trials(folder: pathlib.Path) -> Iterator[Trial]:
     recipe = Recipe.load(sorted((tiny.FOLDER / "schedules").glob("*.json"))[0])
     names = dict.fromkeys(("method", "solver", "grid", "model", "version"), ("nonsense", "x" * 300))
     texts = dict.fromkeys(("dtype", "precision", "negative_prompt"), ("", "nonsense", "x" * 300))
-    objects = {"lora": ((), ("a", "b", "c")), "schedule": (), "guidance": (None,)}
-    for trial in dataclass_trials(recipe, names | texts | objects):
-        yield trial
+    objects = {"lora": ((), ("a", "b", "c")), **dict.fromkeys(("quality", "cost"), ({"a": 1},))}
+    yield from dataclass_trials(recipe, names | texts | objects)
 
 
 def solver_trials() -> Iterator[Trial]:
@@ -131,9 +130,9 @@ def video_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iter
     rates = (*NUMBER, 0, -1, 1e-9)
     wrong = {"path": places, "video": videos, "fps": rates}
     yield from by_name("write_video", video.write_video, {"path": out, "video": frames}, wrong)
-    picture = {"path": places, "image": (*videos, frames)}
+    picture = {"path": places, "image": (*ARRAY, frames, frames[0, ..., :1])}
     right = {"path": folder / "a.png", "image": frames[0]}
-    yield from by_name("write_image", video.write_image, right, picture, {"image": ()})
+    yield from by_name("write_image", video.write_image, right, picture)
     unread = (*NAME, "", *(special[place] for place in UNREAD))
     yield from trials("read_video", video.read_video, unread)
     yield from trials("check_output", video.check_output, places)
@@ -162,7 +161,8 @@ def video_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iter
     )
     right = {"videos": [frames, frames], "captions": ["a", "b"], "columns": 1}
     wrong = {
-        "videos": panels, "captions": titles, "columns": (*WHOLE, 0), "frames_per_video": (*WHOLE, 0),
+        "videos": panels, "captions": titles, "columns": (*WHOLE, 0),
+        "frames_per_video": (*WHOLE, 0),
     }  # fmt: skip
     yield from by_name("contact_sheet", video.contact_sheet, right, wrong)
 
@@ -218,8 +218,7 @@ def search_trials() -> Iterator[Trial]:
     """Spaces, searches, and what needs none."""
     space = Space.for_budget(4, 0.5)
     levels = (*LIST, (3, 2, 1), (0, 5), (10,), (0, 11))
-    for trial in dataclass_trials(space, {"low": (-1, 10**30), "high": (10**30,)}):
-        yield trial
+    yield from dataclass_trials(space, {"low": (-1,)})
     wrong = {"steps": STEPS, "budget": (*NUMBER, 0, 1.1), "choices": levels, "dense_start": STEPS}
     right = {"steps": 4, "budget": 0.5}
     bands = (*LIST, (2, 1), (0, 1), (-1, 1), (1,), (1, 2, 3))
@@ -337,14 +336,9 @@ def call_trials() -> Iterator[Trial]:
     yield from by_name("Pipeline", pipeline, right, wrong, but)
     yield from trials("encode_text", pipeline.encode_text, texts)
     yield from trials("decode", pipeline.decode, ARRAY)
-    for name in ("frames", "height", "width"):
-        right = {"frames": None, "height": None, "width": None}
-        for method in (pipeline.size, pipeline.workload):
-            call = (
-                {**right}
-                if method == pipeline.size
-                else dict(zip(right, (81, 128, 128), strict=True))
-            )
-            yield from by_name(
-                f"Pipeline.{method.__name__}", method, call, {name: (*WHOLE, 0)}, {name: (None,)}
-            )
+    names = ("frames", "height", "width")
+    sizes = dict.fromkeys(names, (*WHOLE, 0))
+    right, but = dict.fromkeys(names, None), dict.fromkeys(names, (None,))
+    yield from by_name("Pipeline.size", pipeline.size, right, sizes, but)
+    right = dict(zip(names, (81, 128, 128), strict=True))
+    yield from by_name("Pipeline.workload", pipeline.workload, right, sizes)

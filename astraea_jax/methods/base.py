@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from astraea_jax import checks
 from astraea_jax import model as core
 from astraea_jax.checks import Refusal
 from astraea_jax.model import Geometry, Groups, Modulation, Prepared, VideoDiT

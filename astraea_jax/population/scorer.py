@@ -91,7 +91,7 @@ class Scorer:
             raise Refusal(f'{method.name} has no plan "lanes"; use "map"')
         checks.whole("dense_start", dense_start, 1, solver.steps)
         for name, value in (("lanes", lanes), ("tiles", tiles), ("batch", batch)):
-            if value is not None:
+            if value is not None or name == "lanes":
                 checks.whole(name, value, 1, MOST)
         self._method, self._dense_start = method, dense_start
         self.steps, self.num_prompts = solver.steps, latents.shape[0]

@@ -117,7 +117,7 @@ def read_config(
     Raises:
       Refusal: the file is missing or broken, or describes another kind of model.
     """
-    path = Path(folder) / name
+    path = files.as_path(folder) / name
     if not os.path.lexists(path):
         raise Refusal(f"expected the file {path}, which is not there; check the folder")
     config = _read_json(path)

@@ -350,6 +350,8 @@ def open_text_encoder(
     revision: str | None = None,
 ) -> checkpoints.Loadable[T5Encoder]:
     """Finds an encoder and holds its headers against its config; see `load_text_encoder`."""
+    if dtype is not None:
+        checkpoints.float_dtype(dtype)
     config = config.to_dict() if isinstance(config, T5Config) else config
     place = checkpoints.find_part(
         source,

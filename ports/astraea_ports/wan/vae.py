@@ -107,7 +107,8 @@ class VAEConfig:
     def __post_init__(self):
         advice = "give sizes that a VAE can have"
         named = {key: getattr(self, name) for key, name in _NAMES.items()}
-        checks.fields(named, _RULES, name="sizes", advice=advice)
+        rules = _RULES | {"decoder_base_dim": _RULES["base_dim"]}
+        checks.fields(named, rules, name="sizes", advice=advice)
         checks.refuse("sizes", self._problems(), advice)
 
     @property
