@@ -334,7 +334,8 @@ def call_trials() -> Iterator[Trial]:
     but = dict.fromkeys((*optional, "shift", "grid", "progress"), (None,)) | {"seed": ([1],)}
     right = {"prompts": "a red circle", "steps": 4}
     yield from by_name("Pipeline", pipeline, right, wrong, but)
-    yield from trials("encode_text", pipeline.encode_text, texts)
+    # An empty text is what guidance starts from.
+    yield from trials("encode_text", pipeline.encode_text, texts, ([""],))
     yield from trials("decode", pipeline.decode, ARRAY)
     names = ("frames", "height", "width")
     sizes = dict.fromkeys(names, (*WHOLE, 0))
