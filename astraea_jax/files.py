@@ -183,10 +183,14 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
 
 def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
     """Refuses an output that is one of the inputs: it would be lost."""
-    target = _resolved(output)
     for path in inputs:
-        if path is not None and _resolved(path) == target:
+        if path is not None and same_place(path, output):
             raise Refusal(f"{output} would be written over what is read: choose another name")
+
+
+def same_place(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two names are of one place, links followed; Refusal for what is no path."""
+    return _resolved(one) == _resolved(other)
 
 
 def _resolved(path: str | os.PathLike) -> pathlib.Path:

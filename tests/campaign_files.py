@@ -178,8 +178,8 @@ def _write_lora(path: pathlib.Path) -> None:
     safetensors.save_file({f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}, path)
 
 
-def shard_trials(model: pathlib.Path) -> Iterator[Trial]:
-    """An index of shards instead of a file of weights."""
+def shard_trials(model: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterator[Trial]:
+    """An index of shards instead of a file of weights, and its shards."""
     folder = model.parent / "sharded"
     folder.mkdir()
     (folder / "config.json").write_bytes((model / "transformer/config.json").read_bytes())
@@ -187,6 +187,8 @@ def shard_trials(model: pathlib.Path) -> Iterator[Trial]:
     index.write_text(json.dumps({"metadata": {}, "weight_map": {"a": "a.safetensors"}}))
     read = lambda: wan.load_transformer(folder)  # noqa: E731
     yield from json_trials(index, read)
+    yield from place_trials(index, special, read)
+    yield from place_trials(folder / "a.safetensors", special, read)
     for name in ("../a.safetensors", "/etc/passwd", "", "a\0b", "a\nb", 3, None, "x" * 300):
         wrong = json.dumps({"weight_map": {"a": name}}).encode()
         yield Trial(f"a shard {str(name)[:20]!r}", changed(index, wrong, read))

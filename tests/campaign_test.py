@@ -1,6 +1,7 @@
 """A campaign of bad input: every command, file and public function is refused in a line or few.
 
-No traceback, no silent success, no file left, and each refusal in under a second.
+No traceback, no silent success, no file left, and each refusal in under a second. What takes less
+than seconds is tried by the fast tests too.
 """
 
 import shutil
@@ -16,7 +17,6 @@ from astraea_jax.checks import Refusal
 from astraea_ports import tiny
 
 pytestmark = [
-    pytest.mark.slow,
     pytest.mark.skipif(sys.platform != "linux", reason="draws FIFOs, devices and signals"),
     pytest.mark.usefixtures("in_an_empty_folder", "as_a_user"),
 ]
@@ -51,37 +51,45 @@ def special(tmp_path_factory):
     return special_files(tmp_path_factory.mktemp("special"))
 
 
+@pytest.mark.slow
 def test_words_of_every_command(tmp_path):
     held(commands.word_trials(), tmp_path, least=60)
 
 
+@pytest.mark.slow
 def test_options_of_every_command(tmp_path, special):
     held(commands.option_trials(special), tmp_path, least=800)
 
 
+@pytest.mark.slow
 def test_fields_of_every_config(tmp_path, model):
     held(files.config_trials(model), tmp_path, least=800)
     files.opened(model)
 
 
+@pytest.mark.slow
 def test_what_is_no_file_in_a_model(tmp_path, model, special):
     held(files.model_trials(model, special), tmp_path, least=100)
     files.opened(model)
 
 
+@pytest.mark.slow
 def test_weights_cut_short_and_with_bits_turned(tmp_path, model):
     held(files.all_weight_trials(model), tmp_path, least=140)
     files.opened(model)
 
 
-def test_indices_of_shards(tmp_path, model):
-    held(files.shard_trials(model), tmp_path, least=20)
+@pytest.mark.slow
+def test_indices_of_shards(tmp_path, model, special):
+    held(files.shard_trials(model, special), tmp_path, least=40)
 
 
+@pytest.mark.slow
 def test_schedule_files(tmp_path, apart, special):
     held(files.schedule_trials(apart, special), tmp_path, least=200)
 
 
+@pytest.mark.slow
 def test_prompts_and_captions(tmp_path, apart, model, special):
     held(files.text_trials(apart, model, special), tmp_path, least=40)
 
@@ -94,6 +102,7 @@ def test_runs_of_a_training(tmp_path, apart, special):
     held(files.run_trials(apart, special), tmp_path, least=30)
 
 
+@pytest.mark.slow
 def test_results_of_studies(tmp_path, apart, special):
     held(files.study_trials(apart, special), tmp_path, least=200)
 
@@ -114,6 +123,7 @@ def test_metrics_and_videos(tmp_path, apart, special):
     held(functions.video_trials(apart, special), tmp_path, least=400)
 
 
+@pytest.mark.slow
 def test_attention_loop_and_scorer(tmp_path):
     held(functions.core_trials(), tmp_path, least=250)
 
@@ -122,10 +132,12 @@ def test_searches(tmp_path):
     held(functions.search_trials(), tmp_path, least=300)
 
 
+@pytest.mark.slow
 def test_what_loads_a_model(tmp_path, special):
     held(functions.port_trials(special), tmp_path, least=350)
 
 
+@pytest.mark.slow
 def test_a_call_of_a_pipeline(tmp_path):
     held(functions.call_trials(), tmp_path, least=200)
 

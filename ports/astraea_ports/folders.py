@@ -185,7 +185,8 @@ def _shards(index: Path) -> list[Path]:
     found = []
     for name in shard_names(index):
         file = index.parent / name
-        if not any(file.resolve().is_relative_to(allowed) for allowed in roots):
+        real = Path(os.path.realpath(file))  # `resolve` fails for links in a circle
+        if not any(real.is_relative_to(allowed) for allowed in roots):
             raise Refusal(_outside(index, name))
         if not os.path.isfile(file):
             raise Refusal(f"{index} names {name}, which is not there; fetch the missing shard")
