@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from astraea_jax import checks, methods, solvers
+from astraea_jax import checks, solvers
 from astraea_jax.checks import Number, Refusal, shown
 from astraea_jax.methods import Dense, Method
+from astraea_jax.methods.base import check as check_method
 from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
@@ -89,7 +90,7 @@ def make(
     schedule = Schedule.dense(steps) if schedule is None else schedule
     if not isinstance(schedule, Schedule):
         raise Refusal(f"schedule must be a Schedule; got {shown(schedule)}")
-    method = Dense() if method is None else methods.base.check(method)
+    method = Dense() if method is None else check_method(method)
     if schedule.steps != steps:
         raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
