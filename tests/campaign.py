@@ -169,7 +169,8 @@ BAD_JSON = {
 }
 """Wrong values of a field of a file by the type of its right one."""
 
-BROKEN = ("", "{", "[]", "null", "3", '"text"', "\x00", "[" * 100_000, '{"a": 1}')
+OTHER = '{"a": 1}'
+BROKEN = ("", "{", "[]", "null", "3", '"text"', "\x00", "[" * 100_000, OTHER)
 """Texts that no file of JSON fields has."""
 
 

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import helpers
@@ -38,7 +38,7 @@ from astraea_jax.selection import SelectionConfig
 from astraea_ports import t5, tiny, wan
 from astraea_ports.wan import vae_weights
 
-Arguments = dict[str, Any]
+Arguments = Mapping[Any, Any]
 
 
 def by_name(
@@ -54,7 +54,7 @@ def by_name(
       but: of those, what the function takes after all.
     """
     for argument, values in wrong.items():
-        call = lambda value, argument=argument: function(**right | {argument: value})  # noqa: E731
+        call = lambda value, argument=argument: function(**{**right, argument: value})  # noqa: E731
         yield from trials(f"{name}, {argument}", call, values, (but or {}).get(argument, ()))
 
 
