@@ -305,6 +305,8 @@ LARGEST_GUIDANCE = 1e4
 
 def check(model, latents, context, method, guidance, key, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
+    if isinstance(model, type) or not isinstance(model, VideoDiT):
+        raise Refusal(f"model must be a video diffusion transformer; got {checks.shown(model)}")
     method = base.check(method)
     for name, value, shape in (
         ("latents", latents, "[P,F,Y,X,C]"),

@@ -28,7 +28,7 @@ from astraea_jax import denoise, flops, methods, metrics, query_sparse_attention
 from astraea_jax.methods import Astraea, FixedToken, StepLevel
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import sensitivity, study
+from astraea_jax.search import plots, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.recipe import Recipe
@@ -36,6 +36,7 @@ from astraea_jax.search.scoring import Evaluator
 from astraea_jax.search.space import Space, check_band
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import t5, tiny, wan
+from astraea_ports.tiny import score
 from astraea_ports.wan import vae_weights
 
 Arguments = Mapping[Any, Any]
@@ -191,6 +192,7 @@ def core_trials() -> Iterator[Trial]:
         "solver": solvers.euler(4), "guidance": 3.0, "method": Astraea(),
     }  # fmt: skip
     wrong = {
+        "model": (*WORD, type(right["model"])),
         "latents": (*ARRAY, latents[0], latents[..., :1], latents[:, :, :3]),
         "context": (*ARRAY, context[0], context[..., :1], context[:1]),
         "solver": (*WORD, *LIST, 4),
@@ -214,7 +216,7 @@ def core_trials() -> Iterator[Trial]:
     yield from by_name("Scorer", Scorer, right, wrong, but)
 
 
-def search_trials() -> Iterator[Trial]:
+def search_trials(special: dict[str, pathlib.Path]) -> Iterator[Trial]:
     """Spaces, searches, and what needs none."""
     space = Space.for_budget(4, 0.5)
     levels = (*LIST, (3, 2, 1), (0, 5), (10,), (0, 11))
@@ -266,6 +268,18 @@ def search_trials() -> Iterator[Trial]:
     }  # fmt: skip
     but = dict.fromkeys(("steps", "prompts"), (None,))
     yield from by_name("open_journal", journal, {}, wrong, but)
+    right = {
+        "space": space, "config": SearchConfig(4, 2, 1), "evaluator": Evaluator((score,)),
+        "key": jax.random.key(0),
+    }  # fmt: skip
+    wrong = {
+        "space": WORD, "config": WORD, "states": (3, b"x", special["fifo"], special["loop"]),
+        "given": (3, "text", (None,), ("a",), ((10, 0, 0, 10),), object),
+    }  # fmt: skip
+    yield from by_name("evolve", study.evolve, right, wrong)
+    places = (*NAME, "", "a.txt", *(special[place] for place in UNWRITTEN))
+    yield from trials("plots.pareto", lambda v: plots.pareto(v, [], {}, cost="tokens"), places)
+    yield from trials("plots.sensitivity", lambda v: plots.sensitivity(v, {}), places)
 
 
 NO_MODEL = (*NAME, "", "a/b/c", "missing", tiny.FOLDER / "model_index.json")
@@ -303,6 +317,15 @@ def port_trials(special: dict[str, pathlib.Path]) -> Iterator[Trial]:
     wrong = {"folder": (*NAME, "", "missing", *places), "length": (*WHOLE, 0, 1)}
     make = wan.Tokenizer.from_pretrained
     yield from by_name("Tokenizer", make, tokenizer, wrong, {"length": (None,)})
+    tokenizer = make(tiny.FOLDER / "tokenizer")
+    yield from trials("a tokenizer's call", tokenizer, (3, [3], [None], [["a"]], None, [b"x"]))
+    transformer, vae = wan.load_transformer(tiny.FOLDER), wan.load_vae(tiny.FOLDER)
+    shapes = (*LIST, (1, 2, 4, 4, 3), (1, 0, 4, 4, 16), (1, 2, 3, 4, 16))
+    yield from trials("geometry", transformer.geometry, shapes)
+    for name, call in (("decode", vae.decode), ("encode", vae.encode)):
+        yield from trials(f"VAE.{name}", call, (*ARRAY, np.zeros((1, 2, 4, 4, 5), np.float32)))
+    videos = (*ARRAY, np.zeros((1, 5, 128, 128, 3), np.float32))
+    yield from trials("score.read", lambda v: score.read(v, score.reader()), videos)
     random = {"size": WORD, "dtype": (*DTYPES, None), "precision": WORD, "seed": WHOLE}
     yield from by_name("Pipeline.random", wan.Pipeline.random, {"staged": True}, random)
     yield from dataclass_trials(wan.CONFIGS["1.3B"])

@@ -128,8 +128,8 @@ def test_attention_loop_and_scorer(tmp_path):
     held(functions.core_trials(), tmp_path, least=250)
 
 
-def test_searches(tmp_path):
-    held(functions.search_trials(), tmp_path, least=300)
+def test_searches(tmp_path, special):
+    held(functions.search_trials(special), tmp_path, least=300)
 
 
 @pytest.mark.slow

@@ -246,8 +246,15 @@ def evolve(
 
     Returns:
       The last generation.
+
+    Raises:
+      Refusal: no space or config, states that are no folder, or no schedule has a finite error.
     """
-    if states is not None and os.path.exists(states) and not os.path.isdir(states):
+    for name, value, kind in (("space", space, Space), ("config", config, SearchConfig)):
+        if not isinstance(value, kind):
+            raise Refusal(f"{name} must be a {kind.__name__}; got {checks.shown(value)}")
+    there = None if states is None else files.as_path(states)
+    if there is not None and os.path.lexists(there) and not os.path.isdir(there):
         raise Refusal(f"expected a folder for states; {states} is none: choose another folder")
     began = time.perf_counter()
     saved = _restore(states, space, config) if states is not None else None

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import ListOf, Refusal, Whole
 from astraea_ports import checkpoints
 from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
@@ -93,6 +93,9 @@ class Transformer(nnx.Module):
           Refusal: not five axes, other channels, or sizes that patches do not divide.
         """
         config = self.config
+        problem = ListOf(Whole(0, 1 << 31), 0, 10).problem(latents_shape)
+        if problem is not None:
+            raise Refusal(f"the latents' shape {problem}")
         if len(latents_shape) != 5 or latents_shape[-1] != config.in_channels:
             raise Refusal(
                 f"expected latents [B,F,H,W,{config.in_channels}]; got {tuple(latents_shape)}"

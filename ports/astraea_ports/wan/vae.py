@@ -351,6 +351,7 @@ class VAE(nnx.Module):
     def check_latents(self, latents: Float[Array, "..."]) -> None:
         """Refuses what are no latents."""
         channels = self.config.latent_channels
+        checks.array("latents", latents, "[B,f,h,w,C]")
         if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
             raise Refusal(
                 f"expected latents of shape [batch, frames, height, width, {channels}], got "
@@ -361,6 +362,7 @@ class VAE(nnx.Module):
         """Refuses what is no video of a size that has latents."""
         config = self.config
         space, time = config.spatial_factor, config.temporal_factor
+        checks.array("video", video, "[B,F,H,W,3]")
         if video.ndim != 5 or video.shape[-1] != config.image_channels or 0 in video.shape:
             raise Refusal(
                 "expected a video of shape [batch, frames, height, width, "
