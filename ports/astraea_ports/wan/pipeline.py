@@ -4,7 +4,7 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -193,6 +193,8 @@ class Pipeline:
           Refusal: any of these out of range, before any long work.
         """
         shape = self.latents_shape(*self.size(frames, height, width))
+        checks.one_of("driver", driver, get_args(loop.Driver))
+        checks.flag("trace", trace)
         if progress is not None and not callable(progress):
             raise Refusal(f"progress must be a function or None; got {checks.shown(progress)}")
         if steps is None:
