@@ -10,6 +10,8 @@ import sys
 import campaign_commands as commands
 import campaign_files as files
 import campaign_functions as functions
+import campaign_models as models
+import campaign_ports as ports
 import pytest
 from campaign import judge, little_memory, special_files
 
@@ -63,25 +65,25 @@ def test_options_of_every_command(tmp_path, special):
 
 @pytest.mark.slow
 def test_fields_of_every_config(tmp_path, model):
-    held(files.config_trials(model), tmp_path, least=800)
-    files.opened(model)
+    held(models.config_trials(model), tmp_path, least=800)
+    models.opened(model)
 
 
 @pytest.mark.slow
 def test_what_is_no_file_in_a_model(tmp_path, model, special):
-    held(files.model_trials(model, special), tmp_path, least=100)
-    files.opened(model)
+    held(models.model_trials(model, special), tmp_path, least=100)
+    models.opened(model)
 
 
 @pytest.mark.slow
 def test_weights_cut_short_and_with_bits_turned(tmp_path, model):
-    held(files.all_weight_trials(model), tmp_path, least=140)
-    files.opened(model)
+    held(models.all_weight_trials(model), tmp_path, least=140)
+    models.opened(model)
 
 
 @pytest.mark.slow
 def test_indices_of_shards(tmp_path, model, special):
-    held(files.shard_trials(model, special), tmp_path, least=40)
+    held(models.shard_trials(model, special), tmp_path, least=40)
 
 
 @pytest.mark.slow
@@ -128,18 +130,22 @@ def test_attention_loop_and_scorer(tmp_path):
     held(functions.core_trials(), tmp_path, least=250)
 
 
+def test_spaces(tmp_path):
+    held(functions.space_trials(), tmp_path, least=150)
+
+
 def test_searches(tmp_path, special):
-    held(functions.search_trials(special), tmp_path, least=300)
+    held(functions.search_trials(special), tmp_path, least=250)
 
 
 @pytest.mark.slow
 def test_what_loads_a_model(tmp_path, special):
-    held(functions.port_trials(special), tmp_path, least=350)
+    held(ports.port_trials(special), tmp_path, least=350)
 
 
 @pytest.mark.slow
 def test_a_call_of_a_pipeline(tmp_path):
-    held(functions.call_trials(), tmp_path, least=200)
+    held(ports.call_trials(), tmp_path, least=200)
 
 
 def test_a_refusal_is_a_value_error():
