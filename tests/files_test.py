@@ -118,6 +118,7 @@ def test_links_in_a_circle_are_no_place(tmp_path):
             files.check_apart(one, other)
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize("name", [3, None, b"a.json", ["a.json"], object])
 def test_what_is_no_name_is_refused(name):
     for call in (files.check_input, files.check_folder, files.read_json, files.as_path):

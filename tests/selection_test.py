@@ -235,6 +235,7 @@ def test_published_is_the_paper_read_literally():
     assert hash(PUBLISHED) == hash(dataclasses.replace(PUBLISHED))
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
