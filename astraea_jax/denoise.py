@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer, Key
 
-from astraea_jax import solvers
+from astraea_jax import checks, solvers
 from astraea_jax.checks import Refusal
+from astraea_jax.methods import base
 from astraea_jax.methods.base import Method, Mode, StepInputs, Trace, fold, seeded
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Geometry, Prepared, VideoDiT
@@ -118,9 +119,12 @@ def denoise(
         before anything is computed.
     """
     method = Dense() if method is None else method
-    settings = check(model, latents, context, method, guidance, trace)
+    solver = solvers.check(solver)
+    settings = check(model, latents, context, method, guidance, key, trace)
+    if progress is not None and not callable(progress):
+        raise Refusal(f"progress must be a function or None; got {checks.shown(progress)}")
     if driver not in ("dynamic", "static"):
-        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
+        raise Refusal(f'driver must be "dynamic" or "static"; got {checks.shown(driver)}')
     if progress is not None and tracing():
         raise Refusal(
             "progress expects to be called while this call runs; got a call that is traced, as a "
@@ -295,8 +299,29 @@ def _fresh(model, forward, settings: Settings):
     return branches if settings.apart else branches[:1]
 
 
-def check(model, latents, context, method, guidance, trace) -> Settings:
+LARGEST_GUIDANCE = 1e4
+"""Either way; models are made for about 5."""
+
+
+def check(model, latents, context, method, guidance, key, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
+    if isinstance(model, type) or not isinstance(model, VideoDiT):
+        raise Refusal(f"model must be a video diffusion transformer; got {checks.shown(model)}")
+    method = base.check(method)
+    for name, value, shape in (
+        ("latents", latents, "[P,F,Y,X,C]"),
+        ("context", context, "[B,M,D]"),
+    ):
+        if not jnp.issubdtype(checks.array(name, value, shape).dtype, jnp.floating):
+            raise Refusal(f"{name} must be an array of floats {shape}; got {value.dtype}")
+    if isinstance(guidance, jax.Array | np.ndarray):
+        if guidance.shape != ():
+            raise Refusal(f"guidance must be one number; got an array of shape {guidance.shape}")
+    elif guidance is not None:
+        checks.number("guidance", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
+    if key is not None and not _is_key(key):
+        raise Refusal(f"key must be one of jax.random.key(seed); got {checks.shown(key)}")
+    checks.flag("trace", trace)
     geometry = model.geometry(latents.shape)
     branches = 1 if guidance is None else 2
     if context.ndim != 3 or context.shape[0] != branches * latents.shape[0]:
@@ -305,6 +330,14 @@ def check(model, latents, context, method, guidance, trace) -> Settings:
             f"branches of {latents.shape[0]} videos); got shape {tuple(context.shape)}"
         )
     return Settings(method, geometry, branches, trace)
+
+
+def _is_key(key) -> bool:
+    """Whether it is a key, or one of JAX's older kind: an array of words."""
+    if not isinstance(key, jax.Array):
+        return False
+    typed = key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return typed or (key.ndim == 1 and jnp.issubdtype(key.dtype, jnp.unsignedinteger))
 
 
 def _levels(schedule, solver: Solver, method: Method, driver: Driver):

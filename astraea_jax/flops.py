@@ -7,8 +7,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from astraea_jax.checks import Refusal
-from astraea_jax.schedule import LEVELS, rows_at
+from astraea_jax import checks
+from astraea_jax.schedule import LEVELS, check_levels, rows_at
+
+LARGEST = 1 << 31
+"""Tokens, channels or blocks: far more than any model has, and products still fit a float."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +27,9 @@ class Workload:
       keys: keys that a query attends to in self-attention; N, or the size of its group.
       groups: groups of tokens that have equally many rows computed; see `schedule.rows_at`. A
         model of several kinds of block is a workload for each.
+
+    Raises:
+      Refusal: a size that is none.
     """
 
     num_blocks: int
@@ -33,6 +39,11 @@ class Workload:
     text_tokens: int
     keys: int
     groups: int = 1
+
+    def __post_init__(self):
+        for field in dataclasses.fields(self):
+            checks.whole(field.name, getattr(self, field.name), 1, LARGEST)
+        checks.whole("groups", self.groups, 1, self.num_tokens, unit="(the tokens)")
 
     def rows_at(self, level: int) -> int:
         """Tokens computed in each block at `level` (0..10)."""
@@ -94,7 +105,12 @@ def run_flops(
       branches: guidance branches.
       text_every_step: counts the text's keys and values at every computed step, as the paper's
         tables do; this library computes them once a run.
+
+    Raises:
+      Refusal: levels that are none.
     """
+    levels = check_levels(levels, dense_start=0)
+    checks.whole("branches", branches, 1, 2)
     text = text_flops(workload)
     computed = [level for level in levels if level]
     total = sum(step_flops(workload, workload.rows_at(level)) for level in computed)
@@ -103,7 +119,6 @@ def run_flops(
 
 def speedup_bound(workload: Workload, level: int) -> float:
     """How many times faster than dense a step at `level` (1..10) can be, by operations alone."""
-    if not 1 <= level <= LEVELS:
-        raise Refusal(f"level must be in 1..{LEVELS}; got {level}")
+    checks.whole("level", level, 1, LEVELS)
     dense = step_flops(workload, workload.num_tokens)
     return dense / step_flops(workload, workload.rows_at(level))

@@ -2,14 +2,14 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int
 
 from astraea_jax import cache as token_cache
-from astraea_jax import selection
+from astraea_jax import checks, selection
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import base
 from astraea_jax.methods.token_wise import AstraeaState, Run, older
@@ -48,6 +48,12 @@ class Astraea:
     correct: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.selection, SelectionConfig):
+            raise Refusal(
+                f"selection must be a SelectionConfig; got {checks.shown(self.selection)}"
+            )
+        checks.one_of("pieces", self.pieces, (None, *get_args(Pieces)))
+        checks.flag("correct", self.correct)
         if self.correct and self.selection.velocity != "kept":
             raise Refusal(
                 f'correct needs velocity "kept"; got {self.selection.velocity!r}: there is no '
@@ -72,7 +78,8 @@ class Astraea:
         return modes[:2] if self.pieces == "masked" else modes
 
     def static_mode(self, level: int) -> base.Mode:
-        """A mode for each level."""
+        """A mode for each level; Refusal for a level that is none."""
+        checks.whole("level", level, 0, selection.LEVELS)
         return {0: base.SKIP, 10: base.DENSE}.get(level, base.Mode("sparse", level))
 
     def decide(self, state: AstraeaState, inputs: base.StepInputs) -> Int[Array, ""]:

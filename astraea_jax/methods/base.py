@@ -8,6 +8,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
+from astraea_jax import checks
 from astraea_jax import model as core
 from astraea_jax.checks import Refusal
 from astraea_jax.model import Geometry, Groups, Modulation, Prepared, VideoDiT
@@ -113,6 +114,20 @@ class Method(Protocol):
     ) -> Forward:
         """One evaluation of the model, or what stands in for it."""
         ...
+
+
+def check(method: Any) -> Method:
+    """Returns `method` if it is one.
+
+    Raises:
+      Refusal: it is something else: a method's name, or its class.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise Refusal(
+            "method must be an acceleration method, as Astraea() is or methods.make gives it by "
+            f"name; got {checks.shown(method)}"
+        )
+    return method
 
 
 def splits(geometry: Geometry) -> tuple[Groups, ...]:

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import base
 from astraea_jax.model import Geometry, Prepared, VideoDiT
@@ -43,7 +44,8 @@ class StepLevel:
 
     def __post_init__(self):
         if self.reuse not in ("velocity", "residual"):
-            raise Refusal(f"reuse must be velocity or residual; got {self.reuse!r}")
+            raise Refusal(f"reuse must be velocity or residual; got {checks.shown(self.reuse)}")
+        checks.flag("correct", self.correct)
         if self.correct and self.reuse == "residual":
             raise Refusal('correct needs reuse "velocity"; got "residual": leave one out')
 

@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import ListOf, Refusal, Whole
+from astraea_ports import checkpoints
 from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
@@ -92,6 +93,9 @@ class Transformer(nnx.Module):
           Refusal: not five axes, other channels, or sizes that patches do not divide.
         """
         config = self.config
+        problem = ListOf(Whole(0, 1 << 31), 0, 10).problem(latents_shape)
+        if problem is not None:
+            raise Refusal(f"the latents' shape {problem}")
         if len(latents_shape) != 5 or latents_shape[-1] != config.in_channels:
             raise Refusal(
                 f"expected latents [B,F,H,W,{config.in_channels}]; got {tuple(latents_shape)}"
@@ -120,7 +124,15 @@ class Transformer(nnx.Module):
         )
 
     def prepare(self, context: Float[Array, "B M D"], geometry: core.Geometry) -> Prepared:
-        """Text keys and values of every block, and the rotary tables: once a run."""
+        """Text keys and values of every block, and the rotary tables: once a run.
+
+        Raises:
+          Refusal: text of another width than the model reads.
+        """
+        if context.ndim != 3 or context.shape[-1] != self.config.text_dim:
+            raise Refusal(
+                f"expected context [B,M,{self.config.text_dim}]; got {tuple(context.shape)}"
+            )
         context = context.astype(self.text_1.kernel.dtype)
         text = self.text_2(jax.nn.gelu(self.text_1(context), approximate=True))
 
@@ -187,7 +199,12 @@ class Transformer(nnx.Module):
 
 
 def with_policy(model: Transformer, dtype: DTypeLike) -> Transformer:
-    """The model (or its template) with the dtype that each parameter has under its policy."""
+    """The model (or its template) with the dtype that each parameter has under its policy.
+
+    Raises:
+      Refusal: a dtype that no model can have.
+    """
+    checkpoints.float_dtype(dtype)
 
     def cast(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")
