@@ -14,6 +14,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.kernels import dispatch, rows
 from astraea_jax.kernels.dispatch import Implementation as Implementation
@@ -22,6 +23,9 @@ from astraea_jax.kernels.dispatch import implementations as implementations
 # Tile sizes of the XLA reference: scores held at once are [B, A, QUERY_TILE, KEY_TILE] float32.
 QUERY_TILE = 2048
 KEY_TILE = 2048
+
+LARGEST_SCALE = 1e4
+"""Factor on the logits, either way; models have one below 1."""
 
 
 def query_sparse_attention(
@@ -59,7 +63,7 @@ def query_sparse_attention(
 
     Source: ASTRAEA 3.2, Figure 3 and Algorithm 1 lines 3-5.
     """
-    _check(q, k, v, indices, count)
+    _check(q, k, v, indices, count, scale)
     num_queries = q.shape[1] if indices is None else indices.shape[1]
     name, by_platform = dispatch.choose(implementation, q, k, num_queries)
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -200,8 +204,18 @@ def _tile(q, k, v, scale, fresh):
     return total, normaliser, largest
 
 
-def _check(q, k, v, indices, count) -> None:
+def _check(q, k, v, indices, count, scale) -> None:
     """Refuses what no implementation could compute, at trace time."""
+    named = {"q": q, "k": k, "v": v, "indices": indices, "count": count}
+    for name, value in named.items():
+        if value is None and name in ("indices", "count"):
+            continue
+        kind = jnp.floating if name in ("q", "k", "v") else jnp.integer
+        dtype = checks.array(name, value).dtype
+        if not jnp.issubdtype(dtype, kind):
+            raise Refusal(f"{name} must be an array of {kind.__name__} numbers; got {dtype}")
+    if scale is not None and not isinstance(scale, jax.Array):
+        checks.number("scale", scale, -LARGEST_SCALE, LARGEST_SCALE)
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape:
         raise Refusal(
             "expected q [B,K,A,C] and k, v [B,N,A,C] of one shape; "

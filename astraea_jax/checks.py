@@ -63,6 +63,31 @@ def number(name: str, value: Any, low: float, high: float, *, above: bool = Fals
     return float(value)
 
 
+def array(name: str, value: Any, shape: str = "") -> Any:
+    """Returns `value` if it is an array, NumPy's or JAX's (traced too).
+
+    Args:
+      name: of the value, for the message.
+      value: anything.
+      shape: what the message says of the shape that is expected.
+
+    Raises:
+      Refusal: it is none.
+    """
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        expected = f"an array {shape}".rstrip()
+        raise Refusal(f"{name} must be {expected}; got {shown(value)}")
+    return value
+
+
+def flag(name: str, value: Any) -> bool:
+    """Returns `value` if it is True or False; raises Refusal otherwise."""
+    problem = Flag().problem(value)
+    if problem is not None:
+        raise Refusal(f"{name} {problem}")
+    return value
+
+
 def one_of(name: str, value: Any, allowed: Collection[Any]) -> Any:
     """Returns `value` if it is among `allowed`, by type and value.
 

@@ -18,8 +18,9 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Integer, Key
 
-from astraea_jax import solvers
+from astraea_jax import checks, solvers
 from astraea_jax.checks import Refusal
+from astraea_jax.methods import base
 from astraea_jax.methods.base import Evaluation, Method, Mode, StepInputs, Trace, fold, seeded
 from astraea_jax.methods.dense import Dense
 from astraea_jax.model import Conditions, Geometry, Prepared, VideoDiT
@@ -118,9 +119,12 @@ def denoise(
         before anything is computed.
     """
     method = Dense() if method is None else method
-    settings = check(model, latents, conditions, method, guidance, trace)
+    solver = solvers.check(solver)
+    settings = check(model, latents, conditions, method, guidance, key, trace)
+    if progress is not None and not callable(progress):
+        raise Refusal(f"progress must be a function or None; got {checks.shown(progress)}")
     if driver not in ("dynamic", "static"):
-        raise Refusal(f'driver must be "dynamic" or "static"; got {driver!r}')
+        raise Refusal(f'driver must be "dynamic" or "static"; got {checks.shown(driver)}')
     if progress is not None and tracing():
         raise Refusal(
             "progress expects to be called while this call runs; got a call that is traced, as a "
@@ -310,20 +314,46 @@ def _fresh(model, forward, settings: Settings):
     return branches if settings.apart else branches[:1]
 
 
-def check(model, latents, conditions, method, guidance, trace) -> Settings:
+LARGEST_GUIDANCE = 1e4
+"""Either way; models are made for about 5."""
+
+
+def check(model, latents, conditions, method, guidance, key, trace) -> Settings:
     """Refuses what does not fit, before anything is traced."""
+    if isinstance(model, type) or not isinstance(model, VideoDiT):
+        raise Refusal(f"model must be a video diffusion transformer; got {checks.shown(model)}")
+    method = base.check(method)
+    if not jnp.issubdtype(checks.array("latents", latents, "[P,F,Y,X,C]").dtype, jnp.floating):
+        raise Refusal(f"latents must be an array of floats [P,F,Y,X,C]; got {latents.dtype}")
+    if isinstance(guidance, jax.Array | np.ndarray):
+        if guidance.shape != ():
+            raise Refusal(f"guidance must be one number; got an array of shape {guidance.shape}")
+    elif guidance is not None:
+        checks.number("guidance", guidance, -LARGEST_GUIDANCE, LARGEST_GUIDANCE)
+    if key is not None and not _is_key(key):
+        raise Refusal(f"key must be one of jax.random.key(seed); got {checks.shown(key)}")
+    checks.flag("trace", trace)
     geometry = model.geometry(latents.shape)
     method.check(geometry)
     branches = 1 if guidance is None else 2
     rows = branches * latents.shape[0]
     for path, leaf in jax.tree.flatten_with_path(conditions)[0]:
-        if not jnp.ndim(leaf) or jnp.shape(leaf)[0] != rows:
-            name = jax.tree_util.keystr(path) or "them"
+        name = f"conditions{jax.tree_util.keystr(path)}"
+        shape = checks.array(name, leaf, "with an axis of rows").shape
+        if shape[:1] != (rows,):
             raise Refusal(
-                f"expected conditions of {rows} rows ({branches} guidance branches of "
-                f"{latents.shape[0]} videos); got shape {tuple(jnp.shape(leaf))} of {name}"
+                f"expected {name} of {rows} rows ({branches} guidance branches of "
+                f"{latents.shape[0]} videos); got shape {tuple(shape)}"
             )
     return Settings(method, geometry, branches, trace)
+
+
+def _is_key(key) -> bool:
+    """Whether it is a key, or one of JAX's older kind: an array of words."""
+    if not isinstance(key, jax.Array):
+        return False
+    typed = key.ndim == 0 and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return typed or (key.ndim == 1 and jnp.issubdtype(key.dtype, jnp.unsignedinteger))
 
 
 def _levels(schedule, solver: Solver, method: Method, driver: Driver):

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Collection, Iterator
 from typing import Any, BinaryIO
 
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import Refusal, shown
 
 if sys.platform == "win32":
     import msvcrt
@@ -24,6 +24,13 @@ _LOCKED_BYTE = 1 << 40
 """Where Windows locks a file: past all that it holds, since a locked byte can't be read."""
 
 
+def as_path(path: Any) -> pathlib.Path:
+    """Text or a path as a path; Refusal for anything else."""
+    if not isinstance(path, str | os.PathLike):
+        raise Refusal(f"expected the name of a file or folder; got {shown(path)}")
+    return pathlib.Path(path)
+
+
 def check_input(
     path: str | os.PathLike, *, what: str = "file", largest: int | None = None
 ) -> pathlib.Path:
@@ -34,7 +41,7 @@ def check_input(
     Raises:
       Refusal: there is no such file, it is no regular file, or it is too large.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     try:
         found = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -119,7 +126,7 @@ def check_output(path: str | os.PathLike, suffixes: Collection[str]) -> pathlib.
         there, can't be written to or is full, the name is too long, or `path` is something else
         than a file.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     target, found = _target(path)
     if found is not None and stat.S_ISDIR(found.st_mode):
         raise Refusal(f"expected a file to write; {path} is a folder: add a file name")
@@ -154,7 +161,7 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
     Raises:
       Refusal: it is something else, or can't be made or written to.
     """
-    path, made = pathlib.Path(path), []
+    path, made = as_path(path), []
     try:
         for each in reversed([path, *path.parents]):
             if not each.is_dir():
@@ -176,10 +183,22 @@ def check_folder(path: str | os.PathLike) -> pathlib.Path:
 
 def check_apart(output: str | os.PathLike, *inputs: str | os.PathLike | None) -> None:
     """Refuses an output that is one of the inputs: it would be lost."""
-    target = pathlib.Path(output).resolve()
     for path in inputs:
-        if path is not None and pathlib.Path(path).resolve() == target:
+        if path is not None and same_place(path, output):
             raise Refusal(f"{output} would be written over what is read: choose another name")
+
+
+def same_place(one: str | os.PathLike, other: str | os.PathLike) -> bool:
+    """Whether two names are of one place, links followed; Refusal for what is no path."""
+    return _resolved(one) == _resolved(other)
+
+
+def _resolved(path: str | os.PathLike) -> pathlib.Path:
+    """The path with its links followed."""
+    try:
+        return as_path(path).resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a null byte
+        raise Refusal(f"{path} is no path ({reason(error)}): choose another name") from error
 
 
 def _target(path: pathlib.Path) -> tuple[pathlib.Path, os.stat_result | None]:
@@ -194,7 +213,7 @@ def _target(path: pathlib.Path) -> tuple[pathlib.Path, os.stat_result | None]:
         return path, None
     except (OSError, ValueError) as error:  # too long a name, links in a circle, a null byte
         raise Refusal(f"can't write {path} ({reason(error)}): choose another name") from error
-    return (path.resolve() if path.is_symlink() else path), found
+    return (_resolved(path) if path.is_symlink() else path), found
 
 
 def _partial(target: pathlib.Path) -> pathlib.Path:
@@ -215,7 +234,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     Raises:
       Refusal: the system would not write it.
     """
-    target, _ = _target(pathlib.Path(path))
+    target, _ = _target(as_path(path))
     partial = _partial(target)
     try:
         yield partial
@@ -244,13 +263,13 @@ def held(path: str | os.PathLike, *, choose: str = "another folder") -> Iterator
       Refusal: another process holds the file, it is no regular file, or it can't be made or
         written to.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
             check_input(path)
         file = open(path, "a+b", buffering=0)  # noqa: SIM115
-    except (OSError, Refusal) as error:
+    except (OSError, Refusal, ValueError) as error:  # ValueError: a null byte in the name
         raise Refusal(f"can't write {path} ({reason(error)}): choose {choose}") from error
     with file:
         try:

@@ -9,8 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
-from astraea_jax.schedule import LEVELS, rows_at
+from astraea_jax.schedule import LEVELS, check_levels, rows_at
+
+LARGEST = 1 << 31
+"""Tokens, channels or blocks: far more than any model has, and products still fit a float."""
 
 SHARING = ("self", "fused")
 """Parts that read keys and values of all tokens."""
@@ -46,11 +50,24 @@ class Workload:
       num_tokens: N.
       width: H.
       kinds: of blocks.
+
+    Raises:
+      Refusal: a size that is none.
     """
 
     num_tokens: int
     width: int
     kinds: tuple[BlockSizes, ...]
+
+    def __post_init__(self):
+        checks.whole("num_tokens", self.num_tokens, 1, LARGEST)
+        checks.whole("width", self.width, 1, LARGEST)
+        if not (self.kinds and all(isinstance(kind, BlockSizes) for kind in self.kinds)):
+            raise Refusal(f"kinds must be BlockSizes, one or more; got {checks.shown(self.kinds)}")
+        for kind in self.kinds:
+            for name in ("number", "ffn_width", "text_tokens", "keys"):
+                checks.whole(name, getattr(kind, name), 1, LARGEST)
+            checks.whole("groups", kind.groups, 1, self.num_tokens, unit="(the tokens)")
 
     @property
     def num_blocks(self) -> int:
@@ -141,7 +158,12 @@ def run_flops(
       branches: guidance branches.
       text_every_step: counts the text's keys and values at every computed step, as the paper's
         tables do; this library computes them once a run.
+
+    Raises:
+      Refusal: levels that are none.
     """
+    levels = check_levels(levels, dense_start=0)
+    checks.whole("branches", branches, 1, 2)
     text = text_flops(workload)
     computed = [level for level in levels if level]
     total = sum(step_flops(workload, level) for level in computed)
@@ -150,6 +172,5 @@ def run_flops(
 
 def speedup_bound(workload: Workload, level: int) -> float:
     """How many times faster than dense a step at `level` (1..10) can be, by operations alone."""
-    if not 1 <= level <= LEVELS:
-        raise Refusal(f"level must be in 1..{LEVELS}; got {level}")
+    checks.whole("level", level, 1, LEVELS)
     return step_flops(workload, LEVELS) / step_flops(workload, level)

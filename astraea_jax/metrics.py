@@ -5,9 +5,13 @@ import numpy as np
 from jaxtyping import Float, Shaped, UInt8
 from skimage.metrics import structural_similarity
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 
 _SSIM_WINDOW = 7
+
+_NUMBERS = "biufV"
+"""Kinds of NumPy dtypes that are real numbers; V is how it sees bfloat16."""
 
 
 def psnr(reference: UInt8[np.ndarray, "F H W 3"], video: UInt8[np.ndarray, "F H W 3"]) -> float:
@@ -66,8 +70,11 @@ def mse(
     """Mean squared difference of two arrays of equal shape, in the square of their unit.
 
     Raises:
-      Refusal: shapes that differ.
+      Refusal: shapes that differ, or no arrays of numbers.
     """
+    for name, value in (("reference", reference), ("video", video)):
+        if checks.array(name, value).dtype.kind not in _NUMBERS:
+            raise Refusal(f"{name} must be an array of numbers; got {value.dtype}")
     if reference.shape != video.shape:
         raise Refusal(
             f"expected two arrays of equal shape; got {reference.shape} and {video.shape}"
@@ -83,9 +90,11 @@ def to_uint8(video: Float[np.ndarray | jax.Array, "*S"]) -> UInt8[np.ndarray, "*
     Raises:
       Refusal: values that are no floats, or NaN among them.
     """
-    values = jax.device_get(video)
+    values = jax.device_get(checks.array("video", video))
     if values.dtype.kind in "biu":
         raise Refusal(f"expected floats in [0, 1]; got {values.dtype}: it needs no conversion")
+    if values.dtype.kind not in _NUMBERS:
+        raise Refusal(f"expected floats in [0, 1]; got {values.dtype}")
     values = values.astype(np.float32)
     if np.isnan(values).any():
         raise Refusal(f"expected floats in [0, 1]; got {np.isnan(values).sum()} NaN among them")
@@ -94,6 +103,7 @@ def to_uint8(video: Float[np.ndarray | jax.Array, "*S"]) -> UInt8[np.ndarray, "*
 
 def _check_videos(reference: np.ndarray, video: np.ndarray) -> None:
     for name, value in (("reference", reference), ("video", video)):
+        checks.array(name, value, "[F, H, W, 3]")
         if value.dtype != np.uint8 or value.ndim != 4 or value.shape[-1] != 3 or not value.size:
             raise Refusal(
                 f"{name} must be a uint8 video [F, H, W, 3]; got {value.dtype} {value.shape}: "

@@ -20,6 +20,9 @@ LEVELS = 10
 MOST_STEPS = 10_000
 """Steps of the longest run; a budget is at least one step of it."""
 
+MOST_TOKENS = 1 << 31
+"""Of a video: positions are 32 bits."""
+
 _FORMAT = "astraea-schedule-1"
 
 _PACKAGE = str(pathlib.Path(__file__).parent)
@@ -85,7 +88,14 @@ class Schedule:
         Args:
           num_tokens: tokens of a video.
           groups: the number of groups in each kind of block (`Groups.number`), whose mean it is.
+
+        Raises:
+          Refusal: a number of tokens or groups that is none.
         """
+        checks.whole("num_tokens", num_tokens, 1, MOST_TOKENS)
+        problem = checks.ListOf(checks.Whole(1, num_tokens), 1, 1000).problem(groups)
+        if problem is not None:
+            raise Refusal(f"groups {problem}")
         rows = sum(rows_at(level, num_tokens, each) for level in self.levels for each in groups)
         return rows / (num_tokens * self.steps * len(groups))
 

@@ -17,8 +17,15 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, rows_per_level
+
+LARGEST_WEIGHT = 1000
+"""Times exp(80), the oldest age's, it is still a float32."""
+
+WIDEST_SKETCH = 1 << 16
+"""Channels: more than any model's tokens have, of which it is a sketch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +60,14 @@ class SelectionConfig:
         random projection to `sketch_width` channels.
       normalise: "mean" divides LSE * change by its mean over the tokens; "none" leaves it raw.
       lse_heads: heads of the log-sum-exp reduced by "mean" or "max".
-      w_alpha: weight of significance, at least 0.
-      w_beta: weight of waiting, at least 0.
+      w_alpha: weight of significance, 0..1000.
+      w_beta: weight of waiting, 0..1000.
       age_cap: largest age that counts in exp(age), 0..80.
       count_skipped: whether a step at level 0 makes tokens older.
-      sketch_width: channels of the sketch.
+      sketch_width: channels of the sketch, 1..65536.
+
+    Raises:
+      Refusal: a choice that is none, or a number out of range.
     """
 
     scope: Literal["block", "step"] = "step"
@@ -78,20 +88,16 @@ class SelectionConfig:
     def __post_init__(self):
         for name, hint in typing.get_type_hints(type(self)).items():
             allowed = typing.get_args(hint)
-            if allowed and getattr(self, name) not in allowed:
+            value = getattr(self, name)
+            if allowed and checks.OneOf(allowed).problem(value):
                 raise Refusal(
-                    f"{name} must be one of {', '.join(allowed)}; got {getattr(self, name)!r}"
+                    f"{name} must be one of {', '.join(allowed)}; got {checks.shown(value)}"
                 )
-        if not (self.w_alpha >= 0 and self.w_beta >= 0):
-            raise Refusal(
-                f"w_alpha and w_beta must be at least 0; got {self.w_alpha}, {self.w_beta}"
-            )
-        if not 0 <= self.age_cap <= 80:
-            raise Refusal(
-                f"age_cap must be in 0..80 (exp overflows float32 past 88); got {self.age_cap}"
-            )
-        if self.sketch_width < 1:
-            raise Refusal(f"sketch_width must be at least 1; got {self.sketch_width}")
+        for name in ("w_alpha", "w_beta"):
+            checks.number(name, getattr(self, name), 0, LARGEST_WEIGHT)
+        checks.whole("age_cap", self.age_cap, 0, 80, unit="(exp overflows float32 past 88)")
+        checks.flag("count_skipped", self.count_skipped)
+        checks.whole("sketch_width", self.sketch_width, 1, WIDEST_SKETCH, unit="channels")
 
     @property
     def chained(self) -> bool:

@@ -8,7 +8,7 @@ needs no new program.
 
 import math
 from collections.abc import Sequence
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +48,20 @@ class Solver(NamedTuple):
     def steps(self) -> int:
         """Number of steps, T."""
         return len(self.sigma)
+
+
+def check(solver: Any) -> Solver:
+    """Returns `solver` if it is a table of coefficients.
+
+    Raises:
+      Refusal: it is something else, a solver's name say.
+    """
+    shaped = isinstance(solver, Solver) and all(hasattr(part, "shape") for part in solver)
+    if not shaped or tuple(map(np.ndim, solver)) != (1, 1, 2, 2):
+        raise Refusal(
+            f"solver must be a table, as solvers.make gives it by name; got {checks.shown(solver)}"
+        )
+    return solver
 
 
 class SolverState(NamedTuple):
@@ -261,8 +275,8 @@ def make(name: str, steps: int, *, shift: float = 3.0, grid: Grid = "diffusers")
     Raises:
       Refusal: an unknown name or grid, or a number of steps or a shift out of range.
     """
-    if name not in SOLVERS:
-        raise Refusal(f"solver must be one of {', '.join(SOLVERS)}; got {name!r}")
+    if not isinstance(name, str) or name not in SOLVERS:
+        raise Refusal(f"solver must be one of {', '.join(SOLVERS)}; got {checks.shown(name)}")
     return SOLVERS[name](steps, shift=shift, grid=grid)
 
 

@@ -127,13 +127,14 @@ def write_image(path: str | os.PathLike, image: Shaped[np.ndarray | jax.Array, "
       Refusal: a path that can't be written, another suffix, or no picture.
     """
     path = files.check_output(path, IMAGE_SUFFIXES)
-    (frame,) = _frames(np.asarray(image)[None])
+    (frame,) = _frames(np.asarray(checks.array("image", image, "[H, W, 3]"))[None])
     with files.replacing(path) as partial:
         Image.fromarray(frame).save(partial, quality=95)
 
 
 def enlarge(video: Video, minimum: int = 256) -> Pixels:
     """Repeats pixels by the least whole factor that makes the shorter side `minimum` or more."""
+    checks.whole("minimum", minimum, 1, _LARGEST_SIDE, unit="pixels")
     frames = _frames(video)
     factor = max(1, -(-minimum // min(frames.shape[1:3])))
     return frames.repeat(factor, axis=1).repeat(factor, axis=2)
@@ -152,6 +153,8 @@ def difference(reference: Video, video: Video, gain: float | None = None) -> tup
       Refusal: shapes that differ, or no videos.
     """
     first, second = _same_shape([reference, video])
+    if gain is not None:
+        checks.number("gain", gain, 0, 255, above=True)
     absolute = np.abs(first.astype(np.int16) - second)
     if gain is None:
         bright = np.quantile(absolute, 0.999)
@@ -170,9 +173,12 @@ def light_up(video: Video, mask: Shaped[np.ndarray | jax.Array, "F H W"]) -> Pix
     Raises:
       Refusal: a mask that is not of the video's size.
     """
-    frames, mask = _frames(video), np.asarray(mask, np.float32)
+    frames, mask = _frames(video), np.asarray(checks.array("mask", mask, "[F, H, W]"))
     if mask.shape != frames.shape[:3]:
         raise Refusal(f"expected a mask of shape {frames.shape[:3]}; got {mask.shape}")
+    mask = mask.astype(np.float32)
+    if np.isnan(mask).any():
+        raise Refusal(f"expected a mask of shares in 0..1; got {np.isnan(mask).sum()} NaN in it")
     light = _DIMMED + (1 - _DIMMED) * np.clip(mask, 0, 1)
     return np.rint(frames * light[..., None]).astype(np.uint8)
 
@@ -196,8 +202,7 @@ def film_strip(video: Video, count: int) -> Picture:
       Refusal: a count below 1 or above the number of frames.
     """
     frames = _frames(video)
-    if not 1 <= count <= len(frames):
-        raise Refusal(f"count must be in 1..{len(frames)} (the frames); got {count}")
+    checks.whole("count", count, 1, len(frames), unit="(the frames)")
     chosen = np.rint(np.linspace(0, len(frames) - 1, count)).astype(int)
     return np.concatenate(list(frames[chosen]), axis=1)
 
@@ -216,8 +221,7 @@ def contact_sheet(
     Raises:
       Refusal: no videos, shapes that differ, or another number of captions.
     """
-    if columns < 1:
-        raise Refusal(f"columns must be at least 1; got {columns}")
+    checks.whole("columns", columns, 1, _LARGEST_SIDE)
     frames = _same_shape(videos)
     _check_number("captions", captions, frames)
     cells = [
@@ -287,13 +291,18 @@ def _write_gif(path: pathlib.Path, frames: np.ndarray, rate: fractions.Fraction)
 
 def _frames(video: np.ndarray | jax.Array) -> np.ndarray:
     """The video as uint8; Refusal if it is none."""
-    frames = np.asarray(video)
+    try:
+        frames = np.asarray(video)
+    except ValueError as error:  # a list of lists of several lengths
+        raise Refusal(f"expected a video [F, H, W, 3]; got {checks.shown(video)}") from error
     if frames.ndim != 4 or frames.shape[-1] != 3 or not frames.size:
         raise Refusal(f"expected a video [F, H, W, 3]; got an array of shape {frames.shape}")
     return frames if frames.dtype == np.uint8 else to_uint8(frames)
 
 
 def _same_shape(videos: Sequence[np.ndarray | jax.Array]) -> list[np.ndarray]:
+    if not isinstance(videos, Sequence | np.ndarray | jax.Array) or isinstance(videos, str):
+        raise Refusal(f"expected videos [F, H, W, 3]; got {checks.shown(videos)}")
     frames = [_frames(video) for video in videos]
     shapes = sorted({video.shape for video in frames})
     if len(shapes) != 1:
@@ -302,6 +311,8 @@ def _same_shape(videos: Sequence[np.ndarray | jax.Array]) -> list[np.ndarray]:
 
 
 def _check_number(what: str, texts: Sequence[str], videos: Sequence) -> None:
+    if not isinstance(texts, Sequence) or isinstance(texts, str):
+        raise Refusal(f"expected {what} as a list of texts; got {checks.shown(texts)}")
     if len(texts) != len(videos):
         raise Refusal(f"expected {len(videos)} {what}, one a video; got {len(texts)}")
 

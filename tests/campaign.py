@@ -2,26 +2,34 @@
 
 import contextlib
 import dataclasses
-import inspect
 import io
 import os
 import pathlib
 import signal
 import threading
 import time
-import types
-import typing
-from collections.abc import Callable, Iterator
-from typing import Annotated, Any, Literal
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from astraea_jax import cli
+import numpy as np
+
 from astraea_jax.checks import Refusal
 
 OWN_SECONDS = 1.0
 """What a refusal may take of the process's own time."""
 
 HANGS = 5
-"""Seconds after which a call is given up."""
+"""Seconds of the process's own time after which a call is given up."""
+
+BLOCKS = 60
+"""Seconds of waiting after which a call is given up: for a pipe that nobody writes into, say."""
+
+TRIES = 3
+"""A refusal is timed so often at most: the first may import a module, or share a core."""
+
+MEMORY = 8 << 30
+"""Bytes that the whole campaign may take beside what the process has."""
 
 LONG = "x" * 300
 
@@ -47,8 +55,9 @@ def judge(trial: Trial, folder: pathlib.Path) -> str | None:
     """What is wrong with the answer to a bad input; None if it was refused as it should be."""
     before = _tree(folder)
     fault = _answer(trial)
-    if fault is not None and fault.startswith("took"):  # perhaps a module was imported for it
-        fault = _answer(trial)
+    for _ in range(TRIES - 1):
+        if fault is not None and fault.startswith("took"):
+            fault = _answer(trial)
     left = sorted(_tree(folder) - before)
     if fault is None and left:
         fault = f"left {left[:3]}"
@@ -70,8 +79,8 @@ def _answer(trial: Trial) -> str | None:
         return f"crashed: {type(error).__name__}: {str(error)[:200]}"
     else:
         said = errors.getvalue()
-        if code != 2:
-            return f"accepted, with {code!r}: {said[-200:]!r}"
+        if not isinstance(code, int) or code != 2:
+            return f"accepted, with {str(code)[:200]!r}: {said[-200:]!r}"
         if "Traceback" in said or "astraea: " not in said:
             return f"refused in other words: {said[-300:]!r}"
     seconds = time.process_time() - began
@@ -84,13 +93,35 @@ def _alarm() -> Iterator[None]:
         raise _Hung
 
     assert threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGALRM, hung)
-    signal.alarm(HANGS)
+    clocks = {
+        signal.SIGALRM: (signal.ITIMER_REAL, BLOCKS),
+        signal.SIGPROF: (signal.ITIMER_PROF, HANGS),
+    }
+    before = {number: signal.signal(number, hung) for number in clocks}
+    for clock, seconds in clocks.values():
+        signal.setitimer(clock, seconds)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for number, (clock, _) in clocks.items():
+            signal.setitimer(clock, 0)
+            signal.signal(number, before[number])
+
+
+@contextlib.contextmanager
+def little_memory() -> Iterator[None]:
+    """Lets what asks for far too much memory fail, instead of the machine."""
+    import resource  # not on Windows, where the campaign is not run
+
+    pages = int(pathlib.Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, hard))
     try:
         yield
     finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
 def _tree(folder: pathlib.Path) -> set[str]:
@@ -99,99 +130,6 @@ def _tree(folder: pathlib.Path) -> set[str]:
         for root, folders, names in os.walk(folder)
         for name in (*folders, *names)
     }
-
-
-BAD_INTEGERS = ("-1", "1000000000000000000000000000000", "1.5", "nan", "many", "")
-BAD_NUMBERS = ("nan", "inf", "-inf", "1e308", "much", "")
-BAD_WORDS = ("nonsense",)
-
-OUTPUTS = {"output", "folder", "ship"}
-"""Options that name what is written; other paths are read."""
-
-LEGITIMATE = {
-    # A negative scale is no guidance, as any below 1.
-    ("guidance", "-inf"): False,
-    # No limit is what "inf" says.
-    ("bench denoise", "seconds", "inf"): True,
-}
-
-
-def commands() -> dict[str, tuple[Callable, list[str]]]:
-    """Every command, and the words that it needs besides options."""
-    needed = {
-        "generate": ["a red circle"],
-        "convert": ["tiny", "--output", "made"],
-        "search": ["--budget", "0.5"],
-        "bench collect": ["--study", "search", "--output", "made.json"],
-        "bench gpu": ["--output", "made.json"],
-    }
-    every = {name: command for name, command in cli.COMMANDS.items() if name != "bench"}
-    every |= {f"bench {name}": command for name, command in cli.BENCHES.items()}
-    return {name: (command, needed.get(name, [])) for name, command in every.items()}
-
-
-def option_trials(special: dict[str, pathlib.Path]) -> Iterator[Trial]:
-    """Every option of every command with values that its type says are bad."""
-    for name, (command, needed) in commands().items():
-        hints = typing.get_type_hints(command, include_extras=True)
-        for parameter in inspect.signature(command).parameters.values():
-            if parameter.kind is not inspect.Parameter.KEYWORD_ONLY:
-                continue
-            option = _option(parameter.name, hints[parameter.name])
-            kind = _kind(hints[parameter.name])
-            for value in bad_values(parameter.name, kind, special):
-                if LEGITIMATE.get((name, parameter.name, value)):
-                    continue
-                words = [*name.split(), *_without(needed, option), f"{option}={value}"]
-                said = f"astraea {' '.join(words)}"
-                yield Trial(said[:160], lambda words=words: cli.main(words))
-
-
-def bad_values(name: str, kind: Any, special: dict[str, pathlib.Path]) -> list[str]:
-    """Values that an option of this type can't have."""
-    if kind is int:
-        return list(BAD_INTEGERS)
-    if kind is float:
-        return list(BAD_NUMBERS)
-    if kind is pathlib.Path:
-        places = ("dangling", "loop", "missing folder", "long", "fifo")
-        unread = ("fifo", "device", "folder", "missing", "empty", "binary", "deep")
-        return [os.fspath(special[place]) for place in (places if name in OUTPUTS else unread)]
-    if typing.get_origin(kind) is Literal:
-        return list(BAD_WORDS)
-    if name in ("model", "from_", "lora"):
-        return [os.fspath(special[place]) for place in ("fifo", "device", "missing", "empty")]
-    return []
-
-
-def _option(name: str, hint: Any) -> str:
-    """How an option is spelled."""
-    if typing.get_origin(hint) is Annotated:
-        for about in hint.__metadata__:
-            name = getattr(about, "name", None) or name
-    return "--" + name.replace("_", "-")
-
-
-def _kind(hint: Any) -> Any:
-    """The type of one value of an option."""
-    while True:
-        origin, inside = typing.get_origin(hint), typing.get_args(hint)
-        if origin is Annotated:
-            hint = inside[0]
-        elif origin in (typing.Union, types.UnionType):
-            hint = next(part for part in inside if part is not type(None))
-        elif origin in (tuple, list):
-            hint = inside[0]
-        else:
-            return hint
-
-
-def _without(words: list[str], option: str) -> list[str]:
-    """The words that a command needs, without an option that is tried."""
-    if option not in words:
-        return words
-    place = words.index(option)
-    return words[:place] + words[place + 2 :]
 
 
 def special_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -214,6 +152,12 @@ def special_files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
     return made
 
 
+UNREAD = ("fifo", "device", "folder", "missing", "empty", "binary", "deep", "loop", "long")
+"""Of `special_files`, what can't be read."""
+
+UNWRITTEN = ("dangling", "loop", "missing folder", "long", "fifo")
+"""Of `special_files`, where nothing can be written."""
+
 BAD_JSON = {
     bool: (0, 1, "true", None, [True], {"a": True}),
     int: (-1, 0, True, 0.5, "4", 10**9, 10**30, None, [4], {"a": 4}, float("nan"), "NaN"),
@@ -223,9 +167,58 @@ BAD_JSON = {
     dict: (0, "text", [], [1]),
     type(None): (),
 }
-"""Wrong values of a field by the type of its right one."""
+"""Wrong values of a field of a file by the type of its right one."""
+
+OTHER = '{"a": 1}'
+BROKEN = ("", "{", "[]", "null", "3", '"text"', "\x00", "[" * 100_000, OTHER)
+"""Texts that no file of JSON fields has."""
 
 
 def field_values(right: Any) -> tuple[Any, ...]:
     """Wrong values of a field whose right one is known."""
     return tuple(value for value in BAD_JSON[type(right)] if value != right)
+
+
+_OBJECTS = (None, [1], {"a": 1}, object, b"bytes")
+
+WHOLE = (-1, 10**30, 0.5, np.nan, np.inf, 1e308, "4", True, *_OBJECTS)
+NUMBER = (np.nan, np.inf, -np.inf, 1e308, 10**400, "4", True, *_OBJECTS)
+WORD = ("nonsense", "", LONG, 3, True, *_OBJECTS)
+FLAG = ("yes", 2, *_OBJECTS)
+LIST = (3, "text", (), (None,), (np.nan,), ("a", "b", "c"), (10**30,) * 4, None, {"a": 1}, object)
+ARRAY = (
+    *(3, "text", np.float32(3), np.zeros(0, np.float32), np.zeros((2, 0, 3), np.float32)),
+    *(np.array(["a"]), np.array([None]), np.zeros((2, 3, 5, 7, 11, 13), np.float32), [[1.0], 2.0]),
+    *_OBJECTS,
+)
+NAME = ("a\0b", 3, *_OBJECTS)
+"""Wrong arguments by kind; a name is that of a file or folder."""
+
+BY_TYPE = {int: WHOLE, float: NUMBER, bool: FLAG, str: WORD, tuple: LIST}
+
+
+def trials(
+    name: str, function: Callable[[Any], Any], values: Iterable[Any], but: tuple = ()
+) -> Iterator[Trial]:
+    """A function with each of some wrong values; `but` are those that are right for it."""
+    for value in values:
+        if any(type(value) is type(right) and value == right for right in but):
+            continue
+        shown = value.__name__ if isinstance(value, type) else repr(value)[:40]
+        yield Trial(f"{name}: {shown}", lambda value=value: function(value))
+
+
+def dataclass_trials(right: Any, but: dict[str, tuple] | None = None) -> Iterator[Trial]:
+    """Each field of a dataclass with wrong values of its type."""
+    for field, hint in get_type_hints(type(right)).items():
+        if field not in {each.name for each in dataclasses.fields(right)}:
+            continue
+        kind = str if get_origin(hint) is Literal else type(getattr(right, field))
+        optional = type(None) in get_args(hint)
+        allowed = ((None,) if optional else ()) + (but or {}).get(field, ())
+        yield from trials(
+            f"{type(right).__name__}.{field}",
+            lambda value, field=field: dataclasses.replace(right, **{field: value}),
+            BY_TYPE.get(kind, _OBJECTS),
+            allowed,
+        )

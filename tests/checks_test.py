@@ -43,6 +43,21 @@ def test_a_number_may_have_to_lie_above_its_bound():
         checks.number("share", 0.0, 0, 1, above=True)
 
 
+@pytest.mark.parametrize("value", [None, 3, "text", [1.0], object])
+def test_what_is_no_array_is_refused(value):
+    with pytest.raises(Refusal, match=r"video must be an array \[F, H\]; got"):
+        checks.array("video", value, "[F, H]")
+    zeros = np.zeros(3)
+    assert checks.array("video", zeros) is zeros
+
+
+def test_a_flag_is_true_or_false():
+    assert checks.flag("on", True) and not checks.flag("on", False)
+    for value in (1, "true", None):
+        with pytest.raises(Refusal, match="on must be true or false; got"):
+            checks.flag("on", value)
+
+
 def test_one_of_knows_true_from_one():
     assert checks.one_of("kind", "a", ("a", "b")) == "a"
     for value in (True, 1.0, "1"):

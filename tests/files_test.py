@@ -110,6 +110,24 @@ def test_a_full_disk_is_one_line_and_leaves_what_was_there(tmp_path):
     assert path.read_bytes() == b"old" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_links_in_a_circle_are_no_place(tmp_path):
+    loop = tmp_path / "loop.json"
+    loop.symlink_to(loop)
+    for one, other in ((loop, tmp_path / "a.json"), (tmp_path / "a.json", loop)):
+        with pytest.raises(Refusal, match="is no path"):
+            files.check_apart(one, other)
+
+
+@pytest.mark.usefixtures("as_a_user")
+@pytest.mark.parametrize("name", [3, None, b"a.json", ["a.json"], object])
+def test_what_is_no_name_is_refused(name):
+    for call in (files.check_input, files.check_folder, files.read_json, files.as_path):
+        with pytest.raises(Refusal, match="expected the name of a file or folder"):
+            call(name)
+    with pytest.raises(Refusal, match="expected the name of a file or folder"):
+        files.check_output(name, (".json",))
+
+
 def test_a_file_is_held_by_one(tmp_path):
     path = tmp_path / "deep" / "journal"
     with files.held(path) as file:

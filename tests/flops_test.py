@@ -101,7 +101,7 @@ def test_speedup_bound():
 
 @pytest.mark.parametrize("level", [0, -1, 11])
 def test_speedup_bound_refuses(level):
-    with pytest.raises(ValueError, match=rf"level must be in 1\.\.10; got {level}"):
+    with pytest.raises(ValueError, match=rf"level must be an integer in 1\.\.10; got {level}"):
         speedup_bound(SHORT, level)
 
 

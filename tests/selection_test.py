@@ -235,14 +235,19 @@ def test_published_is_the_paper_read_literally():
     assert hash(PUBLISHED) == hash(dataclasses.replace(PUBLISHED))
 
 
+@pytest.mark.usefixtures("as_a_user")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"w_alpha": -1.0}, "w_alpha and w_beta must be at least 0; got -1.0, 0.5"),
-        ({"w_beta": float("nan")}, "w_alpha and w_beta must be at least 0; got 1.0, nan"),
-        ({"age_cap": 81}, r"age_cap must be in 0\.\.80 .* got 81"),
-        ({"age_cap": -1}, r"age_cap must be in 0\.\.80 .* got -1"),
-        ({"sketch_width": 0}, "sketch_width must be at least 1; got 0"),
+        ({"w_alpha": -1.0}, "w_alpha must be a number at least 0 .* got -1.0"),
+        ({"w_beta": float("nan")}, "w_beta must be a number at least 0 .* got nan"),
+        ({"age_cap": 81}, r"age_cap must be an integer in 0\.\.80 .* got 81"),
+        ({"w_alpha": float("inf")}, "w_alpha must be a number .* got inf"),
+        ({"w_beta": "4"}, "w_beta must be a number .* got '4'"),
+        ({"age_cap": 0.5}, r"age_cap must be an integer in 0\.\.80 .* got 0.5"),
+        ({"count_skipped": "yes"}, "count_skipped must be true or false; got 'yes'"),
+        ({"age_cap": -1}, r"age_cap must be an integer in 0\.\.80 .* got -1"),
+        ({"sketch_width": 0}, r"sketch_width must be an integer in 1\.\..* got 0"),
     ],
 )
 def test_numbers_out_of_range_are_refused(changes, message):

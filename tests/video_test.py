@@ -327,8 +327,14 @@ def test_contact_sheet_fills_rows(clip):
         (lambda clip: video.light_up(clip, np.ones((9, 4, 6))), r"mask of shape \(9, 32, 48\)"),
         (lambda clip: video.side_by_side([], []), "got no video"),
         (lambda clip: video.side_by_side([clip], []), "expected 1 titles, one a video; got 0"),
-        (lambda clip: video.film_strip(clip, 10), r"count must be in 1\.\.9 \(the frames\); got"),
-        (lambda clip: video.contact_sheet([clip], ["a"], columns=0), "columns must be at least 1"),
+        (
+            lambda clip: video.film_strip(clip, 10),
+            r"count must be an integer in 1\.\.9 \(the frames\); got",
+        ),
+        (
+            lambda clip: video.contact_sheet([clip], ["a"], columns=0),
+            "columns must be an integer in 1\\.\\..*",
+        ),
         (lambda clip: video.contact_sheet([clip], [], columns=1), "expected 1 captions"),
         (lambda clip: video.write_video("a.mp4", clip, fps=0), r"in 0\.01\.\.1000; got 0"),
         (lambda clip: video.write_video("a.mp4", clip, fps=-1), r"in 0\.01\.\.1000; got -1"),

@@ -6,6 +6,7 @@ and the next one starts; parts that are run again replace what the file holds of
 """
 
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -111,7 +112,7 @@ def command(
     options.check_each("parts", parts, STUDY)
     checks.number("minutes", minutes, 0, 60 * 24 * 14)
     path = files.check_output(output, (".json",))
-    content = _read(path) if path.exists() else {"parts": {}}
+    content = _read(path) if os.path.exists(path) else {"parts": {}}
     content["environment"] = _environment()
     ends = time.monotonic() + 60 * minutes
     for name in parts:
@@ -157,7 +158,7 @@ def run(part: Part, seconds: float) -> dict:
         except subprocess.TimeoutExpired as late:
             said, outcome = (late.stdout or b"").decode(errors="replace"), "stopped, out of time"
         print(said, flush=True)
-        read = json.loads(result.read_text()) if result.is_file() else None
+        read = json.loads(result.read_text()) if os.path.isfile(result) else None
         return {
             "command": shown,
             "outcome": outcome,

@@ -219,7 +219,7 @@ def command(
     check_steps(steps)
     options.check_budgets(budgets)
     options.check_each("solver", solver, tuple(solvers.SOLVERS))
-    if known is not None and known.resolve() == output.resolve():
+    if known is not None and files.same_place(known, output):
         raise Refusal(f"--known and --output are one file, {known}: give the new rows their own")
     earlier = None if known is None else read(known)
     options.check_output(output)

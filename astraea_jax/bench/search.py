@@ -1,6 +1,7 @@
 """`astraea bench search`: every way to find a schedule, at equal budgets, on held-out prompts."""
 
 import dataclasses
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -104,13 +105,13 @@ def command(
         generations, swaps, patience, finalists, rows, (frames or 0, height or 0, width or 0),
     )  # fmt: skip
     for path in (known, starts):
-        if path is not None and not path.is_file():
+        if path is not None and not os.path.isfile(path):
             raise Refusal(f"expected a results.json of an earlier study at {path}; got no file")
     for reuse in reuses:
         checks.one_of("reuses", reuse, _REUSES)
     for folder in (output, *([ship] if ship is not None else [])):
         files.check_folder(folder)
-    if output.is_dir():
+    if os.path.isdir(output):
         files.check_output(output / RESULTS, (".json",))
     rows_before = read_rows(known) if known else ()
     elsewhere = read_rows(starts) if starts else ()

@@ -8,6 +8,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import itertools
+import os
 import pathlib
 import time
 from collections.abc import Sequence
@@ -330,7 +331,7 @@ def read_rows(path: pathlib.Path) -> list[dict]:
     Raises:
       Refusal: a file that holds no rows of a study.
     """
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     content = files.read_json(path, what="results.json of a study")
     rows = checks.fields(content, _RESULTS, name=str(path), required=_RESULTS, others=True)["rows"]
@@ -352,6 +353,8 @@ def _number(key: str, value: Any) -> Any:
 _PSNR = checks.EitherOf((checks.Number(-1e6, 1e6), checks.OneOf(("inf",))))
 
 
+_ERROR = checks.EitherOf((checks.Number(0, 1e39), checks.OneOf(("inf", "nan"))))
+
 _RESULTS = {"rows": checks.ListOf(checks.Anything(), 0, 100_000)}
 
 _ROW = {
@@ -363,6 +366,11 @@ _ROW = {
     **dict.fromkeys(("psnr", "psnr_worst"), _PSNR),
     "psnr_half_width": checks.EitherOf((checks.Number(0, 1e6), checks.OneOf(("nan", "inf")))),
     **dict.fromkeys(("ssim", "mse"), checks.Number(-1e39, 1e39)),
+    **dict.fromkeys(("fitness", "validation"), _ERROR),
+    "evaluations": checks.Whole(0, 100_000_000),
+    "seconds": checks.Number(0, 1e9),
+    "damage": checks.ListOf(checks.EitherOf((_ERROR, checks.ListOf(_ERROR, 1, 11))), 1, 10_000),
+    "run": checks.Whole(0, 10_000),
 }
 """What a row says that is read again."""
 

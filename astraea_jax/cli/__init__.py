@@ -14,15 +14,25 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 import jax
 import tyro
 from tyro.conf import Positional, arg
 
-from astraea_jax import attention, report, solvers
+from astraea_jax import attention, checks, report, solvers
 from astraea_jax.bench import attention as bench_attention
-from astraea_jax.bench import batches, collect, exactness, gpu, quality, scoring, sheet, tables
+from astraea_jax.bench import (
+    batches,
+    collect,
+    exactness,
+    gpu,
+    options,
+    quality,
+    scoring,
+    sheet,
+    tables,
+)
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
 from astraea_jax.bench import search as bench_search
@@ -94,6 +104,9 @@ def generate(
       show_selection: Add a panel that lights up the tokens that were computed.
       compilation_cache: Keep compiled programs for the next run.
     """
+    if not prompt.strip():  # a pipeline says so too, once it is open
+        raise Refusal(f"a prompt must say something; got {prompt!r}: describe the video to make")
+    options.check_size(frames, height, width)
     if compilation_cache:
         compiled.keep()
     request = Request(
@@ -128,8 +141,19 @@ def generate(
 
 
 def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
-    """A schedule file's levels, with what they were searched for where it says so."""
-    return Recipe.load(path) if is_recipe(path) else Schedule.load(path)
+    """A schedule file's levels, with what they were searched for where it says so.
+
+    Raises:
+      Refusal: no such file or schedule, or it was searched for what is not known here.
+    """
+    if not is_recipe(path):
+        return Schedule.load(path)
+    recipe = Recipe.load(path)
+    for name, known in (
+        ("method", METHODS), ("solver", solvers.SOLVERS), ("grid", get_args(solvers.Grid)),
+    ):  # fmt: skip
+        checks.one_of(f"{path}: {name}", getattr(recipe, name), tuple(known))
+    return recipe
 
 
 HEADINGS = {

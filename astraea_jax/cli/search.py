@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -218,7 +219,7 @@ def _check_files(output, folder: pathlib.Path, prompts: pathlib.Path | None) -> 
     for path in kept:
         files.check_apart(path, prompts)
     files.check_folder(folder)
-    if folder.is_dir():
+    if os.path.isdir(folder):
         files.check_output(folder / PICTURE, plots.SUFFIXES)
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from astraea_jax import checks, files, solvers
+from astraea_jax.bench import options
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import METHODS, StepLevel
@@ -18,6 +19,7 @@ from astraea_jax.population import Scorer
 from astraea_jax.search.space import ALL_LEVELS, MOST_STEPS, WHOLE_STEPS
 from astraea_ports import checkpoints
 from astraea_ports.wan.parts import SHIPPED
+from astraea_ports.wan.plan import check_numbers
 
 SolverName = Literal["unipc", "euler"]
 SearchMethod = Literal[
@@ -72,10 +74,8 @@ class Asked:
         checks.one_of("solver", self.solver, tuple(solvers.SOLVERS))
         if self.steps is not None:
             checks.whole("steps", self.steps, 1, MOST_STEPS)
-        if self.shift is not None:
-            checks.number("shift", self.shift, 0, 1e4, above=True)
-        if self.guidance is not None:
-            checks.number("guidance", self.guidance, -1e4, 1e4)
+        check_numbers(0, self.guidance, self.shift)
+        options.check_size(*self.size)
 
     def open(self) -> "Opened":
         """Reads the prompts, then what the model says of itself.

@@ -1,6 +1,7 @@
 """What a schedule shall cost: a share of the tokens, a speed-up, or seconds on this machine."""
 
 import dataclasses
+import os
 import pathlib
 from typing import Any
 
@@ -86,7 +87,7 @@ class Latencies:
         """
         self._path = folder / LATENCY
         self._kept: dict[str, Any] = {"of": {}, "seconds": {}}
-        if used and self._path.exists():
+        if used and os.path.exists(self._path):
             rules = {
                 "of": checks.ByName(checks.Anything()),
                 "seconds": checks.ByName(checks.Number(0, 1e6, above=True), LEVELS + 1),

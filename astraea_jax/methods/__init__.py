@@ -1,5 +1,6 @@
 """Acceleration methods, one file each, behind one interface."""
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.methods.astraea import Astraea as Astraea
 from astraea_jax.methods.base import Method as Method
@@ -30,6 +31,6 @@ METHODS = {
 
 def make(name: str) -> Method:
     """The method called `name`; Refusal for an unknown one."""
-    if name not in METHODS:
-        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {name!r}")
+    if not isinstance(name, str) or name not in METHODS:
+        raise Refusal(f"method must be one of {', '.join(METHODS)}; got {checks.shown(name)}")
     return METHODS[name]

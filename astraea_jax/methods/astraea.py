@@ -2,13 +2,13 @@
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 from jax import lax
 
 from astraea_jax import cache as token_cache
-from astraea_jax import selection
+from astraea_jax import checks, selection
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import base, blocks
 from astraea_jax.methods.token_wise import AstraeaState, Run, older
@@ -45,6 +45,12 @@ class Astraea(base.ByLevel):
     corrects: bool = False
 
     def __post_init__(self):
+        if not isinstance(self.selection, SelectionConfig):
+            raise Refusal(
+                f"selection must be a SelectionConfig; got {checks.shown(self.selection)}"
+            )
+        checks.one_of("traced_level", self.traced_level, (None, *get_args(TracedLevel)))
+        checks.flag("corrects", self.corrects)
         if self.corrects and self.selection.velocity != "kept":
             raise Refusal(
                 f'corrects needs velocity "kept"; got {self.selection.velocity!r}: there is no '

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Integer, Key
 
-from astraea_jax import flops
+from astraea_jax import checks, flops
 from astraea_jax.checks import Refusal
 from astraea_jax.flops import Workload
 from astraea_jax.model import Geometry, Groups, Prepared, VideoDiT
@@ -199,6 +199,7 @@ class ByLevel:
 
     def static_mode(self, level: int) -> Mode:
         """The mode of a step whose level is known; Refusal for a level it can't do."""
+        checks.whole("level", level, 0, LEVELS)
         return {0: SKIP, LEVELS: DENSE}.get(level, Mode("sparse", level))
 
     def check_levels(self, levels: Sequence[int]) -> None:
@@ -244,6 +245,20 @@ class OwnPlan:
         """That of the parts that run; nothing is computed of a skipped step."""
         level = 0 if mode.kind == SKIP.kind else LEVELS
         return flops.step_flops(workload, level, reused=mode.reused)
+
+
+def check(method: Any) -> Method:
+    """Returns `method` if it is one.
+
+    Raises:
+      Refusal: it is something else: a method's name, or its class.
+    """
+    if isinstance(method, type) or not isinstance(method, Method):
+        raise Refusal(
+            "method must be an acceleration method, as Astraea() is or methods.make gives it by "
+            f"name; got {checks.shown(method)}"
+        )
+    return method
 
 
 def splits(geometry: Geometry) -> tuple[Groups, ...]:

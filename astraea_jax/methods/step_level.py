@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import base, blocks
 from astraea_jax.model import Geometry
@@ -45,7 +46,8 @@ class StepLevel(base.ByLevel):
 
     def __post_init__(self):
         if self.reuse not in ("velocity", "residual"):
-            raise Refusal(f"reuse must be velocity or residual; got {self.reuse!r}")
+            raise Refusal(f"reuse must be velocity or residual; got {checks.shown(self.reuse)}")
+        checks.flag("corrects", self.corrects)
         if self.corrects and self.reuse == "residual":
             raise Refusal('corrects needs reuse "velocity"; got "residual": leave one out')
 

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int, Key
 
-from astraea_jax import checks
+from astraea_jax import checks, solvers
 from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Method
@@ -80,7 +80,8 @@ class Scorer:
           Refusal: shapes that do not fit, a plan that the method does not have, or a number out of
             range.
         """
-        settings = loop.check(model, latents, conditions, method, guidance, False)
+        solver = solvers.check(solver)
+        settings = loop.check(model, latents, conditions, method, guidance, key, False)
         in_lanes = can_run_in_lanes(method)
         plan = ("lanes" if in_lanes else "map") if plan is None else plan
         checks.one_of("plan", plan, get_args(Plan))
@@ -88,7 +89,7 @@ class Scorer:
             raise Refusal(f'{method.name} has no plan "lanes"; use "map"')
         checks.whole("dense_start", dense_start, 1, solver.steps)
         for name, value in (("lanes", lanes), ("batch", batch)):
-            if value is not None:
+            if value is not None or name == "lanes":
                 checks.whole(name, value, 1, MOST)
         self._method, self._dense_start = method, dense_start
         self.steps, self.num_prompts = solver.steps, latents.shape[0]

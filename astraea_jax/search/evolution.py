@@ -131,6 +131,8 @@ def initial_population(
       given: schedules to start from, as that of `sensitivity.allocate`; those outside the space
         are repaired into it.
     """
+    if not isinstance(given, list | tuple) or not all(isinstance(s, Schedule) for s in given):
+        raise Refusal(f"given must be Schedules; got {checks.shown(given)}")
     chosen = [_nearest(space, schedule) for schedule in given]
     chosen.append(_nearest(space, Schedule((LEVELS,) * space.dense_start + _even(space))))
     if space.choices[0] == 0:

@@ -1,6 +1,6 @@
 """Hand-made schedules of whole steps: what a search has to beat, and where it starts."""
 
-from astraea_jax.checks import Refusal
+from astraea_jax import checks
 from astraea_jax.schedule import Schedule, check_steps
 
 
@@ -15,8 +15,7 @@ def step_patterns(steps: int, computed: int) -> dict[str, Schedule]:
       computed: steps at level 10, 1..steps.
     """
     check_steps(steps)
-    if not 1 <= computed <= steps:
-        raise Refusal(f"computed must be in 1..{steps} (the steps); got {computed}")
+    checks.whole("computed", computed, 1, steps, unit="(the steps)")
     patterns: dict[str, Schedule] = {}
     for start in range(computed, 0, -1):
         for name, early in ((", then early", True), (", then late", False)):

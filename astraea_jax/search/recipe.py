@@ -66,6 +66,10 @@ class Recipe:
     precision: str = ""
 
     def __post_init__(self):
+        if not isinstance(self.schedule, Schedule):
+            raise Refusal(f"schedule must be a Schedule; got {checks.shown(self.schedule)}")
+        if not isinstance(self.schedule, Schedule):
+            raise Refusal(f"schedule must be a Schedule; got {checks.shown(self.schedule)}")
         # As a file would hold them: a recipe that can be made can be read again.
         content = {name: getattr(self, name) for name in _FIELDS}
         checks.fields(content, _FIELDS, name="recipe", advice="give what a schedule is good for")

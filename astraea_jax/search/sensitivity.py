@@ -10,8 +10,10 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Float, Int
 
+from astraea_jax import checks
+from astraea_jax.checks import Refusal
 from astraea_jax.schedule import LEVELS, Schedule
-from astraea_jax.search.space import Space
+from astraea_jax.search.space import MOST_STEPS, Space
 
 Fitness = Callable[[np.ndarray], np.ndarray]
 """Levels int8 [S, T] -> fitness [S], as `scoring.Evaluator`."""
@@ -30,7 +32,16 @@ def step_sensitivity(
 def level_sensitivity(
     fitness: Fitness, steps: int, levels: tuple[int, ...], *, dense_start: int = 1
 ) -> Float[np.ndarray, "T G"]:
-    """Fitness when one step alone runs at each of some levels; 0 at level 10."""
+    """Fitness when one step alone runs at each of some levels; 0 at level 10.
+
+    Raises:
+      Refusal: steps or levels that are none, or a dense start of no step or more than all.
+    """
+    checks.whole("steps", steps, 1, MOST_STEPS)
+    checks.whole("dense_start", dense_start, 1, steps, unit="(the steps)")
+    problem = checks.ListOf(checks.Whole(0, LEVELS), 1, LEVELS + 1).problem(levels)
+    if problem is not None:
+        raise Refusal(f"levels {problem}")
     damage = np.zeros((steps, len(levels)))
     places, rows = [], []
     for step in range(dense_start, steps):
@@ -67,7 +78,15 @@ def allocate(space: Space, damage: Float[np.ndarray, "T C"]) -> Schedule:
     Args:
       space: where to look.
       damage: of each step at each of the space's choices, at least 0.
+
+    Raises:
+      Refusal: another shape, or no finite number in it.
     """
+    shape = (space.steps, len(space.choices))
+    if checks.array("damage", damage, f"of shape {shape}").shape != shape:
+        raise Refusal(f"damage must be an array of shape {shape}; got {damage.shape}")
+    if not np.isfinite(damage).any():
+        raise Refusal("expected damage of each step; got no finite number: is the model's NaN?")
     damage = np.where(np.isfinite(damage), damage, np.nanmax(damage[np.isfinite(damage)]) * 1e6)
     least = np.full(space.high + 1, np.inf)
     least[0] = 0.0
@@ -116,7 +135,16 @@ def refine(
 
     Returns:
       The best schedule, and the evaluations that were spent.
+
+    Raises:
+      Refusal: a schedule that is not in the space, or a number out of range.
     """
+    for name, value, low, high in (
+        ("evaluations", evaluations, 1, 1_000_000),
+        ("batch", batch, 1, 1_000_000),
+        ("seed", seed, 0, 2**32 - 1),
+    ):
+        checks.whole(name, value, low, high)
     rng = np.random.default_rng(seed)
     best = space.genes(first)
     lowest = float(fitness(space.levels(best)[None])[0])

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -54,6 +55,13 @@ class Space:
     def __post_init__(self):
         check_steps(self.steps)
         checks.whole("steps", self.steps, 1, MOST_STEPS)
+        lists = {"choices": (self.choices, LEVELS), "costs": (self.costs, MOST_COST)}
+        for name, (values, most) in lists.items():
+            problem = checks.ListOf(checks.Whole(-most, most), 0, 2 * LEVELS).problem(values)
+            if problem is not None:
+                raise Refusal(f"{name} {problem}")
+        for name in ("low", "high"):
+            checks.whole(name, getattr(self, name), -(1 << 40), 1 << 40)
         rising = all(a < b for a, b in zip(self.choices, self.choices[1:], strict=False))
         if len(self.choices) < 2 or not rising or self.choices[0] < 0 or self.choices[-1] != LEVELS:
             raise Refusal(f"choices must be rising levels up to {LEVELS}; got {self.choices}")
@@ -93,6 +101,9 @@ class Space:
         """
         total = check_budget(budget) * LEVELS * check_steps(steps)
         low, high = check_band(band)
+        problem = checks.ListOf(checks.Whole(0, LEVELS), 2, LEVELS + 1).problem(choices)
+        if problem is not None:
+            raise Refusal(f"choices {problem}")
         costs = tuple(int(level) for level in choices)
         if low == high:
             least = most = round(low * total)
@@ -121,17 +132,20 @@ class Space:
           band: share of the limit that is used at least, in (0, 1].
           dense_start: leading dense steps.
         """
+        steps = check_steps(steps)
         checks.number("limit", limit, 0, 1e12, above=True)
-        for cost in costs:
-            checks.number("a cost", cost, 0, 1e12)
-        if not len(costs) or not max(costs) > 1e-12:
+        problem = checks.ListOf(checks.Number(0, 1e12), 1, LEVELS + 1).problem(_listed(costs))
+        if problem is not None:
+            raise Refusal(f"costs {problem}")
+        if not max(costs) > 1e-12:
             raise Refusal(f"expected costs of which the last is above 1e-12; got {costs}")
         rising = np.maximum.accumulate(np.asarray(costs, np.float64))
         unit = rising[-1] / 1000
         whole = tuple(round(float(cost / unit)) for cost in rising)
         total = limit / unit
         high = min(math.floor(total), whole[-1] * steps)
-        low = min(math.ceil(check_band((band, 1.0))[0] * total), high)
+        checks.number("band", band, 0, 1, above=True)
+        low = min(math.ceil(band * total), high)
         return cls(steps, tuple(choices), whole, low, high, dense_start)
 
     @property
@@ -191,6 +205,8 @@ class Space:
         Raises:
           Refusal: a schedule that is not in the space.
         """
+        if not isinstance(schedule, Schedule):
+            raise Refusal(f"expected a Schedule; got {checks.shown(schedule)}")
         if schedule.steps != self.steps:
             raise Refusal(f"expected a schedule of {self.steps} levels; got {schedule.steps}")
         strange = set(schedule.levels) - set(self.choices)
@@ -231,7 +247,15 @@ class Space:
 
 def check_band(band: tuple[float, float]) -> tuple[float, float]:
     """Returns the band if it is 0 < low <= high; raises Refusal otherwise."""
-    low, high = (checks.number("a band's share", share, 0, 100, above=True) for share in band)
+    problem = checks.ListOf(checks.Number(0, 100, above=True), 2, 2).problem(_listed(band))
+    if problem is not None:
+        raise Refusal(f"a band must be two shares, 0 < low <= high: it {problem}")
+    low, high = map(float, band)
     if low > high:
         raise Refusal(f"a band must be two shares, 0 < low <= high; got {band}")
     return low, high
+
+
+def _listed(values: Any) -> Any:
+    """An array as a list; anything else as it is."""
+    return values.tolist() if isinstance(values, np.ndarray) else values

@@ -91,9 +91,18 @@ def open_journal(
       Refusal: a folder that can't be written, a journal that another process holds, one of
         another search, or one that is no journal.
     """
-    path = pathlib.Path(folder) / JOURNAL
+    path = files.as_path(folder) / JOURNAL
+    for name, value in (("steps", steps), ("prompts", prompts)):
+        if value is not None:
+            checks.whole(name, value, 1, 1_000_000)
+    try:
+        plain = json.loads(json.dumps(checks.fields({"header": header}, _HEADER, name="header")))
+    except (TypeError, RecursionError) as error:
+        raise Refusal(
+            f"expected JSON values in the header ({files.reason(error)}): convert them"
+        ) from error
     with files.held(path) as file:
-        yield Journal(file, _read(file, path, json.loads(json.dumps(header)), steps, prompts))
+        yield Journal(file, _read(file, path, plain["header"], steps, prompts))
 
 
 def _read(file, path: pathlib.Path, header: dict, steps, prompts) -> list[Evaluation]:
@@ -237,8 +246,15 @@ def evolve(
 
     Returns:
       The last generation.
+
+    Raises:
+      Refusal: no space or config, states that are no folder, or no schedule has a finite error.
     """
-    if states is not None and pathlib.Path(states).exists() and not pathlib.Path(states).is_dir():
+    for name, value, kind in (("space", space, Space), ("config", config, SearchConfig)):
+        if not isinstance(value, kind):
+            raise Refusal(f"{name} must be a {kind.__name__}; got {checks.shown(value)}")
+    there = None if states is None else files.as_path(states)
+    if there is not None and os.path.lexists(there) and not os.path.isdir(there):
         raise Refusal(f"expected a folder for states; {states} is none: choose another folder")
     began = time.perf_counter()
     saved = _restore(states, space, config) if states is not None else None

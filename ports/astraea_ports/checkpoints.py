@@ -18,10 +18,11 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import Refusal, shown
 from astraea_ports import converted
 from astraea_ports.folders import ModelFolder, checkpoint_files
 from astraea_ports.folders import Source as Source
+from astraea_ports.folders import as_source as as_source
 from astraea_ports.folders import find_model as find_model
 from astraea_ports.folders import model_folder as model_folder
 from astraea_ports.folders import read_config as read_config
@@ -192,8 +193,28 @@ def retyped[M](loadable: Loadable[M], template: M) -> Loadable[M]:
     return loadable._replace(template=template)
 
 
+FLOATS = ("float32", "bfloat16", "float16", "float64")
+"""Dtypes that a model can have."""
+
+
+def float_dtype(dtype: DTypeLike) -> DTypeLike:
+    """Returns `dtype` if it is one that a model can have.
+
+    Raises:
+      Refusal: it is another, or none.
+    """
+    try:
+        name = np.dtype(dtype).name if dtype is not None else None
+    except TypeError:
+        name = None
+    if name not in FLOATS:
+        raise Refusal(f"dtype must be {' or '.join(FLOATS)}; got {shown(dtype)}")
+    return dtype
+
+
 def with_dtype[M](template: M, dtype: DTypeLike) -> M:
     """The template with another dtype for every leaf."""
+    float_dtype(dtype)
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), template)
 
 
@@ -223,7 +244,7 @@ class Place(NamedTuple):
             return self.model.path / self.folder
         for name in self.single:
             self.model.fetch(name)
-            if (self.model.path / name).is_file():
+            if os.path.isfile(self.model.path / name):
                 return self.model.path / name
         raise Refusal(
             f"expected {' or '.join(self.single)} in {self.model.name or self.model.path}, got "
@@ -256,7 +277,7 @@ def find_part(
       Refusal: there is no such part, or a file comes without a config.
     """
     if not isinstance(source, ModelFolder):
-        path = Path(os.path.expanduser(source))
+        path = Path(os.path.expanduser(as_source(source)))
         if os.path.isfile(path):
             if config is None and path.name in single:
                 config = single_config
@@ -268,7 +289,7 @@ def find_part(
                 )
             return Place(config, ModelFolder(path.parent), single=(path.name,))
     model = find_model(source, revision=revision)
-    if (model.path / "model_index.json").is_file():
+    if os.path.isfile(model.path / "model_index.json"):
         found = read_config(model.path / folder, expected=kinds) if config is None else config
         return Place(found, model, folder)
     if single_config is not None and _is_single(model, kinds, single):
@@ -279,7 +300,7 @@ def find_part(
 
 def _is_single(model: ModelFolder, kinds: Sequence[str], single: Sequence[str]) -> bool:
     """Whether a part is one file in a model's folder of the original layout."""
-    if any((model.path / name).is_file() for name in single):
+    if any(os.path.isfile(model.path / name) for name in single):
         return True
     # On the hub it may be there and not fetched; the config beside it is the transformer's.
     described = read_config(model.path) if model.name is not None else {}

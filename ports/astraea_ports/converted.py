@@ -137,7 +137,7 @@ def stored_dtype(folder: Path) -> str:
 
 def files(loadable: Any) -> list[Path]:
     """The files of a converted module's numbers."""
-    return [path for path in (loadable.folder / FOLDER).rglob("*") if path.is_file()]
+    return [path for path in (loadable.folder / FOLDER).rglob("*") if os.path.isfile(path)]
 
 
 def _tensorstore() -> Any:

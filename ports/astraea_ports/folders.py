@@ -51,6 +51,15 @@ Source = str | os.PathLike[str] | ModelFolder
 """A folder, a hub id `owner/name`, or what was found of either."""
 
 
+def as_source(source: Any) -> str:
+    """What a model is called, as text; Refusal for what is neither text nor a path."""
+    if not isinstance(source, str | os.PathLike):
+        raise Refusal(
+            f"expected the folder of a model or a hub id `owner/name`, got {shown(source)}"
+        )
+    return os.fspath(source)
+
+
 def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     """A model's folder: itself, or one that holds the JSON files of a model of the hub.
 
@@ -64,7 +73,7 @@ def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     """
     if isinstance(source, ModelFolder):
         return source
-    name = os.fspath(source)
+    name = as_source(source)
     path = os.path.expanduser(name)
     if os.path.isdir(path):
         if revision is not None:
@@ -108,7 +117,7 @@ def read_config(
     Raises:
       Refusal: the file is missing or broken, or describes another kind of model.
     """
-    path = Path(folder) / name
+    path = files.as_path(folder) / name
     if not os.path.lexists(path):
         raise Refusal(f"expected the file {path}, which is not there; check the folder")
     config = _read_json(path)
@@ -129,11 +138,11 @@ def checkpoint_files(source: str | os.PathLike[str]) -> list[Path]:
       Refusal: there is none, or the index is broken or names a file outside the folder.
     """
     folder = Path(source)
-    if folder.is_file():
+    if os.path.isfile(folder):
         return [folder]
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise Refusal(f"expected a .safetensors file or a folder with one; {folder} is neither")
-    single = [folder / name for name in SINGLE_FILES if (folder / name).is_file()]
+    single = [folder / name for name in SINGLE_FILES if os.path.isfile(folder / name)]
     index = _index(folder)
     if len(single) + (index is not None) > 1:
         found = ", ".join(path.name for path in (*single, *((index,) if index else ())))
@@ -158,7 +167,7 @@ def _index(folder: Path) -> Path | None:
     """
     usual = [folder / f"{name}.index.json" for name in SINGLE_FILES]
     # Others are of the same weights in another precision, as a rule.
-    found = [path for path in usual if path.is_file()]
+    found = [path for path in usual if os.path.isfile(path)]
     found = found or sorted(folder.glob("*.safetensors.index.json"))
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
@@ -171,14 +180,15 @@ def _shards(index: Path) -> list[Path]:
     roots = [root]
     # The hub's cache keeps a snapshot as links into the blobs folder of the same model.
     snapshots = next((p for p in (root, *root.parents) if p.name == "snapshots"), None)
-    if snapshots is not None and (snapshots.parent / "blobs").is_dir():
+    if snapshots is not None and os.path.isdir(snapshots.parent / "blobs"):
         roots.append(snapshots.parent / "blobs")
     found = []
     for name in shard_names(index):
         file = index.parent / name
-        if not any(file.resolve().is_relative_to(allowed) for allowed in roots):
+        real = Path(os.path.realpath(file))  # `resolve` fails for links in a circle
+        if not any(real.is_relative_to(allowed) for allowed in roots):
             raise Refusal(_outside(index, name))
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise Refusal(f"{index} names {name}, which is not there; fetch the missing shard")
         found.append(file)
     return found

@@ -79,6 +79,8 @@ _SIZES = {
     "num_heads": Whole(1, 1024),
 }
 
+_DTYPE = OneOf(("float32", "bfloat16", "float16", "float64", "auto"))
+
 _RULES = _SIZES | {
     "model_type": OneOf(("umt5", "t5")),
     "relative_attention_num_buckets": Whole(4, 1024),
@@ -106,8 +108,8 @@ _RULES = _SIZES | {
     "decoder_start_token_id": OrNone(Whole(-1, 1 << 21)),
     "architectures": OrNone(ListOf(Text(), 0, 10)),
     "tokenizer_class": OrNone(Text()),
-    "torch_dtype": OrNone(Text()),
-    "dtype": OrNone(Text()),
+    "torch_dtype": OrNone(_DTYPE),
+    "dtype": OrNone(_DTYPE),
     "transformers_version": OrNone(Text()),
 }
 """The fields of config.json. Transformers' own are many more, and let through."""
@@ -120,6 +122,9 @@ class T5Config:
     Attributes:
       shared_position_bias: one table of relative positions for all layers (T5), not one for
         each (UMT5).
+
+    Raises:
+      Refusal: a size out of range or at odds with another; all of it in one message.
     """
 
     vocab_size: int
@@ -132,6 +137,11 @@ class T5Config:
     relative_attention_max_distance: int = 128
     layer_norm_epsilon: float = 1e-6
     shared_position_bias: bool = False
+
+    def __post_init__(self):
+        advice = "give sizes that an encoder can have"
+        checks.fields(asdict(self), _RULES, name="sizes", advice=advice)
+        checks.refuse("sizes", self._problems(), advice)
 
     @classmethod
     def from_dict(
@@ -151,12 +161,13 @@ class T5Config:
         known = {field.name for field in fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
         shared = values.get("model_type", "umt5") == "t5"
-        read = cls(**chosen | {"shared_position_bias": shared})
-        problems = read._problems()
         if values.get("shared_position_bias", shared) != shared:
-            problems.append(f"shared_position_bias must be {shared} for this model_type")
-        checks.refuse(name, problems, "mend the file or fetch it again")
-        return read
+            problem = f"shared_position_bias must be {shared} for this model_type"
+            checks.refuse(name, [problem], "mend the file or fetch it again")
+        try:
+            return cls(**chosen | {"shared_position_bias": shared})
+        except Refusal as error:
+            raise Refusal(f"{name}: {error}") from error
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads."""
@@ -339,6 +350,8 @@ def open_text_encoder(
     revision: str | None = None,
 ) -> checkpoints.Loadable[T5Encoder]:
     """Finds an encoder and holds its headers against its config; see `load_text_encoder`."""
+    if dtype is not None:
+        checkpoints.float_dtype(dtype)
     config = config.to_dict() if isinstance(config, T5Config) else config
     place = checkpoints.find_part(
         source,

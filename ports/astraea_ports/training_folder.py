@@ -28,8 +28,8 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
     Raises:
       Refusal: another process holds it, or it can't be made or written to.
     """
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
-    before = {name for name in _OWN if (folder / name).exists()}
+    made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
+    before = {name for name in _OWN if os.path.exists(folder / name)}
     try:
         with files.held(folder / "run.lock", choose="another --output"):
             try:
@@ -60,7 +60,7 @@ def _steps_kept(checkpoints: pathlib.Path) -> list[int]:
 
 def _take_away(paths: Sequence[pathlib.Path]) -> None:
     for path in paths:
-        if path.is_dir() and not path.is_symlink():
+        if os.path.isdir(path) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:
             with contextlib.suppress(OSError):  # Windows keeps a file that is open
@@ -239,7 +239,7 @@ def whole_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
         partial.mkdir()
         yield partial
-        if folder.exists():
+        if os.path.exists(folder):
             os.replace(folder, before)
         os.replace(partial, folder)
     finally:

@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from astraea_jax import files
+from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, export
 from astraea_ports.tiny import scenes
@@ -209,6 +209,8 @@ def read(video: Float[Array, "B F height width 3"], model: Reader | None = None)
     Raises:
       Refusal: videos of another size, or of fewer than nine frames.
     """
+    if checks.array("video", video, "[B,F,H,W,3]").ndim != 5 or not video.size:
+        raise Refusal(f"expected videos [B,F,H,W,3]; got shape {tuple(video.shape)}")
     check_size(video.shape[1:4])
     if video.shape[-1] != 3:
         raise Refusal(f"expected videos of 3 colours; got {video.shape[-1]}")

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from astraea_jax import checks
-from astraea_jax.checks import ListOf, OneOf, Whole
+from astraea_jax.checks import ListOf, OneOf, Refusal, Whole
 from astraea_ports import configs
 from astraea_ports.wan import family
 
@@ -78,6 +78,9 @@ class TransformerConfig:
       patch_size: latent frames, rows and columns that make a token.
       eps: added inside every normalisation.
       rope_max_seq_len: largest position along an axis.
+
+    Raises:
+      Refusal: a size out of range or at odds with another; all of it in one message.
     """
 
     num_attention_heads: int
@@ -91,6 +94,11 @@ class TransformerConfig:
     patch_size: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
     rope_max_seq_len: int = 1024
+
+    def __post_init__(self):
+        advice = "give sizes that a transformer can have"
+        checks.fields(vars(self), _RULES, name="sizes", advice=advice)
+        checks.refuse("sizes", self._problems(), advice)
 
     @property
     def width(self) -> int:
@@ -124,9 +132,10 @@ class TransformerConfig:
         known = {field.name for field in dataclasses.fields(cls)}
         chosen = {key: value for key, value in values.items() if key in known}
         chosen["patch_size"] = tuple(chosen.get("patch_size", cls.patch_size))
-        config = cls(**chosen)
-        checks.refuse(name, config._problems(), advice)
-        return config
+        try:
+            return cls(**chosen)
+        except Refusal as error:
+            raise Refusal(f"{name}: {error}; {advice}") from error
 
     def _problems(self) -> list[str]:
         """What is wrong with the sizes together."""

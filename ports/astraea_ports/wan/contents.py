@@ -105,7 +105,7 @@ def is_original(folder: Path) -> bool:
     """
     if os.path.lexists(folder / "model_index.json"):
         return False
-    found = [name for name in EXPERTS if (folder / name).is_dir()]
+    found = [name for name in EXPERTS if os.path.isdir(folder / name)]
     if found:
         raise Refusal(
             f"{folder} holds {' and '.join(found)}: this looks like Wan 2.2 A14B (two experts); "
@@ -197,14 +197,14 @@ _SCHEDULER = {
     # What the noise levels of a flow do not depend on, or what is off as above.
     "beta_start": Number(0, 1),
     "beta_end": Number(0, 1),
-    "beta_schedule": Text(100),
+    "beta_schedule": OneOf(("linear", "scaled_linear", "squaredcos_cap_v2")),
     "trained_betas": configs.OFF,
     "rescale_betas_zero_snr": Flag(),
-    "timestep_spacing": Text(100),
+    "timestep_spacing": OneOf(("linspace", "leading", "trailing")),
     "steps_offset": Whole(0, 1000),
     "dynamic_thresholding_ratio": Number(0, 1),
     "sample_max_value": Number(0, 1e6),
-    "time_shift_type": Text(100),
+    "time_shift_type": OneOf(("exponential", "linear")),
     "base_shift": OrNone(Number(0, 100)),
     "max_shift": OrNone(Number(0, 100)),
     "base_image_seq_len": OrNone(Whole(1, 1 << 20)),

@@ -99,14 +99,14 @@ def _describe(found: parts.Parts, folder: Path, *, merged: bool) -> None:
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(path, copy)
     scheduler = source / "scheduler/scheduler_config.json"
-    if scheduler.is_file():
+    if os.path.isfile(scheduler):
         (folder / "scheduler").mkdir()
         shutil.copyfile(scheduler, folder / "scheduler" / scheduler.name)
     else:
         _write_json(
             folder / "scheduler/scheduler_config.json", _SCHEDULER | {"flow_shift": found.shift}
         )
-    if not (folder / "model_index.json").is_file():
+    if not os.path.isfile(folder / "model_index.json"):
         _write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
     settings = {"grid": found.grid, "dtype": parts.main_dtype(found.transformer.template)}
     _write_json(folder / "astraea.json", found.defaults._asdict() | settings)
@@ -122,7 +122,7 @@ def _along(source: Path) -> list[Path]:
         path
         for pattern in _ALONG
         for path in sorted(source.glob(pattern))
-        if path.is_file() and not any(path.match(left) for left in _WEIGHTS)
+        if os.path.isfile(path) and not any(path.match(left) for left in _WEIGHTS)
     ]
 
 
@@ -144,7 +144,7 @@ def _check_target(target: str | os.PathLike[str]) -> Path:
         raise Refusal(f"can't make {path} ({files.reason(error)}): choose another name") from error
     else:
         raise Refusal(f"expected a folder that does not exist yet; {path} does: name another")
-    if not path.parent.is_dir():
+    if not os.path.isdir(path.parent):
         raise Refusal(f"can't make {path}: {path.parent} is no folder that can be written to")
     try:
         path.mkdir()  # trying is the only test that sees all that may be wrong

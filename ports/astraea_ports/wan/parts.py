@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from astraea_jax import solvers
+from astraea_jax import checks, solvers
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints, t5, tiny
 from astraea_ports.checkpoints import Loadable
@@ -78,7 +78,11 @@ def open_parts(
       Refusal: no such model, or a part that is missing, broken, or of another kind.
     """
     lora = lora_files.check(lora)  # before a model is fetched
-    model = checkpoints.find_model(SHIPPED.get(str(source), source), revision=revision)
+    if dtype is not None:
+        checkpoints.float_dtype(dtype)
+    model = checkpoints.find_model(
+        SHIPPED.get(checkpoints.as_source(source), source), revision=revision
+    )
     found = contents.read(model.path)
     model.fetch(f"{found.tokenizer.relative_to(model.path).as_posix()}/tokenizer.json")
     tokenizer = Tokenizer.from_pretrained(found.tokenizer, length=found.text_length)
@@ -137,8 +141,10 @@ def random_parts(size: str, *, dtype: DTypeLike, precision: Precision, seed: int
     Raises:
       Refusal: an unknown size.
     """
-    if size not in CONFIGS:
-        raise Refusal(f"size must be one of {', '.join(CONFIGS)}; got {size!r}")
+    if not isinstance(size, str) or size not in CONFIGS:
+        raise Refusal(f"size must be one of {', '.join(CONFIGS)}; got {checks.shown(size)}")
+    checks.whole("seed", seed, 0, 2**31 - 1)
+    checkpoints.float_dtype(dtype)
     config = CONFIGS[size]
     small = t5.T5Config.from_dict(
         {"vocab_size": 1024, "d_model": config.text_dim, "d_kv": 64, "d_ff": 64}

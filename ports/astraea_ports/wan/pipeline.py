@@ -4,14 +4,14 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from astraea_jax import checks, solvers
 from astraea_jax import denoise as loop
-from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.flops import BlockSizes, Workload
 from astraea_jax.methods import Method
@@ -191,6 +191,7 @@ class Pipeline:
         Raises:
           Refusal: any of these out of range, before any long work.
         """
+        _check_run(driver, progress, trace)
         plan = self.plan(
             prompts,
             frames=frames,
@@ -237,7 +238,8 @@ class Pipeline:
         """
         shape = self.latents_shape(*self.size(frames, height, width))
         if steps is None:
-            steps = self.defaults.steps if schedule is None else schedule.steps
+            known = isinstance(schedule, Schedule)  # what else it may be is refused below
+            steps = schedule.steps if known else self.defaults.steps
         return plans.make(
             [prompts] if isinstance(prompts, str) else prompts,
             self.tokenizer,
@@ -279,6 +281,7 @@ class Pipeline:
         Raises:
           Refusal: NaN or infinity in a run's latents.
         """
+        _check_run(driver, progress, trace)
         report = progress or quiet
         seconds: dict[Stage, Stopwatch] = {}
         report("text", 0, 1)
@@ -339,7 +342,12 @@ class Pipeline:
           latents: denoised, normalised.
           report: takes progress.
           seconds: gets those of loading and decoding.
+
+        Raises:
+          Refusal: what are no latents, or a video with NaN in it.
         """
+        if checks.array("latents", latents, "[B,f,h,w,C]").ndim != 5 or not latents.size:
+            raise Refusal(f"expected latents [B,f,h,w,C]; got shape {tuple(latents.shape)}")
         seconds = {} if seconds is None else seconds
         model = self._resident("vae", report, seconds)
         with stopwatch() as seconds["decode"]:
@@ -364,7 +372,8 @@ class Pipeline:
           [2 P, M, D] or [P, M, D], padded to the model's text length with zeros.
 
         Raises:
-          Refusal: the tokenizer has tokens of which the text encoder has no row.
+          Refusal: no list of prompts, or the tokenizer has tokens of which the text encoder has no
+            row.
         """
         config = self.text_encoder.config
         if self.tokenizer.num_tokens > config.vocab_size:
@@ -373,6 +382,9 @@ class Pipeline:
                 f"{self.tokenizer.num_tokens} tokens; got {config.vocab_size}: they are of "
                 "different models"
             )
+        listed = isinstance(prompts, Sequence) and not isinstance(prompts, str | bytes)
+        if not listed or not len(prompts) or not all(isinstance(each, str) for each in prompts):
+            raise Refusal(f"expected a list of prompts; got {checks.shown(prompts)}")
         texts = list(prompts)
         if negative_prompt is not None:
             texts += [negative_prompt] * len(prompts)
@@ -385,7 +397,9 @@ class Pipeline:
         )
 
     def latents_shape(self, frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-        """Latent frames, height, width and channels of a video's size."""
+        """Latent frames, height, width and channels of a video's size; Refusal for none."""
+        for name, value in (("frames", frames), ("height", height), ("width", width)):
+            checks.whole(name, value, 1, 1 << 20)
         config = self.vae.config
         space, time = config.spatial_factor, config.temporal_factor
         return (
@@ -424,3 +438,11 @@ class Pipeline:
         size = plans.check_size(size, self.vae.config, self.transformer.config)
         self.transformer.geometry((1, *self.latents_shape(*size)))
         return size
+
+
+def _check_run(driver: loop.Driver, progress: Progress | None, trace: bool) -> None:
+    """Refuses, before any text is encoded, how a run is asked for."""
+    checks.one_of("driver", driver, get_args(loop.Driver))
+    checks.flag("trace", trace)
+    if progress is not None and not callable(progress):
+        raise Refusal(f"progress must be a function or None; got {checks.shown(progress)}")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float
 from astraea_jax import checks, solvers
 from astraea_jax.checks import Number, Refusal, shown
 from astraea_jax.methods import Dense, Method
+from astraea_jax.methods.base import check as check_method
 from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
 from astraea_ports.wan.config import TransformerConfig
@@ -87,6 +88,9 @@ def make(
         )
     table = solvers.make(solver, steps, shift=float(shift), grid=grid)
     schedule = Schedule.dense(steps) if schedule is None else schedule
+    if not isinstance(schedule, Schedule):
+        raise Refusal(f"schedule must be a Schedule; got {shown(schedule)}")
+    method = Dense() if method is None else check_method(method)
     if schedule.steps != steps:
         raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
@@ -97,7 +101,7 @@ def make(
         noise=make_noise(len(prompts), shape, seeds, latents),
         solver=table,
         schedule=schedule,
-        method=Dense() if method is None else method,
+        method=method,
         guidance=guidance if guidance > 1 else None,
         seed=seeds[0][0],
     )
@@ -181,12 +185,14 @@ def _nearest(value: Any, unit: int, first: int) -> str:
 
 
 def check_prompts(prompts: Sequence[str], tokenizer: Tokenizer) -> None:
-    """Refuses prompts that say nothing.
+    """Refuses what is no list of prompts, and prompts that say nothing.
 
     Warns:
       UserWarning: words that the model can only spell.
     """
-    if not prompts:
+    if not isinstance(prompts, Sequence | np.ndarray) or isinstance(prompts, str | bytes):
+        raise Refusal(f"expected a list of prompts; got {shown(prompts)}")
+    if not len(prompts):
         raise Refusal("expected at least one prompt; got none")
     for prompt in prompts:
         if not isinstance(prompt, str) or not prompt.strip():
@@ -212,10 +218,11 @@ def make_noise(
 ) -> Float[Array, "B f h w C"]:
     """Noise of `count` videos; see `check_seeds` for what each draws from."""
     if latents is not None:
-        if tuple(latents.shape) != (count, *shape):
-            raise Refusal(
-                f"expected latents of shape {(count, *shape)}; got {tuple(latents.shape)}"
-            )
+        found = tuple(checks.array("latents", latents, f"of shape {(count, *shape)}").shape)
+        if found != (count, *shape):
+            raise Refusal(f"expected latents of shape {(count, *shape)}; got {found}")
+        if not jnp.issubdtype(latents.dtype, jnp.floating):
+            raise Refusal(f"expected latents of floats; got {latents.dtype}")
         if isinstance(latents, jax.Array):
             return latents.astype(jnp.float32)
         return jax.device_put(np.asarray(latents, np.float32))

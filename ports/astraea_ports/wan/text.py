@@ -150,6 +150,8 @@ class Tokenizer:
         """
         if isinstance(prompts, str):
             raise Refusal("expected a sequence of prompts, got one string; pass [prompt]")
+        if not isinstance(prompts, Sequence | np.ndarray):
+            raise Refusal(f"expected a sequence of prompts, got {shown(prompts)}")
         ids = np.full((len(prompts), self.length), self._pad, np.int32)
         mask = np.zeros_like(ids)
         for row, prompt in enumerate(map(clean_prompt, prompts)):

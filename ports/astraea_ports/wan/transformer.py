@@ -13,7 +13,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from astraea_jax import model as core
-from astraea_jax.checks import Refusal
+from astraea_jax.checks import ListOf, Refusal, Whole
+from astraea_ports import checkpoints
 from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
 
@@ -92,6 +93,9 @@ class Transformer(nnx.Module):
           Refusal: not five axes, other channels, or sizes that patches do not divide.
         """
         config = self.config
+        problem = ListOf(Whole(0, 1 << 31), 0, 10).problem(latents_shape)
+        if problem is not None:
+            raise Refusal(f"the latents' shape {problem}")
         if len(latents_shape) != 5 or latents_shape[-1] != config.in_channels:
             raise Refusal(
                 f"expected latents [B,F,H,W,{config.in_channels}]; got {tuple(latents_shape)}"
@@ -129,11 +133,13 @@ class Transformer(nnx.Module):
         Raises:
           Refusal: what is no such array.
         """
-        if jnp.ndim(conditions) != 3 or conditions.shape[-1] != self.config.text_dim:
-            shape = tuple(getattr(conditions, "shape", ()))
-            raise Refusal(f"expected text [B, M, {self.config.text_dim}]; got {shape}")
-        context = conditions
-        context = context.astype(self.text_1.kernel.dtype)
+        width = self.config.text_dim
+        checks.array("conditions", conditions, f"text embeddings [B,M,{width}]")
+        if conditions.ndim != 3 or conditions.shape[-1] != width:
+            raise Refusal(f"expected conditions [B,M,{width}]; got {tuple(conditions.shape)}")
+        if not jnp.issubdtype(conditions.dtype, jnp.floating):
+            raise Refusal(f"conditions must be text embeddings; got {conditions.dtype}")
+        context = conditions.astype(self.text_1.kernel.dtype)
         text = self.text_2(jax.nn.gelu(self.text_1(context), approximate=True))
 
         def project(block: Block) -> KeysValues:
@@ -219,7 +225,12 @@ class Transformer(nnx.Module):
 
 
 def with_policy(model: Transformer, dtype: DTypeLike) -> Transformer:
-    """The model (or its template) with the dtype that each parameter has under its policy."""
+    """The model (or its template) with the dtype that each parameter has under its policy.
+
+    Raises:
+      Refusal: a dtype that no model can have.
+    """
+    checkpoints.float_dtype(dtype)
 
     def cast(path, leaf):
         name = jax.tree_util.keystr(path, simple=True, separator=".")

@@ -104,6 +104,7 @@ def open_transformer(
 ) -> checkpoints.Loadable[Transformer]:
     """Finds a transformer and holds its headers against its config; see `load_transformer`."""
     lora = lora_files.check(lora)
+    checkpoints.float_dtype(dtype)
     if isinstance(config, TransformerConfig):
         config = dataclasses.asdict(config)
     place = checkpoints.find_part(

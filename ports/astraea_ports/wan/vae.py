@@ -40,6 +40,19 @@ _REQUIRED = (
     *("temperal_downsample", "latents_mean", "latents_std"),
 )
 
+_NAMES = {
+    "base_dim": "encoder_width",
+    "decoder_base_dim": "decoder_width",
+    "z_dim": "latent_channels",
+    "dim_mult": "multipliers",
+    "num_res_blocks": "num_blocks",
+    "temperal_downsample": "temporal",
+    "latents_mean": "latents_mean",
+    "latents_std": "latents_std",
+    "in_channels": "image_channels",
+}
+"""Fields of config.json -> of `VAEConfig`."""
+
 _RULES = {
     "_class_name": OneOf(("AutoencoderKLWan",)),
     "base_dim": Whole(1, 8192),
@@ -76,6 +89,9 @@ class VAEConfig:
       temporal: for each downsampling, whether it also halves the frames.
       latents_mean: of each latent channel, before normalisation.
       latents_std: likewise.
+
+    Raises:
+      Refusal: a size out of range or at odds with another; all of it in one message.
     """
 
     encoder_width: int
@@ -87,6 +103,13 @@ class VAEConfig:
     latents_mean: tuple[float, ...]
     latents_std: tuple[float, ...]
     image_channels: int = 3
+
+    def __post_init__(self):
+        advice = "give sizes that a VAE can have"
+        named = {key: getattr(self, name) for key, name in _NAMES.items()}
+        rules = _RULES | {"decoder_base_dim": _RULES["base_dim"]}
+        checks.fields(named, rules, name="sizes", advice=advice)
+        checks.refuse("sizes", self._problems(), advice)
 
     @property
     def spatial_factor(self) -> int:
@@ -113,21 +136,24 @@ class VAEConfig:
         """
         advice = family.advice(config)
         values = configs.read(config, _RULES, name=name, required=_REQUIRED, advice=advice)
-        read = cls(
-            encoder_width=values["base_dim"],
-            decoder_width=values.get("decoder_base_dim") or values["base_dim"],
-            latent_channels=values["z_dim"],
-            multipliers=tuple(values["dim_mult"]),
-            num_blocks=values["num_res_blocks"],
-            temporal=tuple(values["temperal_downsample"]),
-            latents_mean=tuple(map(float, values["latents_mean"])),
-            latents_std=tuple(map(float, values["latents_std"])),
-        )
+        try:
+            read = cls(
+                encoder_width=values["base_dim"],
+                decoder_width=values.get("decoder_base_dim") or values["base_dim"],
+                latent_channels=values["z_dim"],
+                multipliers=tuple(values["dim_mult"]),
+                num_blocks=values["num_res_blocks"],
+                temporal=tuple(values["temperal_downsample"]),
+                latents_mean=tuple(map(float, values["latents_mean"])),
+                latents_std=tuple(map(float, values["latents_std"])),
+            )
+        except Refusal as error:
+            raise Refusal(f"{name}: {error}; {advice}") from error
         stated = {
             "scale_factor_spatial": read.spatial_factor,
             "scale_factor_temporal": read.temporal_factor,
         }
-        problems = read._problems() + [
+        problems = [
             f"{key} must be {factor}, as the downsamplings make it; got {values[key]}"
             for key, factor in stated.items()
             if values.get(key, factor) != factor
@@ -158,19 +184,9 @@ class VAEConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` reads."""
-        return {
-            "_class_name": "AutoencoderKLWan",
-            "base_dim": self.encoder_width,
-            "decoder_base_dim": self.decoder_width,
-            "z_dim": self.latent_channels,
-            "dim_mult": list(self.multipliers),
-            "num_res_blocks": self.num_blocks,
-            "temperal_downsample": list(self.temporal),
-            "latents_mean": list(self.latents_mean),
-            "latents_std": list(self.latents_std),
-            "in_channels": self.image_channels,
-            "out_channels": self.image_channels,
-        }
+        own = {key: getattr(self, name) for key, name in _NAMES.items()}
+        plain = {key: list(v) if isinstance(v, tuple) else v for key, v in own.items()}
+        return {"_class_name": "AutoencoderKLWan", **plain, "out_channels": self.image_channels}
 
 
 class Encoder(nnx.Module):
@@ -335,6 +351,7 @@ class VAE(nnx.Module):
     def check_latents(self, latents: Float[Array, "..."]) -> None:
         """Refuses what are no latents."""
         channels = self.config.latent_channels
+        checks.array("latents", latents, "[B,f,h,w,C]")
         if latents.ndim != 5 or latents.shape[-1] != channels or 0 in latents.shape:
             raise Refusal(
                 f"expected latents of shape [batch, frames, height, width, {channels}], got "
@@ -345,6 +362,7 @@ class VAE(nnx.Module):
         """Refuses what is no video of a size that has latents."""
         config = self.config
         space, time = config.spatial_factor, config.temporal_factor
+        checks.array("video", video, "[B,F,H,W,3]")
         if video.ndim != 5 or video.shape[-1] != config.image_channels or 0 in video.shape:
             raise Refusal(
                 "expected a video of shape [batch, frames, height, width, "

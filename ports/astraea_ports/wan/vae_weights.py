@@ -126,6 +126,8 @@ def open_vae(
     revision: str | None = None,
 ) -> checkpoints.Loadable[VAE]:
     """Finds a VAE and holds its headers against its config; see `load_vae`."""
+    if dtype is not None:
+        checkpoints.float_dtype(dtype)
     config = config.to_dict() if isinstance(config, VAEConfig) else config
     place = checkpoints.find_part(
         source,
