@@ -25,7 +25,7 @@ from campaign import (
 )
 
 from astraea_jax import denoise, flops, methods, metrics, query_sparse_attention, solvers, video
-from astraea_jax.methods import Astraea, FixedToken, StepLevel
+from astraea_jax.methods import PAB, Astraea, FixedToken, StepLevel, TeaCache
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import plots, sensitivity, study

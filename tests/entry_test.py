@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, use_abstract_mesh
 from astraea_jax import entry
 from astraea_jax.kernels import entering
 from astraea_jax.methods import Astraea, base
-from astraea_jax.model import EntryNorm
+from astraea_jax.model import EntryNorm, Rows
 
 pytestmark = pytest.mark.core
 
@@ -32,7 +32,7 @@ def case(seed, dtype, count, padding=3):
     tokens, stack = normal(BATCH, TOKENS, WIDTH), normal(BLOCKS, BATCH, TOKENS, WIDTH)
     rows, kept = (normal(BATCH, count + padding, WIDTH) for _ in "ab")
     return (
-        entry.Left(tokens, stack, rows, kept), indices,
+        entry.Leaving(tokens, stack, rows, kept), indices,
         EntryNorm(scale, shift, 1e-6, jnp.dtype(dtype)),
     )  # fmt: skip
 
@@ -47,7 +47,7 @@ def by_hand(left, indices, index, residual=True):
             if place < TOKENS:
                 merged[batch, place] = left.rows[batch, number]
                 if index:
-                    stack[index - 1, batch, place] = left.kept[batch, number]
+                    stack[index - 1, batch, place] = left.cached[batch, number]
     return stack, merged
 
 
@@ -87,13 +87,13 @@ def test_kernel(dtype, index, count):
     assert np.array_equal(got.stack, stack)
     fresh = np.asarray(entry.slots_of(indices, TOKENS))[:, :TOKENS, None] >= 0
     assert np.array_equal(got.tokens, np.where(fresh, left.tokens, tokens))
-    assert_near(got.normed, norm(jnp.asarray(tokens)))
-    assert_near(got.normed_rows, norm(left.rows))
+    assert_near(got.normed, norm(Rows(jnp.asarray(tokens))))
+    assert_near(got.normed_rows, norm(Rows(left.rows)))
 
 
 def interpreted(left, indices, index, scale, shift):
     """The kernel on a CPU."""
-    arrays = left.tokens, left.rows, left.kept, entry.slots_of(indices, TOKENS), left.stack
+    arrays = left.tokens, left.rows, left.cached, entry.slots_of(indices, TOKENS), left.stack
     got = entering.enter(*arrays, index, scale, shift, eps=1e-6, interpret=True)
     return entry.Entered(*got)
 
@@ -108,7 +108,7 @@ def test_kernel_under_vmap():
         stack, tokens = by_hand(left, indices, 2)
         assert np.array_equal(got.stack[lane], stack)
         assert got.normed is not None
-        assert_near(got.normed[lane], norm(jnp.asarray(tokens)))
+        assert_near(got.normed[lane], norm(Rows(jnp.asarray(tokens))))
 
 
 @pytest.mark.parametrize(
@@ -137,8 +137,8 @@ def test_the_platform_is_chosen_at_lowering():
         assert "triton" not in here.as_text()
         got = here.compile()(*operands)
     assert np.array_equal(got.stack, plain.stack) and np.array_equal(got.tokens, plain.tokens)
-    assert_near(got.normed, norm(plain.tokens))
-    assert_near(got.normed_rows, norm(left.rows))
+    assert_near(got.normed, norm(Rows(plain.tokens)))
+    assert_near(got.normed_rows, norm(Rows(left.rows)))
 
 
 def test_where_the_kernel_does_not_fit():
@@ -216,7 +216,7 @@ def test_gradients_with_the_kernel(with_the_kernel):
 
     def plain(left, norm):
         got = entry.merged(left, indices, places[2], residual=True)
-        return got._replace(normed=norm(got.tokens), normed_rows=norm(left.rows))
+        return got._replace(normed=norm(Rows(got.tokens)), normed_rows=norm(Rows(left.rows)))
 
     def fused(left, norm):
         return entry.enter_block(left, *places, norm, residual=True)

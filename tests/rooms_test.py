@@ -27,7 +27,9 @@ MAY_IMPORT = {
     "solvers": {"schedule"},
     "video": {"metrics"},
     "report": set(),
-    "methods": {"attention", "cache", "entry", "model", "schedule", "selection"},
+    "methods": {
+        *("attention", "cache", "entry", "flops", "model", "schedule", "selection", "solvers"),
+    },
     "denoise": {
         *("attention", "cache", "flops", "methods", "model", "schedule", "selection", "solvers"),
     },

@@ -401,8 +401,9 @@ def test_defaults_are_the_folders():
     assert pipeline().size(None, None, 96) == (33, 128, 96)
     assert pipeline().latents_shape(33, 128, 96) == (9, 16, 12, 16)
     work = pipeline().workload(33, 128, 96)
-    assert (work.num_tokens, work.keys, work.width) == (9 * 8 * 6, 9 * 8 * 6, 256)
-    assert (work.num_blocks, work.ffn_width, work.text_tokens) == (8, 768, 48)
+    (blocks,) = work.kinds
+    assert (work.num_tokens, blocks.keys, work.width) == (9 * 8 * 6, 9 * 8 * 6, 256)
+    assert (work.num_blocks, blocks.ffn_width, blocks.text_tokens) == (8, 768, 48)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from astraea_jax.bench import options
 from astraea_jax.bench.denoise import time_in_turn
 from astraea_jax.methods import METHODS
 from astraea_jax.population import Scorer
+from astraea_jax.population.lanes import can_run_in_lanes
 from astraea_jax.schedule import LEVELS, check_steps
 from astraea_ports import wan
 

@@ -12,6 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
+from astraea_jax import checks
 from astraea_jax import model as core
 from astraea_jax.checks import ListOf, Refusal, Whole
 from astraea_ports import checkpoints
