@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,12 @@ Part = Literal["transformer", "vae", "reader"]
 
 TWO = 0.5
 """Share of the VAE's clips with two objects."""
+
+_OF_THE_TRANSFORMER = (
+    *("two", "spin", "text_rate", "wrong_text", "even_times", "span"),
+    *("pool", "refresh_every", "sheet"),
+)
+"""Options that the other parts make no use of."""
 
 MOST_ON_CPU = 4096
 """Clips of a batch or a pool without a GPU: an hour to draw and encode, or a step to take."""
@@ -102,7 +109,8 @@ def train_tiny(
         sheet=sheet,
     )
     say = functools.partial(print, flush=True)
-    settled = training_folder.saved_steps(output) if steps is None else steps
+    found = training_folder.saved_steps(output, part)
+    settled = found if steps is None else steps
     make = order.maker(settled or 1)  # all options are checked by now, and nothing is written
     files.check_folder(output)
     with training_folder.owned(output), _memory_said():
@@ -158,6 +166,8 @@ class Order:
     def __post_init__(self):
         """Refuses what is out of range, but for what the recipes refuse."""
         checks.one_of("part", self.part, get_args(Part))
+        if self.part != "transformer":
+            self._refuse_unused()
         checks.whole("sheet", self.sheet, 0, len(tiny.captions()))
         checks.number("rate", self.rate, 0, 100, above=True)
         large = jax.default_backend() != "cpu"
@@ -169,6 +179,20 @@ class Order:
                 )
         if self.model == "nothing" and self.part == "reader":
             raise Refusal("the reader starts from nothing; --from says whose VAE it sees clips by")
+
+    def _refuse_unused(self) -> None:
+        """Refuses what was asked for and would change nothing; checked by nothing else either."""
+        defaults = inspect.signature(train_tiny).parameters
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in _OF_THE_TRANSFORMER
+            if getattr(self, name) != defaults[name].default
+        ]
+        if given:
+            raise Refusal(
+                f"{', '.join(given)}: of --part transformer alone, and --part {self.part} makes no "
+                "use of it; leave it out"
+            )
 
     def maker(self, steps: int) -> Callable[[], training_run.Trainee]:
         """What makes the trainee of a run of so many steps; it alone loads the model.
