@@ -41,6 +41,7 @@ MOST_ON_CPU = 4096
 def train_tiny(
     *,
     from_: Annotated[str, arg(name="from")] = "tiny",
+    revision: str | None = None,
     minutes: float = 25.0,
     sitting: float | None = None,
     part: Part = "transformer",
@@ -64,7 +65,8 @@ def train_tiny(
 
     Args:
       from_: A folder in the Diffusers layout whose weights to start from ("tiny" is the one that
-        ships, DIR/model of another run goes too), or "nothing" for random ones.
+        ships, DIR/model of another run goes too), a hub id, or "nothing" for random ones.
+      revision: Of a hub id: a branch, a tag or a commit.
       minutes: How long the whole run takes, on the machine that starts it.
       sitting: Minutes after which to stop with a checkpoint; the same command then goes on.
       part: What to train; the reader is what score-tiny reads videos with.
@@ -95,6 +97,7 @@ def train_tiny(
     order = Order(
         part=part,
         model=from_,
+        revision=revision,
         batch=batch,
         rate=rate,
         two=two,
@@ -150,6 +153,7 @@ class Order:
 
     part: Part
     model: str
+    revision: str | None
     batch: int | None
     rate: float
     two: float
@@ -208,7 +212,8 @@ class Order:
     def _start(self) -> dict[str, Any]:
         """Where the weights come from: a model, or its sizes alone."""
         nothing = self.model == "nothing"
-        return {"model": "tiny" if nothing else self.model, "from_nothing": nothing}
+        model = "tiny" if nothing else self.model
+        return {"model": model, "revision": self.revision, "from_nothing": nothing}
 
     def _transformer(self, steps: int, large: bool) -> Callable[[], training_run.Trainee]:
         source = lessons.Lessons(seed=self.seed, two=self.two, spin=self.spin)
@@ -269,7 +274,9 @@ class Order:
         )
 
         def make() -> training_run.Trainee:
-            folder = checkpoints.model_folder(SHIPPED.get(self.model, self.model))
+            folder = checkpoints.model_folder(
+                SHIPPED.get(self.model, self.model), revision=self.revision
+            )
             vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
             return reader_training.ReaderTraining(vae, recipe)
 
