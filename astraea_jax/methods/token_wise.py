@@ -312,7 +312,10 @@ class Run:
             return compute(state, self._first_rows(choice, level))
 
         if self.masked:
-            place, past = jnp.arange(choice.indices.shape[1]), self.geometry.num_tokens
+            place, past = (
+                jnp.arange(choice.indices.shape[1], dtype=jnp.int32),
+                self.geometry.num_tokens,
+            )
             return compute(state, jnp.where(place < level * rows, choice.indices, past))
 
         def run(state, first, tenths: int):

@@ -145,7 +145,11 @@ class SparseStep:
             tenth = place - (ends[lane] - levels[lane])
             pick = lambda tree: jax.tree.map(lambda leaf: leaf[lane], tree)  # noqa: E731
             indices = _tenths(opened.choice.indices, lane, tenth, place < ends[-1], geometry)
-            at = lane[:, None, None], jnp.arange(indices.shape[1])[None, :, None], indices
+            at = (
+                lane[:, None, None],
+                jnp.arange(indices.shape[1], dtype=jnp.int32)[None, :, None],
+                indices,
+            )
             rows = opened.carry.tokens.at[at].get(mode="clip")
             fresh = jax.vmap(compute_tile)(
                 pick(self.modulations), rows, indices, pick(opened.keys_values)
