@@ -85,7 +85,7 @@ def scatter_rows(
     values: Float[Array, "B N *rest"], indices: Int[Array, "B K"], news: Float[Array, "B K *rest"]
 ) -> Float[Array, "B N *rest"]:
     """`values` with `news` put at `indices` (no two alike); an index past the end is dropped."""
-    batch = jnp.arange(values.shape[0])[:, None]
+    batch = jnp.arange(values.shape[0], dtype=jnp.int32)[:, None]
     return values.at[batch, indices].set(news, mode="drop", unique_indices=True)
 
 
@@ -172,7 +172,7 @@ def _add_tile(index, carry, *, q, k, v, scale):
     total, normaliser, largest = carry
     # The last tile is moved back to fit, and the keys it would count twice are masked.
     first = jnp.minimum(index * KEY_TILE, k.shape[1] - KEY_TILE)
-    fresh = first + jnp.arange(KEY_TILE) >= index * KEY_TILE
+    fresh = first + jnp.arange(KEY_TILE, dtype=jnp.int32) >= index * KEY_TILE
     k_tile = lax.dynamic_slice_in_dim(k, first, KEY_TILE, 1)
     v_tile = lax.dynamic_slice_in_dim(v, first, KEY_TILE, 1)
     tile_total, tile_normaliser, tile_largest = _tile(q, k_tile, v_tile, scale, fresh)

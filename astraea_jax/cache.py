@@ -100,7 +100,7 @@ def write_rows(
       indices: positions, no two alike in a batch row; those past N are dropped.
       rows: what to write there.
     """
-    batch = jnp.arange(stack.shape[1])[:, None]
+    batch = jnp.arange(stack.shape[1], dtype=jnp.int32)[:, None]
     return stack.at[block, batch, indices].set(
         rows.astype(stack.dtype), mode="drop", unique_indices=True
     )

@@ -61,7 +61,9 @@ def slots_of(indices: Int[Array, "B K"], num_tokens: int) -> Int[Array, "B M"]:
     """
     batch, count = indices.shape
     places = jnp.arange(count, dtype=jnp.int32)
-    at = jnp.full((batch, num_tokens), -1, jnp.int32).at[jnp.arange(batch)[:, None], indices]
+    at = jnp.full((batch, num_tokens), -1, jnp.int32).at[
+        jnp.arange(batch, dtype=jnp.int32)[:, None], indices
+    ]
     slots = at.set(places, mode="drop", unique_indices=True)
     last = places[max(0, count - PADDING) :]
     return jnp.concatenate([slots, jnp.broadcast_to(last, (batch, len(last)))], axis=1)

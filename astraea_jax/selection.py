@@ -248,8 +248,8 @@ def selected_mask(
     ordered: Int[Array, "B M"], count: int | Int[Array, ""], num_tokens: int
 ) -> Bool[Array, "B N"]:
     """Which tokens are among the first `count` entries of `ordered`."""
-    taken = jnp.broadcast_to(jnp.arange(ordered.shape[1]) < count, ordered.shape)
-    batch = jnp.arange(ordered.shape[0])[:, None]
+    taken = jnp.broadcast_to(jnp.arange(ordered.shape[1], dtype=jnp.int32) < count, ordered.shape)
+    batch = jnp.arange(ordered.shape[0], dtype=jnp.int32)[:, None]
     empty = jnp.zeros((ordered.shape[0], num_tokens), bool)
     return empty.at[batch, ordered].set(taken, mode="drop")
 

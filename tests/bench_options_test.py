@@ -1,17 +1,21 @@
 """What every bench refuses, in one message, before it loads a model or writes a file."""
 
+import dataclasses
+import inspect
 import json
 import os
 import pathlib
 import sys
+import typing
 
 import pytest
 from command_line import refused
 
 from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise, exactness, models, quality, search_study
-from astraea_jax.cli import BENCHES
-from astraea_ports import wan
+from astraea_jax.checks import Refusal
+from astraea_jax.cli import BENCHES, COMMANDS
+from astraea_ports import checkpoints, wan
 from astraea_ports.wan import parts, transformer_training
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
@@ -234,6 +238,56 @@ def test_a_function_refuses_what_the_command_line_can_not_say(as_a_user):
         bench_compile.command(dtype="float8")  # pyright: ignore
     with pytest.raises(ValueError, match="a level must be an integer"):
         denoise.command(levels=(True,))
+
+
+def options_of(command):
+    """Names and types of a command's options, those of `ModelChoice` by their own names."""
+    for parameter in inspect.signature(command).parameters.values():
+        kind = typing.get_args(parameter.annotation)[:1] or (parameter.annotation,)
+        if kind[0] is models.ModelChoice:
+            yield from ((field.name, field.type) for field in dataclasses.fields(kind[0]))
+        else:
+            yield parameter.name, parameter.annotation
+
+
+MODELS = {"model", "from_", "source"}
+"""What an option is called that names a model."""
+
+
+def test_every_command_that_opens_a_model_takes_a_revision():
+    named = {
+        name: {option for option, _ in options_of(command)}
+        for name, command in {**COMMANDS, **BENCHES}.items()
+    }
+    opens = {name for name, options in named.items() if options & MODELS}
+    assert {"generate", "convert", "search", "train-tiny", "score-tiny", "sheet"} <= opens
+    assert [name for name in sorted(opens) if "revision" not in named[name]] == []
+
+
+@pytest.mark.parametrize("command", ["sheet", "quality", "scoring", "search"])
+def test_the_revision_comes_to_whoever_opens_the_model(command, monkeypatch):
+    def opened(source, *, revision=None, **_):
+        raise Refusal(f"{source} at {revision}")
+
+    monkeypatch.setattr(wan.Pipeline, "from_pretrained", opened)
+    with pytest.raises(Refusal, match="a/b at v2"):
+        output = pathlib.Path("out" if command == "search" else "out.json")
+        output = output.with_suffix(".png") if command == "sheet" else output
+        BENCHES[command](output=output, model="a/b", revision="v2")
+
+
+def test_the_revision_comes_to_scoring_and_training(monkeypatch):
+    def opened(source, *, revision=None, **_):
+        raise Refusal(f"{source} at {revision}")
+
+    monkeypatch.setattr(wan.Pipeline, "from_pretrained", opened)
+    monkeypatch.setattr(checkpoints, "model_folder", opened)
+    with pytest.raises(Refusal, match="a/b at v2"):
+        COMMANDS["score-tiny"](model="a/b", revision="v2")
+    for part in ("transformer", "vae", "reader"):
+        with pytest.raises(Refusal, match="a/b at v2"):
+            COMMANDS["train-tiny"](from_="a/b", revision="v2", part=part, steps=1)
+    assert os.listdir() == []
 
 
 if __name__ == "__main__":

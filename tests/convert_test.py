@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from astraea_jax import files
+from astraea_jax import cli, files, metrics
 from astraea_jax.checks import Refusal
 from astraea_jax.model import fingerprint
 from astraea_jax.search.recipe import recipes_in
@@ -43,6 +44,26 @@ def test_a_copy_carries_all_that_the_folder_says(tmp_path):
     copy = Pipeline.from_pretrained(target)
     assert fingerprint(copy.transformer) == fingerprint(load_transformer(tiny.FOLDER))
     assert copy.dtype == "float32" and not copy.loaders
+
+
+@pytest.mark.slow
+def test_a_copy_makes_the_same_video_at_half_the_tokens(tmp_path, monkeypatch, capsys):
+    """By the schedule that was searched for the model, not one that is spread evenly."""
+    convert.convert_model("tiny", tmp_path / "copy", dtype="float32")
+    compared, psnr = [], metrics.psnr
+    monkeypatch.setattr(metrics, "psnr", lambda *videos: compared.append(videos) or psnr(*videos))
+    said = []
+    for model in ("tiny", str(tmp_path / "copy")):
+        command = ["generate", "a red circle moving left over a blue background"]
+        command += ["--model", model, "--budget", "0.5", "--compare"]
+        assert cli.main([*command, "--output", str(tmp_path / "out.mp4")]) == 0
+        rows = re.findall(r"^ *(?:tokens computed|PSNR).*", capsys.readouterr().out, re.M)
+        assert len(rows) == 2
+        said.append(rows)
+    assert said[0] == said[1]
+    for one, other in zip(*compared, strict=True):  # dense, and at half
+        np.testing.assert_array_equal(one, other)
+    assert 58 < psnr(*compared[1]) < 59  # 50.3 dB where the schedules are left behind
 
 
 def test_with_a_lora_the_schedules_are_of_another_model(tmp_path, empty_weights):

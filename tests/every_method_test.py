@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import small_inputs, small_model
+from helpers import slow_but, small_inputs, small_model
 from other_models import grouped_inputs, two_stack_inputs
 
 from astraea_jax import denoise as loop
@@ -41,7 +41,7 @@ def run(method, model, inputs, levels=(10,) * STEPS, **options):
     )  # fmt: skip
 
 
-@pytest.fixture(params=["dynamic", "static"])
+@pytest.fixture(params=slow_but({"static"}, ["dynamic", "static"]))
 def driver(request):
     return request.param
 
@@ -52,7 +52,7 @@ def plain(driver):
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("name", FULL)
+@pytest.mark.parametrize("name", slow_but({"astraea", "pab"}, FULL))
 def test_all_of_it_on_a_model_of_two_stacks_is_the_dense_model(name, driver):
     model, inputs = two_stack_inputs()
     found = run(FULL[name], model, inputs, levels=(10,) * 3, driver=driver)
@@ -90,7 +90,7 @@ BOOKED = {
 }
 
 
-@pytest.mark.parametrize("name", BOOKED)
+@pytest.mark.parametrize("name", slow_but({"pab"}, BOOKED))
 def test_what_is_booked_is_what_was_computed(name):
     method, levels = BOOKED[name]
     model, inputs = two_stack_inputs()
@@ -122,7 +122,7 @@ def teacache_rule(method: TeaCache, signal) -> list[bool]:
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("threshold", [0.05, 0.3])
+@pytest.mark.parametrize("threshold", slow_but({0.3}, [0.05, 0.3]))
 def test_teacache_runs_the_steps_of_the_released_rule(threshold, driver):
     method = TeaCache(threshold, (0.5, 1.0, 0.0), "embedding", first=2, last=1)
     model, inputs = two_stack_inputs()
@@ -183,6 +183,7 @@ def test_pab_by_timesteps():
         assert list(mode.reused) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.core
 @pytest.mark.parametrize(
     "method",
@@ -201,6 +202,7 @@ def test_pab_decides_as_it_plans(method):
     assert np.abs(np.asarray(dense - static.latents)).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_pab_adds_what_a_part_gave():
     """Two steps of the small Wan by hand: the second has the first's cross-attention."""
     model, inputs = small_model(), small_inputs()

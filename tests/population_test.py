@@ -19,8 +19,6 @@ from astraea_jax.model import fingerprint
 from astraea_jax.population import Scorer, lanes
 from astraea_jax.selection import SelectionConfig
 
-pytestmark = pytest.mark.slow
-
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 STEPS = 5
 LEVELS = np.array(
@@ -54,6 +52,7 @@ def one_by_one(method, levels, model, inputs):
     return np.stack(runs)
 
 
+@pytest.mark.slow
 def test_lanes_give_what_each_schedule_gives_alone():
     model, inputs, method = (
         small_model(),
@@ -66,6 +65,26 @@ def test_lanes_give_what_each_schedule_gives_alone():
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+def test_a_small_population_is_scored_as_each_schedule_alone():
+    before = jax.config.values["jax_disable_most_optimizations"]
+    jax.config.update("jax_disable_most_optimizations", True)  # compiling is all of this test
+    try:
+        inputs, levels = small_inputs(grid=(1, 2, 5)), np.array([[10] * 3, [10, 0, 10]], np.int8)
+        settings = {"solver": solvers.unipc(3), "method": StepLevel(), "guidance": 3.0}
+        score = Scorer(small_model(), *inputs, **settings, lanes=2, batch=3)
+        errors = score(np.concatenate([levels, [[10, 0, 0]]]))
+        alone = [
+            denoise(small_model(), *inputs, schedule=jnp.asarray(row), **settings).latents
+            for row in levels
+        ]
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+    expected = np.square(np.asarray(alone[1]) - np.asarray(alone[0])).mean()
+    assert errors.shape == (3, 1) and errors[0] < 1e-9
+    assert np.allclose(errors[1], expected, rtol=1e-4) and errors[1] < errors[2]
+
+
+@pytest.mark.slow
 def test_token_wise_schedules_are_scored_one_after_another():
     model, inputs = grouped_inputs()
     method = Astraea(SelectionConfig("block", "separate", rank="random"), traced_level="loop")
@@ -74,6 +93,7 @@ def test_token_wise_schedules_are_scored_one_after_another():
     assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_plans_and_a_shared_dense_start_agree():
     levels = WHOLE.copy()
     levels[:, 1] = 10
@@ -88,6 +108,7 @@ def test_plans_and_a_shared_dense_start_agree():
     assert (errors[0][0] < 1e-9).all() and (errors[0][3] > 1e-4).all()
 
 
+@pytest.mark.slow
 def test_the_error_of_pixels_is_that_of_what_decode_gives():
     plain = scorer(StepLevel(), lanes=2, batch=5)
     doubled = scorer(StepLevel(), lanes=2, batch=5, decode=lambda latents: 2 * latents)
@@ -111,6 +132,7 @@ def test_what_cannot_be_is_refused(as_a_user, options, message):
         scorer(**{"method": StepLevel(), **options})
 
 
+@pytest.mark.slow
 def test_levels_are_checked_as_everywhere_and_no_row_gives_none(as_a_user):
     score = scorer(StepLevel(), lanes=2, batch=5, dense_start=2)
     for levels, message in (
@@ -153,6 +175,7 @@ def test_lanes_are_only_for_methods_that_they_honour():
             scorer(method, plan="lanes")
 
 
+@pytest.mark.slow
 def test_a_method_of_its_own_is_scored_as_it_computes():
     model, inputs = small_model(), small_inputs(videos=2)
     for method in (Eager(), Doubled(traced_level="loop")):
@@ -161,6 +184,7 @@ def test_a_method_of_its_own_is_scored_as_it_computes():
         assert np.abs(found - expected).max() < 2e-5 * np.abs(expected).max()
 
 
+@pytest.mark.slow
 def test_lanes_decide_of_a_level_as_the_method_does():
     """Levels that a method can't do are refused; where they are traced, lanes skip as it skips."""
     model, inputs = small_model(), small_inputs(videos=2)
@@ -177,6 +201,7 @@ def test_lanes_decide_of_a_level_as_the_method_does():
     assert np.array_equal(found[0], found[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", [solvers.euler, solvers.unipc])
 def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
     """The gap's weights against what they stand for: the skipped steps taken a second time."""
@@ -210,6 +235,7 @@ def test_correction_is_the_run_again_along_the_line_between_velocities(solver):
         assert np.abs(found - latents).max() < 1e-5 * np.abs(latents).max()
 
 
+@pytest.mark.slow
 @pytest.mark.core
 @pytest.mark.parametrize(
     "method", [StepLevel(corrects=True), Astraea(traced_level="loop", corrects=True)]
@@ -233,6 +259,7 @@ def test_correction_needs_a_velocity_that_is_kept():
         StepLevel("residual", corrects=True)
 
 
+@pytest.mark.slow
 def test_a_fingerprint_tells_models_apart_and_not_dtypes():
     model = small_model()
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
@@ -286,12 +313,14 @@ def python(code, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_eight_devices_give_the_same_bits_as_one():
     code = DEVICES.format(tests=str(ROOT / "tests"))
     process = python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert process.communicate(timeout=300)[0] == "alike\n" and process.returncode == 0
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_population():
     import socket
 

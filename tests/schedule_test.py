@@ -161,6 +161,13 @@ def test_json_round_trip(tmp_path):
             '{"format": "astraea-schedule-1", "levels": [10, 5], "steps": 3}',
             "says 3 steps but holds 2 levels",
         ),
+        *(
+            (
+                f'{{"format": "astraea-schedule-1", "levels": [10, 5], "steps": {steps}}}',
+                r"schedule.json: steps must be an integer in 1\.\.10000; got",
+            )
+            for steps in ('"4"', "2.0", "true", "null", "[2]", "-1", "0", "1000000000")
+        ),
     ],
 )
 def test_load_refuses(tmp_path, content, message):

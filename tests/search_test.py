@@ -17,8 +17,6 @@ from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluation, Evaluator
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
 
-pytestmark = pytest.mark.slow
-
 WEIGHTS = np.random.default_rng(5).uniform(0.2, 3.0, 30)
 
 
@@ -41,6 +39,7 @@ def test_space_of_an_exact_budget_and_of_the_papers_band():
     assert exact.schedule(exact.genes(schedule)) == schedule
 
 
+@pytest.mark.slow
 def test_space_in_seconds_spends_most_of_the_limit_and_never_more():
     seconds = [0.0, 0.1, 0.09, 0.3]  # noise made a level look cheaper than the one below
     space = Space.for_costs(6, seconds, 1.2, choices=(0, 2, 5, 10))
@@ -74,6 +73,7 @@ def test_what_cannot_be_is_refused(as_a_user, make, words):
         make()
 
 
+@pytest.mark.slow
 def test_invariants_over_a_hundred_thousand_children():
     config = SearchConfig(population=2000, parents=10, p0=0.1, p_final=0.1)
     spaces = [
@@ -100,6 +100,7 @@ def test_invariants_over_a_hundred_thousand_children():
     assert seen == 100_000
 
 
+@pytest.mark.slow
 def test_the_same_key_gives_the_same_search_and_another_another():
     space, config = Space.for_budget(12, 0.5), SearchConfig(12, 4, 4)
     found = [search(space, config, seed) for seed in (0, 0, 1)]
@@ -118,6 +119,7 @@ def search(space, config, seed, fitness=separable):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("replacement", ["plus", "generational"])
 def test_evolution_comes_near_the_optimum_of_a_separable_damage(replacement):
     space = Space.for_budget(20, 0.5)
@@ -131,6 +133,7 @@ def test_evolution_comes_near_the_optimum_of_a_separable_damage(replacement):
     assert int(state.generation) == 30
 
 
+@pytest.mark.slow
 def test_crossover_and_mutation_do_what_they_say():
     keys = jax.random.split(jax.random.key(0), 200)
     first, second = jnp.zeros(20, jnp.int8), jnp.ones(20, jnp.int8)
@@ -149,6 +152,7 @@ def test_crossover_and_mutation_do_what_they_say():
     assert share[0] == 0 and np.abs(share[1:] - 0.5 * 10 / 11).max() < 0.15
 
 
+@pytest.mark.slow
 def test_the_first_population_holds_what_is_given_and_step_patterns():
     space = Space.for_budget(30, 0.4)
     given = Schedule.for_budget(30, 0.4, whole_steps=True)
@@ -284,6 +288,7 @@ def test_swaps_are_not_ended_by_what_another_search_has_found(tmp_path):
     assert np.isfinite(found["DP + swaps"]["fitness"])
 
 
+@pytest.mark.slow
 def test_a_dearer_schedule_is_no_rival():
     parts = [lambda levels: two_prompts(levels)[:, :1], lambda levels: two_prompts(levels)[:, 1:]]
     evaluator = Evaluator(parts, patience=1.0, keep=2)

@@ -1,16 +1,39 @@
 """JAX's own settings, as another program may have them: no dtype is left to them."""
 
 import ast
+import json
 import pathlib
+import re
+import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from helpers import small_inputs, small_model
+
+from astraea_jax import solvers
+from astraea_jax.denoise import denoise
+from astraea_jax.methods import METHODS, Astraea, StepLevel
+from astraea_jax.population import scorer
+from astraea_jax.schedule import Schedule
+from astraea_ports import wan
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 DRAWS = {"normal": 2, "uniform": 2, "truncated_normal": 4, "exponential": 2, "gumbel": 2}
 DRAWS |= {"randint": 4}
-MADE = {"zeros": 1, "ones": 1, "empty": 1, "full": 2, "eye": 3, "identity": 1, "linspace": 5}
+MADE = {
+    "arange": 3,
+    "zeros": 1,
+    "ones": 1,
+    "empty": 1,
+    "full": 2,
+    "eye": 3,
+    "identity": 1,
+    "linspace": 5,
+}
 """Functions whose dtype depends on x64, and where among the arguments it stands."""
 
 
@@ -54,10 +77,136 @@ def test_every_array_that_is_made_or_drawn_names_its_dtype():
         ("jax.random.bernoulli(key) | jax.random.bernoulli(key, 0.5)", 2),
         ("jax.random.bernoulli(key, jnp.float32(0.5), (3,))", 0),
         ("jnp.zeros_like(x) + np.zeros(3)", 0),
+        ("jnp.arange(3) + jnp.arange(3, dtype=jnp.int32)", 1),
     ],
 )
 def test_calls_without_a_dtype_are_seen(source, number):
     assert len(list(without_a_dtype(source))) == number
+
+
+STRICT = {
+    "jax_enable_x64": True,
+    "jax_numpy_rank_promotion": "raise",
+    "jax_numpy_dtype_promotion": "strict",
+}
+
+
+@pytest.fixture
+def strict():
+    """JAX at its strictest, for a test; the model and its inputs are made before."""
+    made = small_model(), small_inputs()
+    before = {name: jax.config.values[name] for name in STRICT}
+    for values in (STRICT, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is STRICT:
+            yield made
+
+
+def traced(function, *arguments) -> None:
+    """Traces a program, in which no array may have a dtype that nobody named."""
+    text = str(jax.make_jaxpr(function)(*arguments))
+    wide = set(re.findall(r"\w+:(f64\[[^\]]+\])", text))
+    assert not wide, f"float64 arrays: {sorted(wide)}"
+
+
+def trace_a_run(model, inputs, name, driver):
+    levels = (10, 0, 10) if name.startswith("step") else (10, 0, 5)
+
+    def run(latents, context):
+        return denoise(
+            model, latents, context, solver=solvers.unipc(3), schedule=Schedule(levels),
+            method=METHODS[name], guidance=3.0, driver=driver,
+        )  # fmt: skip
+
+    traced(run, *inputs)
+
+
+def test_runs_are_traced_with_x64_and_without_promotion(strict):
+    for driver in ("dynamic", "static"):
+        trace_a_run(*strict, "astraea", driver)
+
+
+@pytest.mark.slow
+def test_all_other_parts_are_traced_with_x64_and_without_promotion(strict):
+    model, inputs = strict
+    for name in ("astraea-published", "step-level-corrected"):
+        for driver in ("dynamic", "static"):
+            trace_a_run(model, inputs, name, driver)
+    pipeline = wan.Pipeline.from_pretrained()
+    traced(pipeline.vae.decode, jnp.zeros((1, 2, 4, 4, 16), jnp.float32))
+    traced(pipeline.vae.encode, jnp.zeros((1, 5, 32, 32, 3), jnp.float32))
+    tokens = jnp.ones((1, 4), jnp.int32)
+    traced(pipeline.text_encoder, tokens, tokens)
+    levels = jnp.full((2, 3), 10, jnp.int8)
+    for plan, method in (("lanes", StepLevel()), ("map", Astraea(traced_level="loop"))):
+        many = scorer.Scorer(
+            model, *inputs, solver=solvers.unipc(3), method=method, guidance=3.0, plan=plan
+        )._many
+        traced(lambda levels, many=many: many(levels), levels)
+
+
+SETTINGS = {
+    "strict": STRICT,
+    "guard": {"jax_transfer_guard": "disallow"},
+    "leaks": {"jax_check_tracer_leaks": True},
+    "no jit": {"jax_disable_jit": True},
+}
+"""What the small model is run under, each in a process of its own."""
+
+CASES = [(driver, levels) for driver in ("static", "dynamic") for levels in ((10, 10), (10, 5))]
+ONE_STEP = [("static", (10,))]
+
+PROGRAM = """
+import json, sys
+import jax, numpy as np
+settings, cases, target = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+for name, value in settings.items():
+    jax.config.update(name, value)
+from astraea_jax.methods import Astraea
+from astraea_jax.schedule import Schedule
+from astraea_ports import wan
+
+pipeline, results = wan.Pipeline.from_pretrained(), {}
+for driver, levels in cases:
+    made = pipeline(
+        "a red circle moving left over a blue background", frames=5, height=32, width=32,
+        steps=len(levels), driver=driver, method=Astraea(), schedule=Schedule(tuple(levels)),
+    )
+    name = f"{driver} {levels}"
+    results[f"{name} latents"], results[f"{name} video"] = map(
+        np.asarray, jax.device_get((made.latents, made.video))
+    )
+np.savez(target, **results)
+"""
+
+
+def in_a_process(folder, settings, cases):
+    """Latents and videos of the small model, made in a process where JAX is set so."""
+    target = folder / "made.npz"
+    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), json.dumps(cases), str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(np.load(target))
+
+
+@pytest.fixture(scope="module")
+def as_jax_comes(tmp_path_factory):
+    return in_a_process(tmp_path_factory.mktemp("plain"), {}, CASES + ONE_STEP)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_small_model_makes_the_same_under_every_setting(name, as_jax_comes, tmp_path):
+    # Without jit every operation compiles by itself: a step will do; and nothing is fused.
+    jitted = name != "no jit"
+    made = in_a_process(tmp_path, SETTINGS[name], CASES if jitted else ONE_STEP)
+    assert len(made) == (8 if jitted else 2)
+    for which, value in made.items():
+        expected = as_jax_comes[which]
+        assert value.dtype == expected.dtype == np.float32
+        bound = 0 if jitted else 1e-4 * np.abs(expected).max()
+        np.testing.assert_allclose(value, expected, rtol=0, atol=bound, err_msg=which)
 
 
 if __name__ == "__main__":

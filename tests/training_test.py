@@ -32,7 +32,7 @@ from astraea_ports.wan import (
     vae_training,
     vae_weights,
 )
-from astraea_ports.wan.latent_pool import LatentPool, Latents, finite, source_block
+from astraea_ports.wan.latent_pool import LatentPool, Latents, source_block
 from astraea_ports.wan.training_forward import Layout, velocity
 
 pytestmark = pytest.mark.slow
@@ -204,15 +204,6 @@ def test_some_clips_get_no_caption_and_some_another_clips():
         dataclasses.replace(RECIPE, wrong_text=1.5)
 
 
-def test_rates_rise_hold_and_fall():
-    fractions = jnp.array([0.0, 0.01, 0.02, 0.2, 0.3, 0.65, 1.0])
-    np.testing.assert_allclose(
-        jax.vmap(training_recipe.rate_factor)(fractions),
-        [0.01, 0.5, 1, 1, 1, 0.505, 0.01],
-        atol=0.01,
-    )
-
-
 def test_a_run_lowers_the_loss_and_leaves_a_model(uninterrupted, model):
     found = {path.name for path in uninterrupted.iterdir()}
     assert {"run.json", "checkpoints", "losses.npy", "loss.png", "sheet.png", "model"} <= found
@@ -340,140 +331,6 @@ def run_script(script, check=False, **environment):
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class CountingRecipe:
-    steps: int
-
-
-class Counting:
-    """A trainee of a few numbers, for what has nothing to do with models."""
-
-    batch = 2
-    period = 1
-    renewing = 0.0
-
-    def __init__(self, steps=5, fail_at=None, **settings):
-        self.recipe, self.fail_at = CountingRecipe(steps), fail_at
-        self.settings = {"part": "counting", **settings}
-
-    @property
-    def steps(self):
-        return self.recipe.steps
-
-    def start(self):
-        return {"total": jnp.zeros(3), "step": jnp.int32(0)}
-
-    def prepare(self, step, say):
-        pass
-
-    def upkeep(self):
-        return self.renewing
-
-    def advance(self, state):
-        step = state["step"] + 1
-        value = jnp.float32(math.nan if step == self.fail_at else 1 / step)
-        return {"total": state["total"] + step, "step": step}, value
-
-    def export(self, state, folder):
-        folder.mkdir(exist_ok=True)
-        (folder / "total.txt").write_text(str(float(state["total"][0])))
-
-    def sheet(self, state):
-        return None
-
-
-def test_a_sitting_ends_with_a_checkpoint(tmp_path):
-    outcome = training_run.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
-    assert 0 < outcome.step < 10**6
-    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
-    assert checkpoints.latest() == outcome.step
-    checkpoints.close()
-
-
-def test_minutes_become_steps(tmp_path):
-    trainee, said = Counting(steps=1), []
-    training_run.set_minutes(trainee, 0.01, said.append)
-    assert trainee.steps > 10 and f"{trainee.steps} steps in 0.01 min" in said[0]
-    trainee.renewing = 0.2  # seconds a step beside it: a minute holds fewer than 300
-    training_run.set_minutes(trainee, 1, said.append)
-    assert 100 < trainee.steps <= 300
-
-
-def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
-    trainee = Counting(fail_at=4)
-    with pytest.raises(ValueError, match=r"loss at step 3 is not a number.*step 3 is kept"):
-        training_run.run(trainee, tmp_path, checkpoint_every=1e-6, say=quiet)
-    # The one before the loss went wrong: no state after it was written.
-    assert training_run.run(Counting(), tmp_path, say=quiet).step == 5
-    assert (tmp_path / "model" / "total.txt").read_text() == "15.0"
-
-
-def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    training_run.run(Counting(steps=5), tmp_path, sitting=1e-9, say=quiet)
-    training_run.run(Counting(steps=5), tmp_path, say=quiet)
-    full = shutil.disk_usage(tmp_path)._replace(free=1)
-    with monkeypatch.context() as patch:
-        patch.setattr(shutil, "disk_usage", lambda _: full)
-        checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
-        with pytest.raises(ValueError, match=r"No space left.*that of step 5 is kept: make room"):
-            checkpoints.save(6, Counting().start())
-        checkpoints.close()
-    assert training_run.run(Counting(steps=5), tmp_path, say=quiet).step == 5
-
-
-def test_a_folder_in_use_is_refused(tmp_path):
-    with (
-        training_folder.owned(tmp_path),
-        pytest.raises(ValueError, match="in use by another run"),
-        training_folder.owned(tmp_path),
-    ):
-        pass
-    with training_folder.owned(tmp_path):
-        pass
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="choose another --output"), \
-            training_folder.owned(tmp_path / "file"):  # fmt: skip
-        pass
-
-
-def test_a_run_of_another_kind_is_refused(tmp_path):
-    training_run.run(Counting(width=3), tmp_path, say=quiet)
-    with pytest.raises(ValueError, match=r"another kind \(width: expected 3, got 4\)"):
-        training_run.run(Counting(width=4), tmp_path, say=quiet)
-
-
-def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
-    training_run.run(Counting(), tmp_path, say=quiet)
-    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
-    with pytest.raises(ValueError, match="does not fit this run or is broken"):
-        checkpoints.restore({"total": jnp.zeros(4), "step": jnp.int32(0)})
-    checkpoints.close()
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--minutes", "0"], "minutes must be above 0"),
-        (["--minutes", "nan"], "minutes must be above 0"),
-        (["--minutes", "1e9"], "two weeks"),
-        (["--sitting", "-1"], "sitting must be above 0"),
-        (["--from", "nowhere"], "no such folder"),
-        (["--two", "2"], "two must be a number"),
-        (["--spin", "1.5"], "spin must be a number"),
-        (["--wrong-text", "2"], "wrong_text must be a number"),
-        (["--rate", "0"], "rate must be a number above 0"),
-        (["--span", "1", "0"], "span must rise"),
-        (["--steps", "3", "--pool", "6"], "multiple of 4"),
-    ],
-)
-def test_the_command_refuses_in_one_line(arguments, words, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    arguments = ["--steps", "3", *arguments] if "--minutes" not in arguments else arguments
-    assert cli.main(["train-tiny", *arguments]) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert words in line
-
-
 def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(lessons, "Lessons", lambda **_: LESSONS)
     arguments = [
@@ -544,15 +401,6 @@ def test_the_pool_is_a_function_of_the_step(model):
             pools.bring_to(step)
     for one, other in zip(through.arrays, at_once.arrays, strict=True):
         np.testing.assert_array_equal(one, other)
-
-
-def test_own_clips_are_an_endless_stream():
-    videos = np.random.default_rng(0).uniform(size=(3, 5, 16, 16, 3)).astype(np.float32)
-    examples = finite(videos, ["a", "b", "c"])(2, 3)
-    assert list(examples.captions) == ["c", "a", "b"]
-    np.testing.assert_array_equal(examples.video(), videos[[2, 0, 1]])
-    with pytest.raises(ValueError, match="a caption for each clip"):
-        finite(videos, ["a"])
 
 
 def draw_small(key, count):

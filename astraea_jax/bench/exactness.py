@@ -4,6 +4,7 @@ Bits are promised on a CPU in float32, where tests hold them. A GPU chooses its 
 each program and shape, so that here the same rungs are measured: relative to the dense video.
 """
 
+import dataclasses
 import os
 import pathlib
 from collections.abc import Iterator
@@ -49,6 +50,7 @@ COLUMNS = {
 def command(
     *,
     model: str = "tiny",
+    revision: str | None = None,
     methods: tuple[str, ...] = ("astraea", "astraea-published", "step-level"),
     frames: int | None = None,
     output: pathlib.Path | None = None,
@@ -57,6 +59,7 @@ def command(
 
     Args:
       model: "tiny", a folder, or a hub id.
+      revision: Of a hub id: a branch, a tag or a commit.
       methods: Those that are held against the dense model.
       frames: Frames of the videos, 4k + 1; the model's default when left out.
       output: A .json file for every number.
@@ -67,7 +70,8 @@ def command(
     rows = []
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
-        studies = [Study(pool, model, methods, frames, *policy) for policy in POLICIES]
+        choice = ModelChoice(model, revision=revision, staged=False)
+        studies = [Study(pool, choice, methods, frames, *policy) for policy in POLICIES]
         for study in studies:
             for name, pair in study.pairs():
                 rows.append(study.labels | {"check": name} | _difference(*pair))
@@ -95,7 +99,7 @@ class Study:
     def __init__(
         self,
         pool: futures.Executor,
-        model: str,
+        model: ModelChoice,
         methods: tuple[str, ...],
         frames: int | None,
         dtype: Dtype,
@@ -103,7 +107,7 @@ class Study:
     ):
         self.labels = {"dtype": dtype, "precision": precision}
         self.products = "highest" if dtype == "float32" else "default"
-        self.pipeline = ModelChoice(model, dtype=dtype, precision=precision, staged=False).open()
+        self.pipeline = dataclasses.replace(model, dtype=dtype, precision=precision).open()
         shape = self.pipeline.latents_shape(*self.pipeline.size(frames, None, None))
         self.noise = jax.random.normal(jax.random.key(0), (2, *shape))
         self.context = self.pipeline.encode_text(["a red circle moving left", "a blue square"])

@@ -201,6 +201,7 @@ def command(
     only: str = "",
     known: pathlib.Path | None = None,
     model: str = "tiny",
+    revision: str | None = None,
 ) -> None:
     """Measures every method at equal budgets against the dense video; hours on a CPU.
 
@@ -214,6 +215,7 @@ def command(
       known: A file of an earlier run, of the same model and prompts, whose rows are not measured
         again (one that was stopped, say); `astraea bench collect` puts both together.
       model: A model that knows such prompts.
+      revision: Of a hub id: a branch, a tag or a commit.
     """
     checks.whole("prompts", prompts, 2, len(tiny.captions()))
     check_steps(steps)
@@ -230,7 +232,7 @@ def command(
     ]
     if not variants:
         raise Refusal(f"no row's description holds {only!r}; leave --only out to see them all")
-    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
+    pipeline = wan.Pipeline.from_pretrained(model, revision=revision, staged=False)
     about = {
         "environment": report.environment(),
         "model": fingerprint(pipeline.transformer),

@@ -50,6 +50,7 @@ def command(
     height: int | None = None,
     width: int | None = None,
     model: str = "tiny",
+    revision: str | None = None,
 ) -> None:
     """Times the scoring of a population of mixed budgets in every way that there is.
 
@@ -66,6 +67,7 @@ def command(
       height: Pixels.
       width: Pixels.
       model: "tiny", a folder, or a hub id.
+      revision: Of a hub id: a branch, a tag or a commit.
     """
     checks.whole("candidates", candidates, 1, options.MOST_VIDEOS)
     check_steps(steps)
@@ -76,7 +78,7 @@ def command(
     options.check_rounds(rounds)
     options.check_size(frames, height, width)
     options.check_output(output)
-    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
+    pipeline = wan.Pipeline.from_pretrained(model, revision=revision, staged=False)
     shape = pipeline.latents_shape(*pipeline.size(frames, height, width))
     noise = jax.random.normal(jax.random.key(0), (prompts, *shape))
     context = pipeline.encode_text(["a video"] * prompts)

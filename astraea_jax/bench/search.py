@@ -55,6 +55,7 @@ def command(
     height: int | None = None,
     width: int | None = None,
     model: str = "tiny",
+    revision: str | None = None,
     ship: pathlib.Path | None = None,
 ) -> None:
     """Searches schedules in every way and judges them on held-out prompts; hours on a CPU.
@@ -87,6 +88,7 @@ def command(
       height: Pixels.
       width: Pixels.
       model: A model that knows such prompts.
+      revision: Of a hub id: a branch, a tag or a commit.
       ship: Write the best schedule of each solver and budget into this folder, as a model carries
         them for `astraea generate --budget`.
     """
@@ -115,7 +117,7 @@ def command(
         files.check_output(output / RESULTS, (".json",))
     rows_before = read_rows(known) if known else ()
     elsewhere = read_rows(starts) if starts else ()
-    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
+    pipeline = wan.Pipeline.from_pretrained(model, revision=revision, staged=False)
     if minutes > 0:
         options = dataclasses.replace(options, size=pipeline.size(frames, height, width))
         header = {"study": dataclasses.asdict(options), "jax": jax.__version__}

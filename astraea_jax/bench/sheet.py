@@ -15,6 +15,7 @@ def command(
     count: int = 24,
     columns: int = 3,
     model: str = "tiny",
+    revision: str | None = None,
 ) -> None:
     """Draws dense videos of the first prompts, in order, with seeds 0, 1, 2, ...
 
@@ -23,12 +24,13 @@ def command(
       count: How many prompts, 1..64.
       columns: Videos in a row.
       model: A model that knows such prompts.
+      revision: Of a hub id: a branch, a tag or a commit.
     """
     checks.whole("count", count, 1, len(tiny.captions()))
     checks.whole("columns", columns, 1, len(tiny.captions()))
     options.check_output(output, video.IMAGE_SUFFIXES)
     captions = tiny.captions()[:count]
-    pipeline = wan.Pipeline.from_pretrained(model, staged=False)
+    pipeline = wan.Pipeline.from_pretrained(model, revision=revision, staged=False)
     videos = []
     with report.Progress() as progress, progress.stage("videos", count) as bar:
         for seed, caption in enumerate(captions):

@@ -45,6 +45,7 @@ KERNELS = {"name": "kernel", "milliseconds": "ms a step", "share": "of the step,
 def command(
     *,
     model: str = "tiny",
+    revision: str | None = None,
     batch: int | None = None,
     steps: int = 20,
     output: pathlib.Path | None = None,
@@ -52,7 +53,8 @@ def command(
     """Times a training step in the layouts that may win, the encoding of clips, and profiles it.
 
     Args:
-      model: "tiny" or a folder of a model for the same clips.
+      model: "tiny", or a folder or hub id of a model for the same clips.
+      revision: Of a hub id: a branch, a tag or a commit.
       batch: Clips a step; 128 for each GPU, or 2 without one.
       steps: Timed steps of each layout.
       output: A .json file for every number.
@@ -69,7 +71,11 @@ def command(
     block = 32 * jax.device_count() if gpu else 2
     plan = PoolPlan(size=8 * block if gpu else 2, block=block, refresh_every=0)
     trainee = TransformerTraining(
-        model, lessons.Lessons(), Recipe(steps=10**6, batch=batch, dtype=dtype), plan=plan
+        model,
+        lessons.Lessons(),
+        Recipe(steps=10**6, batch=batch, dtype=dtype),
+        plan=plan,
+        revision=revision,
     )
     trainee.pool.bring_to(0)  # `prepare` would compile a step too
     encoded = encode_rate(trainee)

@@ -29,6 +29,7 @@ SCORE_COLUMNS = {
 def score_tiny(
     *,
     model: str = "tiny",
+    revision: str | None = None,
     captions: Literal["held-out", "choice"] = "held-out",
     count: int = scene_captions.HELD_OUT,
     batch: int = 16,
@@ -41,6 +42,7 @@ def score_tiny(
 
     Args:
       model: "tiny", or a folder of a model like it.
+      revision: Of a hub id: a branch, a tag or a commit.
       captions: "held-out" are those that scores are reported of; "choice" are 768 others, to
         choose between models by.
       count: How many captions with one object, and as many with two; seeds 0, 1, ...
@@ -63,7 +65,9 @@ def score_tiny(
         files.check_output(output, (".json",))
         files.check_apart(output, reader)
     gpu = jax.default_backend() != "cpu"
-    pipeline = wan.Pipeline.from_pretrained(model, dtype=jnp.bfloat16 if gpu else jnp.float32)
+    pipeline = wan.Pipeline.from_pretrained(
+        model, revision=revision, dtype=jnp.bfloat16 if gpu else jnp.float32
+    )
     # Of another size no video can be read, which would be said after the first are made.
     score.check_size(pipeline.size(None, None, None))
     found: dict[str, Any] = {

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import inspect
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -27,6 +28,12 @@ Part = Literal["transformer", "vae", "reader"]
 TWO = 0.5
 """Share of the VAE's clips with two objects."""
 
+_OF_THE_TRANSFORMER = (
+    *("two", "spin", "text_rate", "wrong_text", "even_times", "span"),
+    *("pool", "refresh_every", "sheet"),
+)
+"""Options that the other parts make no use of."""
+
 MOST_ON_CPU = 4096
 """Clips of a batch or a pool without a GPU: an hour to draw and encode, or a step to take."""
 
@@ -34,6 +41,7 @@ MOST_ON_CPU = 4096
 def train_tiny(
     *,
     from_: Annotated[str, arg(name="from")] = "tiny",
+    revision: str | None = None,
     minutes: float = 25.0,
     sitting: float | None = None,
     part: Part = "transformer",
@@ -57,7 +65,8 @@ def train_tiny(
 
     Args:
       from_: A folder in the Diffusers layout whose weights to start from ("tiny" is the one that
-        ships, DIR/model of another run goes too), or "nothing" for random ones.
+        ships, DIR/model of another run goes too), a hub id, or "nothing" for random ones.
+      revision: Of a hub id: a branch, a tag or a commit.
       minutes: How long the whole run takes, on the machine that starts it.
       sitting: Minutes after which to stop with a checkpoint; the same command then goes on.
       part: What to train; the reader is what score-tiny reads videos with.
@@ -88,6 +97,7 @@ def train_tiny(
     order = Order(
         part=part,
         model=from_,
+        revision=revision,
         batch=batch,
         rate=rate,
         two=two,
@@ -102,7 +112,8 @@ def train_tiny(
         sheet=sheet,
     )
     say = functools.partial(print, flush=True)
-    settled = training_folder.saved_steps(output) if steps is None else steps
+    found = training_folder.saved_steps(output, part)
+    settled = found if steps is None else steps
     make = order.maker(settled or 1)  # all options are checked by now, and nothing is written
     files.check_folder(output)
     with training_folder.owned(output), _memory_said():
@@ -142,6 +153,7 @@ class Order:
 
     part: Part
     model: str
+    revision: str | None
     batch: int | None
     rate: float
     two: float
@@ -158,6 +170,8 @@ class Order:
     def __post_init__(self):
         """Refuses what is out of range, but for what the recipes refuse."""
         checks.one_of("part", self.part, get_args(Part))
+        if self.part != "transformer":
+            self._refuse_unused()
         checks.whole("sheet", self.sheet, 0, len(tiny.captions()))
         checks.number("rate", self.rate, 0, 100, above=True)
         large = jax.default_backend() != "cpu"
@@ -169,6 +183,20 @@ class Order:
                 )
         if self.model == "nothing" and self.part == "reader":
             raise Refusal("the reader starts from nothing; --from says whose VAE it sees clips by")
+
+    def _refuse_unused(self) -> None:
+        """Refuses what was asked for and would change nothing; checked by nothing else either."""
+        defaults = inspect.signature(train_tiny).parameters
+        given = [
+            f"--{name.replace('_', '-')}"
+            for name in _OF_THE_TRANSFORMER
+            if getattr(self, name) != defaults[name].default
+        ]
+        if given:
+            raise Refusal(
+                f"{', '.join(given)}: of --part transformer alone, and --part {self.part} makes no "
+                "use of it; leave it out"
+            )
 
     def maker(self, steps: int) -> Callable[[], training_run.Trainee]:
         """What makes the trainee of a run of so many steps; it alone loads the model.
@@ -184,7 +212,8 @@ class Order:
     def _start(self) -> dict[str, Any]:
         """Where the weights come from: a model, or its sizes alone."""
         nothing = self.model == "nothing"
-        return {"model": "tiny" if nothing else self.model, "from_nothing": nothing}
+        model = "tiny" if nothing else self.model
+        return {"model": model, "revision": self.revision, "from_nothing": nothing}
 
     def _transformer(self, steps: int, large: bool) -> Callable[[], training_run.Trainee]:
         source = lessons.Lessons(seed=self.seed, two=self.two, spin=self.spin)
@@ -245,7 +274,9 @@ class Order:
         )
 
         def make() -> training_run.Trainee:
-            folder = checkpoints.model_folder(SHIPPED.get(self.model, self.model))
+            folder = checkpoints.model_folder(
+                SHIPPED.get(self.model, self.model), revision=self.revision
+            )
             vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
             return reader_training.ReaderTraining(vae, recipe)
 

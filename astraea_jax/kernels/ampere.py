@@ -150,7 +150,7 @@ def _program(q_ref, k_ref, v_ref, count_ref, *refs, scale, tiling, num_queries):
     splits, width, block_q = out_ref.shape[0], k_ref.shape[3], tiling.block_q
     tile, head, batch = (pl.program_id(axis) for axis in range(3))
     part, tile = lax.rem(tile, splits), lax.div(tile, splits)
-    rows = tile * block_q + jnp.arange(block_q)
+    rows = tile * block_q + jnp.arange(block_q, dtype=jnp.int32)
     count = count_ref[batch]
     used = rows < jnp.minimum(count, num_queries)
     channels = pieces(width)
@@ -176,7 +176,7 @@ def _program(q_ref, k_ref, v_ref, count_ref, *refs, scale, tiling, num_queries):
     outs, lse = lax.cond(tile * block_q < count, compute, nothing)
     pltriton.store(lse_ref.at[part, batch, head, rows], lse, mask=rows < num_queries)
     for out, (first, size) in zip(outs, channels, strict=True):
-        columns = first + jnp.arange(size)
+        columns = first + jnp.arange(size, dtype=jnp.int32)
         pltriton.store(
             out_ref.at[part, batch, rows[:, None], head, columns[None, :]],
             out.astype(out_ref.dtype),
@@ -191,7 +191,7 @@ def _attend_tiles(q, k_ref, v_ref, place, span, scale, block_kv):
 
     def add_tile(tile, carry, masked=False):
         totals, normaliser, largest = carry
-        keys = tile * block_kv + jnp.arange(block_kv)
+        keys = tile * block_kv + jnp.arange(block_kv, dtype=jnp.int32)
         inside = keys < num_keys if masked else None
         scores = jnp.zeros((block_q, block_kv), jnp.float32)
         for rows, piece in zip(q, channels, strict=True):
@@ -228,7 +228,7 @@ def _attend_tiles(q, k_ref, v_ref, place, span, scale, block_kv):
 def _load(ref, place, rows, piece, inside):
     """Some channels of some rows of a head; zeros where `inside` (None: everywhere) is false."""
     (batch, head), (first, size) = place, piece
-    columns = first + jnp.arange(size)
+    columns = first + jnp.arange(size, dtype=jnp.int32)
     mask = None if inside is None else jnp.broadcast_to(inside[:, None], (rows.shape[0], size))
     if first + size > ref.shape[3]:
         narrow = jnp.broadcast_to((columns < ref.shape[3])[None, :], (rows.shape[0], size))

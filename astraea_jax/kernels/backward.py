@@ -33,7 +33,7 @@ def gradient(
     def tile(q_gradient, index):
         first = jnp.minimum(index * KEY_TILE, k.shape[1] - size)
         # The last tile is moved back to fit, and the keys that it would count twice are masked.
-        fresh = first + jnp.arange(size) >= index * KEY_TILE
+        fresh = first + jnp.arange(size, dtype=jnp.int32) >= index * KEY_TILE
         keys = lax.dynamic_slice_in_dim(k, first, size, 1)
         values = lax.dynamic_slice_in_dim(v, first, size, 1)
         scores = _einsum("bkac,bnac->bakn", q, keys) * scale
@@ -49,7 +49,7 @@ def gradient(
     size = min(KEY_TILE, k.shape[1])
     num_tiles = -(-k.shape[1] // size)
     start = jnp.zeros_like(q, jnp.float32)
-    q_gradient, (_, *tiles) = lax.scan(tile, start, jnp.arange(num_tiles))
+    q_gradient, (_, *tiles) = lax.scan(tile, start, jnp.arange(num_tiles, dtype=jnp.int32))
     k_gradient, v_gradient = (_join(parts, k.shape[1]) for parts in tiles)
     return q_gradient.astype(q.dtype), k_gradient.astype(k.dtype), v_gradient.astype(v.dtype)
 

@@ -160,7 +160,7 @@ def _attend_backward(settings: Settings, saved, gradients):
     taken = q if indices is None else rows.take(q, indices)
     taken, k, v = backward.gradient(taken, k, v, out, lse, *gradients, scale=settings.scale)
     if indices is not None:
-        batch = jnp.arange(q.shape[0])[:, None]
+        batch = jnp.arange(q.shape[0], dtype=jnp.int32)[:, None]
         taken = jnp.zeros_like(q).at[batch, jnp.minimum(indices, q.shape[1] - 1)].add(taken)
     return taken, k, v, None, None
 

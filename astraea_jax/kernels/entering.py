@@ -99,7 +99,7 @@ def _program(
     """One token, or a row that is none's."""
     token, batch = pl.program_id(0), pl.program_id(1)
     _, num_tokens, width = tokens_ref.shape
-    columns = [first + jnp.arange(part) for first in range(0, width, part)]
+    columns = [first + jnp.arange(part, dtype=jnp.int32) for first in range(0, width, part)]
     slot, index = slots_ref[batch, token], index_ref[0]
     before = jnp.maximum(index - 1, 0), batch
     everywhere = functools.partial(jnp.broadcast_to, shape=(part,))

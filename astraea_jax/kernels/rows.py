@@ -18,5 +18,5 @@ def blank_past(
     """Results of attention with 0 and -inf in the rows past `count`; None means all are in use."""
     if count is None:
         return out, lse
-    used = jnp.arange(out.shape[1]) < count[:, None]
+    used = jnp.arange(out.shape[1], dtype=jnp.int32) < count[:, None]
     return jnp.where(used[:, :, None, None], out, 0), jnp.where(used[:, None], lse, -jnp.inf)

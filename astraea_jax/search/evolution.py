@@ -204,7 +204,7 @@ def block_crossover(
 ) -> Int[Array, "T"]:
     """One run of steps from one parent, the rest from the other."""
     ends = jax.random.randint(key, (2,), 0, first.shape[0] + 1, jnp.int32)
-    index = jnp.arange(first.shape[0])
+    index = jnp.arange(first.shape[0], dtype=jnp.int32)
     return jnp.where((index >= ends.min()) & (index < ends.max()), first, second)
 
 
@@ -214,7 +214,7 @@ def mutate(
     """Each free step takes any choice with a probability."""
     whether, which = jax.random.split(key)
     drawn = jax.random.randint(which, genes.shape, 0, len(space.choices), genes.dtype)
-    free = jnp.arange(space.steps) >= space.dense_start
+    free = jnp.arange(space.steps, dtype=jnp.int32) >= space.dense_start
     mask = jax.random.bernoulli(whether, probability, genes.shape) & free
     return jnp.where(mask, drawn, genes)
 
@@ -229,7 +229,7 @@ def repair(
     """
     costs = jnp.asarray(space.costs, jnp.int32)
     top = len(space.choices) - 1
-    free = jnp.arange(space.steps) >= space.dense_start
+    free = jnp.arange(space.steps, dtype=jnp.int32) >= space.dense_start
     genes = jnp.where(free, genes, top).astype(genes.dtype)
 
     def outside(carry):
@@ -267,7 +267,7 @@ def distinct(
       The rows, and which of them are in the space and like no other: all, but in small spaces.
     """
     number = genes.shape[0]
-    earlier = jnp.arange(number)[:, None] > jnp.arange(number)
+    earlier = jnp.arange(number, dtype=jnp.int32)[:, None] > jnp.arange(number, dtype=jnp.int32)
     taken = _digest(known)
 
     def usable(genes):
@@ -337,7 +337,7 @@ def _first(space: Space, band, key, given, number):
         return repair(space, band, keys[1], row)
 
     keys = jax.random.split(fill, (population, 2))
-    rows = jax.vmap(filled)(jnp.arange(population), keys, given)
+    rows = jax.vmap(filled)(jnp.arange(population, dtype=jnp.int32), keys, given)
     return distinct(space, band, apart, rows, rows[:0])
 
 

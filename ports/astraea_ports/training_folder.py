@@ -84,19 +84,38 @@ def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     checks.fields(
         content, rules, name=str(path), required=("part",), others=True, advice=_OTHER_RUN
     )
+    if _deeper(content, _DEEPEST):
+        raise Refusal(f"{path} is nested too deep for a run's settings: {_OTHER_RUN}")
     return content
 
 
-def saved_steps(folder: pathlib.Path) -> int | None:
+_DEEPEST = 8
+"""Objects and lists within each other in run.json; there are five."""
+
+
+def _deeper(value: Any, levels: int) -> bool:
+    """Whether a value of JSON has more levels."""
+    if not isinstance(value, dict | list):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_deeper(each, levels - 1) for each in inner)
+
+
+def saved_steps(folder: pathlib.Path, part: str) -> int | None:
     """The length of the run that is in a folder; it was settled when that began.
 
+    Args:
+      folder: of the run.
+      part: what is to be trained.
+
     Raises:
-      Refusal: as `saved_settings`, or it says no length.
+      Refusal: as `saved_settings`, or it trains another part, or says no length.
     """
     settings = saved_settings(folder)
     if settings is None:
         return None
-    rules = {"steps": Whole(1, 10**9)}
+    _refuse_other(folder, {"part": settings["part"]}, {"part": part})
+    rules = {"steps": Whole(1, 10**8)}  # as many as a recipe may have
     name = f"recipe in {folder / 'run.json'}"
     recipe = checks.fields(
         settings.get("recipe"), rules, name=name, required=rules, others=True, advice=_OTHER_RUN
@@ -118,17 +137,27 @@ def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     if found is None:
         report.write_json(folder / "run.json", asked)
         return
-    there, here = _flat(found), _flat(asked)
+    _refuse_other(folder, _flat(found), _flat(asked))
+
+
+def _refuse_other(folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
+    """Refuses a folder whose run is not the one that is asked for; settings by one name each."""
     other = [
-        f"{name}: expected {checks.shown(there.get(name))}, got {checks.shown(here.get(name))}"
+        f"{name if name in here else checks.shown(name)}: "
+        f"expected {checks.shown(there.get(name))}, got {checks.shown(here.get(name))}"
         for name in sorted({*there, *here})
-        if there.get(name) != here.get(name)
+        if (name in there) != (name in here) or not _alike(there.get(name), here.get(name))
     ]
     if other:
         raise Refusal(
             f"{folder} holds a run of another kind ({'; '.join(other[: checks.PROBLEMS])}): ask "
             "for the same to take it up again, or choose another --output"
         )
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Whether two values of JSON are the same; true is no 1."""
+    return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
 def _flat(settings: Mapping[str, Any], before: str = "") -> dict[str, Any]:

@@ -69,7 +69,7 @@ def loss(model: Reader, frames: Float[Array, "B 9 128 128 3"], truth: Scene) -> 
     """Cross-entropy summed over the heads; an object that is not there counts for nothing."""
     logits = model(frames)
     total = _entropy(logits["count"], truth.count - 1).mean()
-    there = jnp.arange(2) < truth.count[:, None]
+    there = jnp.arange(2, dtype=jnp.int32) < truth.count[:, None]
     for name in score.OBJECT_ATTRIBUTES:
         entropy = _entropy(logits[name], getattr(truth, name))
         total += jnp.where(there, entropy, 0).sum() / there.sum()

@@ -91,7 +91,7 @@ def clip_keys(seed: int, first: int, count: int) -> Key[Array, "B"]:
     checks.whole("count", count, 1, 2**20, unit="clips")
     checks.whole("first", first, 0, 2**31 - 1 - count)
     fold = jax.vmap(jax.random.fold_in, (None, 0))
-    return fold(jax.random.key(seed), first + jnp.arange(count))
+    return fold(jax.random.key(seed), first + jnp.arange(count, dtype=jnp.int32))
 
 
 @functools.partial(jax.jit, static_argnames=("frames", "side"))
@@ -172,9 +172,9 @@ def sample_scene(
     free = ~clashes[ground]
     colour = pick(free.astype(jnp.float32))
     shape = pick(jnp.ones(len(SHAPES), jnp.float32))
-    other = free & (jnp.arange(len(COLOURS)) != colour)
+    other = free & (jnp.arange(len(COLOURS), dtype=jnp.int32) != colour)
     second_colour = pick(other.astype(jnp.float32))
-    second_shape = pick((jnp.arange(len(SHAPES)) != shape).astype(jnp.float32))
+    second_shape = pick((jnp.arange(len(SHAPES), dtype=jnp.int32) != shape).astype(jnp.float32))
     return Scene(
         count=jnp.where(jax.random.uniform(next(keys), dtype=jnp.float32) < two, 2, 1),
         shape=jnp.stack([shape, second_shape]),

@@ -22,13 +22,21 @@ class PartTraining:
 
     period = 1
 
-    def __init__(self, model: str | pathlib.Path, recipe: Any, batch: int):
+    def __init__(
+        self,
+        model: str | pathlib.Path,
+        recipe: Any,
+        batch: int,
+        *,
+        revision: str | None = None,
+    ):
         """Finds the model's folder, and the devices that share a batch.
 
         Args:
           model: folder to start from, "tiny", or a hub id.
           recipe: a frozen dataclass with a field `steps`.
           batch: clips a step.
+          revision: of a hub id: a branch, a tag or a commit.
 
         Raises:
           Refusal: no such model, or a batch that the devices can't share.
@@ -42,7 +50,7 @@ class PartTraining:
         self.recipe, self.batch = recipe, batch
         self.mesh = Mesh(np.array(devices), ("batch",))
         self.copied = NamedSharding(self.mesh, PartitionSpec())
-        self.folder = checkpoints.model_folder(SHIPPED.get(str(model), model))
+        self.folder = checkpoints.model_folder(SHIPPED.get(str(model), model), revision=revision)
         self.about: dict[str, Any] = {}
 
     @property

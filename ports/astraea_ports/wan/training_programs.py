@@ -14,7 +14,7 @@ class Row:
 
     def __init__(self, width: int, clip: Array, token: Array):
         self.width, self.clip, self.token = width, clip, token
-        self.columns = jnp.arange(pl.next_power_of_2(width))
+        self.columns = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
         self.mask = None if len(self.columns) == width else self.columns < width
 
     def load(self, ref, part: int = 0) -> Array:
@@ -56,7 +56,7 @@ class Row:
 
     def angles(self, cos_ref, sin_ref) -> tuple[Array, Array]:
         """Of the token's pairs of channels, head by head."""
-        pairs = jnp.arange(len(self.columns) // 2) % cos_ref.shape[-1]
+        pairs = jnp.arange(len(self.columns) // 2, dtype=jnp.int32) % cos_ref.shape[-1]
         at = self.token, pairs
         return pltriton.load(cos_ref.at[at]), pltriton.load(sin_ref.at[at])
 
@@ -171,7 +171,7 @@ def each_token(num_tokens: int, width: int, step: Callable, *sums_refs) -> None:
         more = step(Row(width, clip, first + index * programs))
         return tuple(a + b for a, b in zip(sums, more, strict=True))
 
-    columns = jnp.arange(pl.next_power_of_2(width))
+    columns = jnp.arange(pl.next_power_of_2(width), dtype=jnp.int32)
     num_sums = sum(ref.shape[2] for ref in sums_refs)
     count = (num_tokens - first + programs - 1) // programs
     sums = lax.fori_loop(0, count, add, (jnp.zeros(len(columns), jnp.float32),) * num_sums)

@@ -76,6 +76,7 @@ class TransformerTraining(PartTraining):
         layout: Layout | None = None,
         from_nothing: bool = False,
         data: Mapping[str, Any] | None = None,
+        revision: str | None = None,
     ):
         """Loads the model.
 
@@ -88,11 +89,12 @@ class TransformerTraining(PartTraining):
           layout: of the compiled step; None is what suits the device and the clips.
           from_nothing: take the model's sizes, but random weights.
           data: what to write of the source into run.json.
+          revision: of a hub id: a branch, a tag or a commit.
 
         Raises:
           Refusal: no such model, or a batch that the devices can't share.
         """
-        super().__init__(model, recipe, recipe.batch)
+        super().__init__(model, recipe, recipe.batch, revision=revision)
         self.layout = layout
         self._worker = concurrent.futures.ThreadPoolExecutor(1)
         self._compiled: concurrent.futures.Future | None = None

@@ -254,9 +254,10 @@ class VAETraining(PartTraining):
         *,
         from_nothing: bool = False,
         data: Mapping[str, Any] | None = None,
+        revision: str | None = None,
     ):
         """Loads the VAE of a model; arguments as for `TransformerTraining`."""
-        super().__init__(model, recipe, recipe.clips)
+        super().__init__(model, recipe, recipe.clips, revision=revision)
         self._draw = draw
         self._vae = vae_weights.load_vae(self.folder / "vae")
         self.check_source({"vae": (self._vae, vae_weights.TABLE)})
