@@ -2,6 +2,7 @@
 
 import json
 import os
+import pwd
 import re
 import shutil
 import subprocess
@@ -112,6 +113,32 @@ def test_a_folder_is_opened_by_one_rule(tmp_path, monkeypatch):
     assert parts.main_dtype(again.transformer.template) == "float32"
     monkeypatch.setattr(parts, "LARGE", 1000)
     assert Pipeline.from_pretrained(tiny.FOLDER).loaders
+
+
+# --- A user without a home.
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: convert.convert_model("~/model", "copy"),
+        lambda: convert.convert_model("~nobody-of-that-name/model", "copy"),
+        lambda: convert.convert_model("tiny", "~/copy/of/it"),
+        lambda: load_transformer("~/model.safetensors"),
+        lambda: load_transformer(tiny.FOLDER, lora=[lora.Lora("~/x.safetensors")]),
+        lambda: Pipeline.from_pretrained("~/model"),
+    ],
+)
+def test_without_a_home_a_path_is_taken_as_it_is_written(call, tmp_path, monkeypatch):
+    def no_account(*_):
+        raise KeyError("no such account")
+
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", no_account)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(Refusal, match="~"):
+        call()
+    assert os.listdir() == []
 
 
 # --- Targets, and what is left of a conversion that stops.

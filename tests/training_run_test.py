@@ -1,12 +1,14 @@
 """Training's own work, without a network's: rates, runs in folders, and all that is refused."""
 
 import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
 import shutil
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +20,10 @@ from helpers import SMALL
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
-from astraea_ports import checkpoints, t5, training_folder, training_run
+from astraea_jax.cli import train
+from astraea_ports import t5, training_folder, training_run, wan
 from astraea_ports.tiny import score
-from astraea_ports.wan import training, training_recipe
+from astraea_ports.wan import training, training_recipe, vae_weights
 from astraea_ports.wan.latent_pool import finite
 from astraea_ports.wan.training_forward import Layout
 from astraea_ports.wan.training_recipe import Networks, Recipe
@@ -91,9 +94,12 @@ class Counting:
         return None
 
 
-def test_a_sitting_ends_with_a_checkpoint(tmp_path):
+def test_a_sitting_ends_with_a_checkpoint(tmp_path, monkeypatch):
+    ticks = itertools.count()  # a hundredth of a second each time that someone looks
+    clock = types.SimpleNamespace(monotonic=lambda: next(ticks) / 100)
+    monkeypatch.setattr(training_run, "time", clock)
     outcome = training_run.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
-    assert 0 < outcome.step < 10**6
+    assert 5 < outcome.step < 100
     checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == outcome.step
     checkpoints.close()
@@ -167,7 +173,15 @@ def no_memory(*_, **__):
     raise MemoryError
 
 
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Reading any weight within a test is a fault."""
+    monkeypatch.setattr(wan.Pipeline, "from_pretrained", no_memory)
+    monkeypatch.setattr(vae_weights, "load_vae", no_memory)
+    monkeypatch.setattr(train, "load_vae", no_memory)
+
+
+@pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -217,9 +231,7 @@ def no_memory(*_, **__):
         (["--output", "a" * 300], "choose another"),
     ],
 )
-def test_the_command_refuses_in_one_line_and_leaves_nothing(arguments, words, capsys, monkeypatch):
-    # Refused before any weight is read, and before there is a folder.
-    monkeypatch.setattr(checkpoints, "load_parameters", no_memory)
+def test_the_command_refuses_in_one_line_and_leaves_nothing(arguments, words, capsys):
     command = TRAIN if not {"--minutes", "--steps"} & {*arguments} else TRAIN[:1]
     assert words in refused(capsys, *command, *arguments)
     assert os.listdir() == []
@@ -232,7 +244,7 @@ def deep(levels, inner="1"):
     return '{"a":' * levels + inner + "}" * levels
 
 
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
 @pytest.mark.parametrize("asked", [["--steps", "3"], []], ids=["steps", "minutes"])
 @pytest.mark.parametrize(
     ("content", "words"),
@@ -268,8 +280,7 @@ def deep(levels, inner="1"):
         ),
     ],
 )
-def test_a_runs_settings_are_checked_by_field(content, words, asked, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoints, "load_parameters", no_memory)
+def test_a_runs_settings_are_checked_by_field(content, words, asked, capsys):
     os.mkdir("run")
     text = content if isinstance(content, str) else json.dumps(OF_A_RUN | content)
     pathlib.Path("run/run.json").write_text(text)
@@ -278,7 +289,7 @@ def test_a_runs_settings_are_checked_by_field(content, words, asked, capsys, mon
     assert pathlib.Path("run/run.json").read_text() == text
 
 
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
 def test_a_runs_settings_are_a_regular_file(capsys):
     os.makedirs("run/run.json")
     assert "is a folder" in refused(capsys, *TRAIN)
@@ -329,7 +340,7 @@ def changed(name, value):
     return {**READER, name: value}
 
 
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
 @pytest.mark.parametrize(
     ("tensors", "words"),
     [
@@ -344,8 +355,7 @@ def changed(name, value):
         ({}, "near"),
     ],
 )
-def test_the_readers_weights_are_checked_as_all_weights_are(tensors, words, capsys, monkeypatch):
-    monkeypatch.setattr("astraea_ports.wan.Pipeline.from_pretrained", no_memory)
+def test_the_readers_weights_are_checked_as_all_weights_are(tensors, words, capsys):
     save_file(tensors, "reader.safetensors")
     command = ["score-tiny", "--reader", "reader.safetensors", "--output", "o.json"]
     assert cli.main(command) == 2
@@ -354,7 +364,7 @@ def test_the_readers_weights_are_checked_as_all_weights_are(tensors, words, caps
     assert os.listdir() == ["reader.safetensors"]
 
 
-@pytest.mark.usefixtures("in_an_empty_folder")
+@pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -370,8 +380,7 @@ def test_the_readers_weights_are_checked_as_all_weights_are(tensors, words, caps
         (["--output", "nowhere/o.json"], "nowhere is none"),
     ],
 )
-def test_scores_are_refused_before_a_model_is_loaded(arguments, words, capsys, monkeypatch):
-    monkeypatch.setattr("astraea_ports.wan.Pipeline.from_pretrained", no_memory)
+def test_scores_are_refused_before_a_model_is_loaded(arguments, words, capsys):
     assert words in refused(capsys, "score-tiny", *arguments)
     assert os.listdir() == []
 
