@@ -62,7 +62,8 @@ class Workload:
     def __post_init__(self):
         checks.whole("num_tokens", self.num_tokens, 1, LARGEST)
         checks.whole("width", self.width, 1, LARGEST)
-        if not (self.kinds and all(isinstance(kind, BlockSizes) for kind in self.kinds)):
+        kinds = self.kinds if isinstance(self.kinds, tuple) else ()
+        if not kinds or not all(isinstance(kind, BlockSizes) for kind in kinds):
             raise Refusal(f"kinds must be BlockSizes, one or more; got {checks.shown(self.kinds)}")
         for kind in self.kinds:
             for name in ("number", "ffn_width", "text_tokens", "keys"):

@@ -201,7 +201,7 @@ def run_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterat
     """The run.json of a training."""
     path = folder / "run.json"
     path.write_text(json.dumps(RUN))
-    read = lambda: training_folder.saved_steps(folder)  # noqa: E731
+    read = lambda: training_folder.saved_steps(folder, "transformer")  # noqa: E731
     yield from json_trials(path, read, right={"part": ("nonsense",)})
     for value in field_values(RUN["recipe"]["steps"]):
         if value == 10**9:

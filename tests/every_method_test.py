@@ -243,13 +243,17 @@ def test_pab_adds_what_a_part_gave():
     [
         (PAB((("cross", 6),)), "reuses 'cross', which this model has not; it has double.mlp"),
         (PAB((("spatial.self", 2),)), "reuses 'spatial.self', which this model has not"),
-        (TeaCache(signal="input"), "compares the signal 'input', which this model has not"),
     ],
 )
 def test_what_a_model_has_not_is_refused_by_name(method, message):
     model, inputs = two_stack_inputs()
     with pytest.raises(Refusal, match=message):
         run(method, model, inputs)
+
+
+def test_a_signal_that_a_model_has_not_is_refused_by_name():
+    with pytest.raises(Refusal, match="compares the signal 'projected', which this model has not"):
+        run(TeaCache(), *grouped_inputs())
 
 
 @pytest.mark.parametrize("method", [PAB((("self", 2),)), TeaCache(signal="embedding")])
@@ -267,6 +271,7 @@ def test_a_method_with_a_rule_of_its_own_takes_no_schedule(method):
         lambda: TeaCache(0.0),
         lambda: TeaCache(first=0),
         lambda: TeaCache(coefficients=(math.nan,)),
+        lambda: TeaCache(signal="input"),
     ],
 )
 def test_settings_out_of_range_are_refused(make, as_a_user):

@@ -289,7 +289,7 @@ def test_a_change_that_is_too_large(tmp_path, model):
 @pytest.mark.parametrize("strength", [math.nan, math.inf, -math.inf, 1e30, 101, "1", None, True])
 def test_strengths(tmp_path, strength):
     file = saved(tmp_path, pair())
-    with pytest.raises(Refusal, match=r"strength of .*lora\.safetensors.* must be a number"):
+    with pytest.raises(Refusal, match=r"strength of .* must be a number"):
         lora.check([Lora(file, strength)])
     assert lora.check([Lora(file, np.float32(-100)), (str(file), 0)])[1] == (file, 0.0)
 

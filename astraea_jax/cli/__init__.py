@@ -55,6 +55,8 @@ MethodName = Literal[
     "step-level",
     "step-level-corrected",
     "step-level-residual",
+    "pab-2-6",
+    "teacache-0.08",
 ]
 
 

@@ -84,7 +84,7 @@ class StepLevel(base.ByLevel):
         batch = len(inputs.latents)
         computed = mode != base.SKIP
         trace = (blocks.full_trace if computed else blocks.empty_trace)(it.geometry, batch)
-        fresh = jnp.full((batch, it.geometry.num_tokens), computed)
+        fresh = jnp.full((batch, it.geometry.num_tokens), computed, bool)
         if self.reuse == "residual":
             run = blocks.run_residual if computed else blocks.reuse_residual
             velocity, residual = run(it, inputs, state.residual)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -12,6 +12,8 @@ from astraea_jax.checks import Refusal
 from astraea_jax.methods import base, blocks
 from astraea_jax.model import Geometry
 from astraea_jax.solvers import Solver
+
+Signal = Literal["embedding", "projected"]
 
 
 class TeaCacheState(NamedTuple):
@@ -50,7 +52,7 @@ class TeaCache(base.OwnPlan):
     coefficients: tuple[float, ...] = (
         *(-5.21862437e04, 9.23041404e03, -5.28275948e02, 1.36987616e01, -4.99875664e-02),
     )
-    signal: str = "projected"
+    signal: Signal = "projected"
     first: int = 5
     last: int = 0
 
@@ -58,8 +60,10 @@ class TeaCache(base.OwnPlan):
         checks.number("threshold", self.threshold, 0, 1e6, above=True)
         checks.whole("first", self.first, 1, 10_000)
         checks.whole("last", self.last, 0, 10_000)
-        for each in self.coefficients:
-            checks.number("coefficients", each, -1e30, 1e30)
+        numbers = checks.ListOf(checks.Number(-1e12, 1e12), 1, 32)
+        base.hold("coefficients", self.coefficients, numbers)
+        object.__setattr__(self, "coefficients", tuple(self.coefficients))
+        checks.one_of("signal", self.signal, get_args(Signal))
 
     @property
     def name(self) -> str:

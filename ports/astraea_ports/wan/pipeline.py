@@ -131,7 +131,7 @@ class Pipeline:
             defaults=found.defaults,
             grid=found.grid,
             loaders=loaders if staged else {},
-            text_cache=None if text_cache is None else Path(text_cache).expanduser(),
+            text_cache=None if text_cache is None else Path(os.path.expanduser(text_cache)),
             text_name=found.text_name,
             folder=found.folder,
             **modules,
