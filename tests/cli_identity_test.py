@@ -80,6 +80,7 @@ def in_bfloat16(model):
     return jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

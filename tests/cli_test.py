@@ -94,6 +94,7 @@ def test_latents_are_kept_where_decoding_fails(monkeypatch, tmp_path, error, kin
     assert np.load(kept)[:, 0, 0, 0, 0].tolist() == [1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_schedule_file_and_gif(capsys):
     Schedule((10, 0, 0, 10)).save("chosen.json", note="by hand")
     arguments = [PROMPT, "--schedule", "chosen.json", "-o", "clip.gif", *SMALL]

@@ -69,6 +69,7 @@ def test_every_part_of_the_study_is_a_command():
     assert gpu.PEER.is_file() and all((HERE / test).is_file() for test in gpu.FIXTURE_TESTS)
 
 
+@pytest.mark.slow
 def test_parts_are_kept_whatever_becomes_of_them(tmp_path, monkeypatch):
     code = "import sys; print('said'); open(sys.argv[2], 'w').write('[1]'); sys.exit({})"
     study = {

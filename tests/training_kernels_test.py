@@ -62,7 +62,7 @@ def test_tokens_enter_a_sub_layer(shape):
 
 
 @pytest.mark.parametrize("shape", slow_but(SHAPES[1:], SHAPES))
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", slow_but({"bfloat16"}, ["float32", "bfloat16"]))
 def test_what_a_sub_layer_made_is_added(shape, dtype):
     batch, _, width = shape
     row = (batch, 1, width)

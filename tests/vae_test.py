@@ -102,6 +102,7 @@ def test_encode(small, recorded):
     np.testing.assert_allclose(latents, recorded["enc_mode_normalized"], atol=TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", slow_but({"square"}, ["square", "wide"]))
 def test_shipped_checkpoint_decodes(shipped, name):
     fixture = load_file(FIXTURES / f"tiny_wan/{name}.safetensors")
@@ -113,6 +114,7 @@ def test_shipped_checkpoint_decodes(shipped, name):
     assert (difference == 0).mean() >= 0.99  # only values on the edge of rounding may differ
 
 
+@pytest.mark.slow
 def test_shipped_checkpoint_encodes(shipped):
     fixture = load_file(FIXTURES / "tiny_wan/wide.safetensors")
     pixels = fixture["video"][None].astype(np.float32) / 127.5 - 1

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
-from helpers import FIXTURES, LAYOUTS
+from helpers import FIXTURES, LAYOUTS, slow_but
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import denoise as loop
@@ -50,7 +50,7 @@ def recorded():
 # --- From ids to a video.
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", slow_but({"original"}, LAYOUTS))
 def test_the_recorded_run(recorded, layout):
     transformer = load_transformer(WAN / f"transformer_{layout}.safetensors", config=SIZES)
     encoder = t5.load_text_encoder(WAN / f"umt5_{layout}.safetensors", config=TEXT)
@@ -139,6 +139,7 @@ def test_an_original_folder(tmp_path, monkeypatch):
         Pipeline.from_pretrained(folder)
 
 
+@pytest.mark.slow
 def test_converted(tmp_path):
     target = tmp_path / "converted"
     convert.convert_model("tiny", target, dtype="float32")
@@ -338,6 +339,7 @@ def test_lora_that_does_not_fit(tmp_path):
 # --- Stages, embeddings, random weights.
 
 
+@pytest.mark.slow
 def test_a_staged_pipeline_holds_nothing(tmp_path):
     options = {"frames": 5, "height": 32, "width": 32, "steps": 2}
     pipeline = Pipeline.from_pretrained("tiny", staged=True, text_cache=tmp_path / "text")

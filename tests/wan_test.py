@@ -113,6 +113,7 @@ def test_velocity(transformer, recorded):
     assert np.abs(np.asarray(other) - recorded["out"]).max() > 100 * OUT
 
 
+@pytest.mark.slow
 @pytest.mark.core
 def test_selected_rows_of_a_block_are_the_rows_upstream_has(transformer, recorded):
     geometry = transformer.geometry(recorded["x"].shape)
@@ -312,6 +313,7 @@ def test_latents_after_every_step(upstream):
         assert error <= 2e-3, f"step {index + 1}: {error:.2g}"
 
 
+@pytest.mark.slow
 def test_video(upstream):
     tensors, seen = upstream.tensors, []
     result = pipeline()(
@@ -377,6 +379,7 @@ def latents(**options):
     return np.asarray(made.latents)
 
 
+@pytest.mark.slow
 def test_no_guidance_runs_one_branch():
     plan = pipeline().plan(PROMPT, guidance=1.0, **SIZE)
     assert plan.guidance is None and plan.negative_prompt is None

@@ -164,7 +164,7 @@ class BoundBlock:
         out, lse = query_sparse_attention(queries, *keys_values)
         return core.PartOut(attention.to_out(out.reshape(rows.values.shape)), lse)
 
-    def cross_attention(self, rows: core.Rows, keys_values: KeysValues) -> core.PartOut:
+    def cross_attention(self, rows: core.Rows, keys_values: KeysValues | None) -> core.PartOut:
         """Rows attend to the text, padding included, as the model was trained."""
         del keys_values  # those of the video's tokens
         attention, norm = self.block.attn2, self.block.norm2
@@ -176,7 +176,7 @@ class BoundBlock:
             entropy=lambda: attention_entropy(queries, self.text.keys),
         )
 
-    def mlp(self, rows: core.Rows, keys_values: KeysValues) -> core.PartOut:
+    def mlp(self, rows: core.Rows, keys_values: KeysValues | None) -> core.PartOut:
         """Feed-forward with the tanh GELU."""
         del keys_values
         x = core.layer_norm(rows.values, self.block.eps) * (1 + self.mlp_scale) + self.mlp_shift
