@@ -79,7 +79,11 @@ def test_what_a_sub_layer_made_is_added(shape, dtype):
 @pytest.mark.parametrize("shape", slow_but(SHAPES[:1], SHAPES))
 @pytest.mark.parametrize(
     ("parts", "normed", "turns", "dtype"),
-    [(3, 2, True, "float32"), (2, 1, False, "float32"), (2, 1, False, "bfloat16")],
+    [
+        (3, 2, True, "float32"),
+        pytest.param(2, 1, False, "float32", marks=pytest.mark.slow),
+        pytest.param(2, 1, False, "bfloat16", marks=pytest.mark.slow),
+    ],
 )
 def test_projections_become_heads(shape, parts, normed, turns, dtype):
     batch, num_tokens, width = shape
