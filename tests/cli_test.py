@@ -95,6 +95,19 @@ def test_latents_are_kept_where_decoding_fails(monkeypatch, tmp_path, error, kin
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "tokens"), [("pab-2-6", "100.0 %"), ("teacache-0.08", "87.5 %")]
+)
+def test_a_method_of_its_own_rule_books_what_it_did(capsys, method, tokens):
+    small = [each if each != "4" else "8" for each in SMALL]
+    assert cli.main(["generate", PROMPT, "--method", method, "--compare", *small]) == 0
+    printed = capsys.readouterr().out
+    (operations,) = [line.split() for line in printed.splitlines() if "operations" in line]
+    dense, fast = float(operations[-4]), float(operations[-2])
+    assert tokens in printed and 0.3 * dense < fast < 0.95 * dense
+
+
+@pytest.mark.slow
 def test_schedule_file_and_gif(capsys):
     Schedule((10, 0, 0, 10)).save("chosen.json", note="by hand")
     arguments = [PROMPT, "--schedule", "chosen.json", "-o", "clip.gif", *SMALL]

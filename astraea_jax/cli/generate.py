@@ -74,8 +74,10 @@ def _denoise(request: Request, pipeline, progress: report.Progress) -> list[wan.
         names.extend(method.name for method, _ in runs)
         return runs
 
+    # A method with a rule of its own books what it did, not what a level says.
+    traced = request.show_selection or not (request.method is None or request.method.by_level)
     with _Bars(progress, names) as bars:
-        return pipeline.denoise(asked, choose, trace=request.show_selection, progress=bars)
+        return pipeline.denoise(asked, choose, trace=traced, progress=bars)
 
 
 class _Bars(contextlib.ExitStack):
@@ -113,11 +115,17 @@ def _row(pipeline, made: wan.Made, result: wan.Result) -> dict:
     state = jax.eval_shape(lambda: method.init(geometry, branches, dtype))
     cache = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
     tokens = levels.realised_budget(workload.num_tokens)
+    operations = flops.run_flops(workload, levels.levels, branches=branches)
+    if not method.by_level:  # what it did is known from the run alone
+        assert made.trace, "such a run is made with a trace"
+        tokens = float(np.asarray(made.trace.computed).mean())
+        steps = sum(flops.traced_flops(workload, made.trace))
+        operations = branches * (steps + flops.text_flops(workload))
     return {
         "name": method.name,
         "steps": levels.steps,
         "tokens": f"{100 * tokens:.1f} %",
-        "flops": report.human_flops(flops.run_flops(workload, levels.levels, branches=branches)),
+        "flops": report.human_flops(operations),
         "seconds": result.seconds["denoise"].run,
         "compile": sum(watch.compile for watch in result.seconds.values()),
         "decode": result.seconds["decode"].run,
