@@ -75,7 +75,8 @@ def _denoise(request: Request, pipeline, progress: report.Progress) -> list[wan.
         return runs
 
     # A method with a rule of its own books what it did, not what a level says.
-    traced = request.show_selection or not (request.method is None or request.method.by_level)
+    named = request.named_method
+    traced = request.show_selection or not (named is None or named.by_level)
     with _Bars(progress, names) as bars:
         return pipeline.denoise(asked, choose, trace=traced, progress=bars)
 

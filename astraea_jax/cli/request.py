@@ -68,6 +68,13 @@ class Request:
         video.check_output(self.output)
 
     @property
+    def named_method(self) -> Method | None:
+        """The method that the command or its schedule file names, if either does."""
+        if self.method is None and isinstance(self.schedule, Recipe):
+            return methods.make(self.schedule.method)
+        return self.method
+
+    @property
     def levels(self) -> Schedule | None:
         """The levels of the schedule file, if there is one."""
         return self.schedule.schedule if isinstance(self.schedule, Recipe) else self.schedule
@@ -150,10 +157,8 @@ def plan(request: Request, steps: int, recipes: Sequence[Recipe] = ()) -> Run:
     steps are skipped: the best of the table in the README. A schedule file that holds levels
     between 0 and 10 and names no method needs ASTRAEA's selection.
     """
-    asked, method, levels = request.schedule, request.method, request.levels
+    method, levels = request.named_method, request.levels
     if levels is not None:
-        if isinstance(asked, Recipe):
-            return method or methods.make(asked.method), levels
         whole = set(levels.levels) <= {0, LEVELS}
         return method or (SKIPPING if whole else Astraea()), levels
     if request.budget is None:
