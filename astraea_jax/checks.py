@@ -32,15 +32,20 @@ def shown(value: Any) -> str:
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} letters)"
 
 
+def hold(name: str, value: Any, rule: "Rule") -> None:
+    """Refuses, under its name, a value that a rule says is wrong."""
+    problem = rule.problem(value)
+    if problem is not None:
+        raise Refusal(f"{name} {problem}")
+
+
 def whole(name: str, value: Any, low: int, high: int, *, unit: str = "") -> int:
     """Returns `value` as an int if it is an integer (NumPy's too, no bool) in low..high.
 
     Raises:
       Refusal: it is not.
     """
-    problem = Whole(low, high, unit).problem(value)
-    if problem is not None:
-        raise Refusal(f"{name} {problem}")
+    hold(name, value, Whole(low, high, unit))
     return operator.index(value)
 
 
@@ -57,9 +62,7 @@ def number(name: str, value: Any, low: float, high: float, *, above: bool = Fals
     Raises:
       Refusal: it is not.
     """
-    problem = Number(low, high, above).problem(value)
-    if problem is not None:
-        raise Refusal(f"{name} {problem}")
+    hold(name, value, Number(low, high, above))
     return float(value)
 
 
@@ -82,9 +85,7 @@ def array(name: str, value: Any, shape: str = "") -> Any:
 
 def flag(name: str, value: Any) -> bool:
     """Returns `value` if it is True or False; raises Refusal otherwise."""
-    problem = Flag().problem(value)
-    if problem is not None:
-        raise Refusal(f"{name} {problem}")
+    hold(name, value, Flag())
     return value
 
 
@@ -94,9 +95,7 @@ def one_of(name: str, value: Any, allowed: Collection[Any]) -> Any:
     Raises:
       Refusal: it is not.
     """
-    problem = OneOf(tuple(allowed)).problem(value)
-    if problem is not None:
-        raise Refusal(f"{name} {problem}")
+    hold(name, value, OneOf(tuple(allowed)))
     return value
 
 

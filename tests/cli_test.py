@@ -221,6 +221,11 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, arguments, words):
     assert os.listdir() == []
 
 
+def test_a_prompt_of_nothing_is_not_printed_whole(capsys):
+    line = refused(capsys, "generate", " " * 100_000)
+    assert "must say something" in line and len(line) < 300
+
+
 def test_schedule_of_the_wrong_kind(capsys):
     with open("wrong.json", "w") as file:
         json.dump({"format": "astraea-schedule-1", "steps": 3, "levels": [10, 12, 0]}, file)

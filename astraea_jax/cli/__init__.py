@@ -107,7 +107,9 @@ def generate(
       compilation_cache: Keep compiled programs for the next run.
     """
     if not prompt.strip():  # a pipeline says so too, once it is open
-        raise Refusal(f"a prompt must say something; got {prompt!r}: describe the video to make")
+        raise Refusal(
+            f"a prompt must say something; got {checks.shown(prompt)}: describe the video to make"
+        )
     options.check_size(frames, height, width)
     if compilation_cache:
         compiled.keep()

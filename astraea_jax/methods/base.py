@@ -247,13 +247,6 @@ class OwnPlan:
         return flops.step_flops(workload, level, reused=mode.reused)
 
 
-def hold(name: str, value: Any, rule: checks.Rule) -> None:
-    """Refuses a value that a rule says is wrong."""
-    problem = rule.problem(value)
-    if problem is not None:
-        raise Refusal(f"{name} {problem}")
-
-
 def check(method: Any) -> Method:
     """Returns `method` if it is one.
 

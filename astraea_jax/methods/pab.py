@@ -56,15 +56,15 @@ class PAB(base.OwnPlan):
     window: tuple[float, float] | None = None
 
     def __post_init__(self):
-        base.hold(
+        checks.hold(
             "periods", self.periods, checks.ListOf(checks.ListOf(checks.Anything(), 2, 2), 1, 16)
         )
         for part, period in self.periods:
-            base.hold("a part's name", part, checks.Text(100))
+            checks.hold("a part's name", part, checks.Text(100))
             checks.whole(f"period of {part}", period, 1, MOST)
         checks.number("untouched", self.untouched, 0, 0.5)
         window = checks.OrNone(checks.ListOf(checks.Number(0, 1000), 2, 2))
-        base.hold("window", self.window, window)
+        checks.hold("window", self.window, window)
         object.__setattr__(self, "periods", tuple(tuple(each) for each in self.periods))
         object.__setattr__(self, "window", self.window and tuple(self.window))
 

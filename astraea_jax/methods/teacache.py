@@ -61,7 +61,7 @@ class TeaCache(base.OwnPlan):
         checks.whole("first", self.first, 1, 10_000)
         checks.whole("last", self.last, 0, 10_000)
         numbers = checks.ListOf(checks.Number(-1e12, 1e12), 1, 32)
-        base.hold("coefficients", self.coefficients, numbers)
+        checks.hold("coefficients", self.coefficients, numbers)
         object.__setattr__(self, "coefficients", tuple(self.coefficients))
         checks.one_of("signal", self.signal, get_args(Signal))
 

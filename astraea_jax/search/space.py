@@ -53,13 +53,10 @@ class Space:
     dense_start: int = 1
 
     def __post_init__(self):
-        check_steps(self.steps)
         checks.whole("steps", self.steps, 1, MOST_STEPS)
         lists = {"choices": (self.choices, LEVELS), "costs": (self.costs, MOST_COST)}
         for name, (values, most) in lists.items():
-            problem = checks.ListOf(checks.Whole(-most, most), 0, 2 * LEVELS).problem(values)
-            if problem is not None:
-                raise Refusal(f"{name} {problem}")
+            checks.hold(name, values, checks.ListOf(checks.Whole(-most, most), 0, 2 * LEVELS))
         for name in ("low", "high"):
             checks.whole(name, getattr(self, name), -(1 << 40), 1 << 40)
         rising = all(a < b for a, b in zip(self.choices, self.choices[1:], strict=False))
