@@ -16,7 +16,8 @@ from astraea_jax.bench import denoise, exactness, models, quality, search_study
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import BENCHES, COMMANDS
 from astraea_ports import checkpoints, wan
-from astraea_ports.wan import parts, transformer_training
+from astraea_ports.wan import parts
+from astraea_ports.wan.training import transformer as transformer_training
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 

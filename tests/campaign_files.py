@@ -14,7 +14,8 @@ from astraea_jax import cli, video
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe, recipes_in
-from astraea_ports import tiny, training_folder
+from astraea_ports import tiny
+from astraea_ports.training import folder as training_folder
 
 SILENT = {"_diffusers_version", "tokenizer_class", "clean_up_tokenization_spaces", "backend"}
 """Fields of configs that say nothing of what is computed."""

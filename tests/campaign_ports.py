@@ -22,7 +22,8 @@ from campaign_functions import by_name
 
 from astraea_jax.methods import Astraea
 from astraea_jax.schedule import Schedule
-from astraea_ports import t5, tiny, wan
+from astraea_ports import tiny, wan
+from astraea_ports.text import t5
 from astraea_ports.tiny import score
 from astraea_ports.wan import vae_weights
 

@@ -16,8 +16,15 @@ from flax import nnx
 from safetensors.numpy import save_file
 
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, tensor_files
-from astraea_ports.checkpoints import Entry, load_parameters, model_folder, read_config
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import (
+    Entry,
+    load_parameters,
+    loading,
+    model_folder,
+    read_config,
+    tensor_files,
+)
 
 TABLE = (
     Entry(r"layers\.(?P<layer>\d+)\.(weight)", r"blocks.kernel", checkpoints.linear),
@@ -115,9 +122,9 @@ def test_dtypes(tmp_path, template, stored, dtype):
 
 def test_the_host_holds_a_parameter_once(tmp_path, template, monkeypatch):
     made, path = [], saved(tmp_path, tensors())
-    allocate = checkpoints.aligned_empty
+    allocate = loading.aligned_empty
     monkeypatch.setattr(
-        checkpoints, "aligned_empty", lambda *args: made.append(allocate(*args)) or made[-1]
+        loading, "aligned_empty", lambda *args: made.append(allocate(*args)) or made[-1]
     )
     with jax.default_device(jax.devices("cpu")[0]):
         model = load_parameters(path, template, TABLE)

@@ -25,7 +25,7 @@ from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny, wan
-from astraea_ports.wan import vae_tiles
+from astraea_ports.pipeline import Defaults, tiles
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -318,9 +318,9 @@ def test_a_staged_model_reads_what_a_search_needs_and_no_more(monkeypatch):
     assert found.part(slice(1, None)).context.shape[0] == 2
     # Decoded as the pipeline does: in pieces where a video is large.
     cut = []
-    monkeypatch.setattr(vae_tiles, "MOST_PIXELS", 1 << 10)
+    monkeypatch.setattr(tiles, "MOST_PIXELS", 1 << 10)
     monkeypatch.setattr(
-        vae_tiles,
+        tiles,
         "decode",
         lambda model, latents, **how: cut.append(how) or np.zeros((1, 5, 8, 8, 3)),
     )
@@ -336,7 +336,7 @@ def test_studies_decode_as_the_pipeline_does(of):
     seen = []
 
     class Pipeline:
-        defaults, shift = wan.pipeline.Defaults(5, 32, 32), 3.0
+        defaults, shift = Defaults(5, 32, 32, 50, 5.0), 3.0
 
         def latents_shape(self, *size):
             return (2, 4, 4, 16)

@@ -27,7 +27,7 @@ from astraea_jax.cli.request import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_ports import checkpoints, tiny
-from astraea_ports.wan import parts
+from astraea_ports.pipeline import parts
 
 generate = importlib.import_module("astraea_jax.cli.generate")  # the command has its name
 

@@ -1,8 +1,10 @@
 """Switches on the run-time check of array types, before anything of ours is imported."""
 
 import os
+import pathlib
 import warnings
 
+import jax
 import jaxtyping
 import pytest
 
@@ -25,3 +27,16 @@ def in_an_empty_folder(tmp_path, monkeypatch):
     """Where a test of the command line runs; the way a command shows warnings ends with it."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+
+
+MOST_MAPS = 20_000
+"""A process on Linux may have 65,530: past that a compiled program ends it with a signal."""
+
+
+@pytest.fixture(autouse=True)
+def few_compiled_programs():
+    """Lets compiled programs go once there are many: on a CPU each is mapped memory."""
+    yield
+    maps = pathlib.Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS:
+        jax.clear_caches()

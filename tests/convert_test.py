@@ -14,12 +14,14 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+import astraea_ports
 from astraea_jax import cli, files, metrics
 from astraea_jax.checks import Refusal
 from astraea_jax.model import fingerprint
 from astraea_jax.search.recipe import recipes_in
 from astraea_ports import tiny
-from astraea_ports.wan import convert, lora, parts
+from astraea_ports.checkpoints import lora
+from astraea_ports.pipeline import convert, parts
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer_weights import load_transformer
 
@@ -104,12 +106,12 @@ def test_a_folder_is_opened_by_one_rule(tmp_path, monkeypatch):
     shutil.copytree(tiny.FOLDER, folder)
     said = json.loads((folder / "astraea.json").read_text())
     (folder / "astraea.json").write_text(json.dumps(said | {"dtype": "bfloat16"}))
-    assert parts.main_dtype(parts.open_parts(folder).transformer.template) == "bfloat16"
+    assert parts.main_dtype(astraea_ports.open_parts(folder).transformer.template) == "bfloat16"
     said.pop("dtype")
     (folder / "astraea.json").write_text(json.dumps(said))
-    opened = parts.open_parts(folder)  # its weights are bfloat16
+    opened = astraea_ports.open_parts(folder)  # its weights are bfloat16
     assert parts.main_dtype(opened.transformer.template) == "bfloat16" and not opened.large
-    again = parts.open_parts(folder, dtype="float32")
+    again = astraea_ports.open_parts(folder, dtype="float32")
     assert parts.main_dtype(again.transformer.template) == "float32"
     monkeypatch.setattr(parts, "LARGE", 1000)
     assert Pipeline.from_pretrained(tiny.FOLDER).loaders
@@ -148,7 +150,7 @@ def test_a_target_that_can_not_be_made_is_refused_before_the_model(tmp_path, mon
     def never(*_, **__):
         raise AssertionError("the model was opened")
 
-    monkeypatch.setattr(parts, "open_parts", never)
+    monkeypatch.setattr(astraea_ports, "open_parts", never)
     (tmp_path / "file").touch()
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")

@@ -13,7 +13,10 @@ from huggingface_hub.utils import filter_repo_objects
 
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, converted, t5, tiny
+from astraea_ports import checkpoints, tiny
+from astraea_ports.checkpoints import converted
+from astraea_ports.pipeline.parts import main_dtype
+from astraea_ports.text import t5
 from astraea_ports.wan import parts
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer_weights import load_transformer
@@ -110,7 +113,7 @@ def test_of_a_whole_model_its_parts_are_fetched_and_nothing_else(hub, name):
     assert hub.weights() == WHOLE[name]
     folder = "tokenizer" if name.endswith("Diffusers") else "google/umt5-xxl"
     assert {Path(each).name for each in hub.fetched() if each.startswith(folder)} == TOKENIZER
-    assert opened.large and parts.main_dtype(opened.transformer.template) == "bfloat16"
+    assert opened.large and main_dtype(opened.transformer.template) == "bfloat16"
     # All of one commit, whatever happens to the branch meanwhile.
     assert {revision for _, revision in hub.calls[1:]} == {COMMIT}
 

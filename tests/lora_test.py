@@ -15,9 +15,11 @@ from safetensors.numpy import save_file
 from astraea_jax.bench.models import read_lora
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
-from astraea_ports.wan import lora, transformer_weights
+from astraea_ports.checkpoints import lora
+from astraea_ports.checkpoints.lora import Lora
+from astraea_ports.wan import transformer_weights
 from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.lora import Lora
+from astraea_ports.wan.transformer_weights import LORA_WORDS
 
 SIZES = {"dim": 48, "num_heads": 3, "in_dim": 16, "out_dim": 16, "text_dim": 32, "freq_dim": 64}
 SIZES |= {"ffn_dim": 128, "num_layers": 2, "eps": 1e-6, "model_type": "t2v"}
@@ -26,6 +28,10 @@ Q = "blocks.1.attn1.to_q"
 PLACE = ("blocks.attn1.to_q.kernel", 1)
 RANDOM = np.random.default_rng(0)
 DOWN, UP = (RANDOM.normal(size=s).astype("f4") for s in ((RANK, WIDTH), (WIDTH, RANK)))
+
+
+def read(files, model):
+    return lora.read_deltas(files, *model, words=LORA_WORDS)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +69,7 @@ def raw(file, tensors):
 
 def scale(model, file, strength=1.0):
     """By what the product was multiplied."""
-    change = lora.read_deltas([Lora(file, strength)], *model)[PLACE]()
+    change = read([Lora(file, strength)], model)[PLACE]()
     unit = (UP @ DOWN).T
     found = float((change * unit).sum() / (unit * unit).sum())
     np.testing.assert_allclose(change, found * unit, rtol=1e-4, atol=1e-5)
@@ -158,30 +164,30 @@ def test_an_alpha_among_the_tensors_has_the_last_word(tmp_path, model, alpha):
 def test_what_is_said_of_a_scale_is_checked(tmp_path, model, more, message):
     file = saved(tmp_path, pair(), diffusers(SAID | more))
     with pytest.raises(Refusal, match=message):
-        lora.read_deltas([Lora(file)], *model)
+        read([Lora(file)], model)
 
 
 def test_scales_that_contradict_each_other(tmp_path, model):
     (tmp_path / "adapter_config.json").write_text(json.dumps(SAID | {"lora_alpha": 8}))
     file = saved(tmp_path, pair(), diffusers(SAID))
     with pytest.raises(Refusal, match=r"expected one scale, got 4 by lora_adapter.* and 2 by"):
-        lora.read_deltas([Lora(file)], *model)
+        read([Lora(file)], model)
     os.remove(tmp_path / "adapter_config.json")
     saved(tmp_path, pair(), {"lora_alpha": "3", "transformer.lora_alpha": "4"})
     with pytest.raises(Refusal, match=r"says lora_alpha twice, (3 and 4|4 and 3)"):
-        lora.read_deltas([Lora(file)], *model)
+        read([Lora(file)], model)
     saved(tmp_path, pair(), {"lora_adapter_metadata": "{"})
     with pytest.raises(Refusal, match=r"lora_adapter_metadata in the header .* is not valid JSON"):
-        lora.read_deltas([Lora(file)], *model)
+        read([Lora(file)], model)
 
 
 def test_a_bias_beside_the_product_is_scaled_with_it(tmp_path, model):
     bias = RANDOM.normal(size=WIDTH).astype("f4")
     file = saved(tmp_path, pair() | {f"transformer.{Q}.lora_B.bias": bias}, diffusers(SAID))
-    added = lora.read_deltas([Lora(file, 0.5)], *model)["blocks.attn1.to_q.bias", 1]()
+    added = read([Lora(file, 0.5)], model)["blocks.attn1.to_q.bias", 1]()
     np.testing.assert_allclose(added, 0.5 * 4 * bias, rtol=1e-6)
     file = saved(tmp_path, pair(diff_b=bias), diffusers(SAID))
-    added = lora.read_deltas([Lora(file, 0.5)], *model)["blocks.attn1.to_q.bias", 1]()
+    added = read([Lora(file, 0.5)], model)["blocks.attn1.to_q.bias", 1]()
     np.testing.assert_allclose(added, 0.5 * bias, rtol=1e-6)
 
 
@@ -201,7 +207,7 @@ def test_a_bias_beside_the_product_is_scaled_with_it(tmp_path, model):
 def test_differences_of_a_modulation(tmp_path, model, key, place):
     rows = 6 if place[1] is not None else 2
     change = RANDOM.normal(size=(1, rows, WIDTH)).astype("f4")
-    added = lora.read_deltas([Lora(saved(tmp_path, {key: change}), 2)], *model)
+    added = read([Lora(saved(tmp_path, {key: change}), 2)], model)
     np.testing.assert_allclose(added[place](), 2 * change[0], rtol=1e-6)
 
 
@@ -245,12 +251,12 @@ ONES = np.ones((WIDTH, WIDTH), "f4")
 def test_what_is_no_lora_of_this_model(tmp_path, model, more, message):
     file = saved(tmp_path, pair("") | more)
     with pytest.raises(Refusal, match=message):
-        lora.read_deltas([Lora(file)], *model)
+        read([Lora(file)], model)
 
 
 def test_an_empty_file(tmp_path, model):
     with pytest.raises(Refusal, match="this file holds no tensor"):
-        lora.read_deltas([Lora(saved(tmp_path, {}))], *model)
+        read([Lora(saved(tmp_path, {}))], model)
 
 
 # --- Numbers.
@@ -265,7 +271,7 @@ def test_eight_bit_floats(tmp_path, model, dtype):
         {key: (dtype, list(value.shape), value.tobytes()) for key, value in values.items()},
     )
     down, up = (value.astype(np.float32) for value in values.values())
-    got = lora.read_deltas([Lora(file)], *model)[PLACE]()
+    got = read([Lora(file)], model)[PLACE]()
     np.testing.assert_allclose(got, (up @ down).T, rtol=1e-6)
 
 
@@ -274,7 +280,7 @@ def test_eight_bit_floats(tmp_path, model, dtype):
 def test_nan_is_told_by_name_when_it_is_read(tmp_path, model, value, dtype):
     tensors = {key: tensor.astype(dtype) for key, tensor in pair().items()}
     tensors[f"transformer.{Q}.lora_B.weight"][40, 2] = value
-    change = lora.read_deltas([Lora(saved(tmp_path, tensors))], *model)[PLACE]
+    change = read([Lora(saved(tmp_path, tensors))], model)[PLACE]
     with pytest.raises(Refusal, match=r"to_q\.lora_B\.weight in .* holds NaN or infinity"):
         change()
 
@@ -282,7 +288,7 @@ def test_nan_is_told_by_name_when_it_is_read(tmp_path, model, value, dtype):
 def test_a_change_that_is_too_large(tmp_path, model):
     file = saved(tmp_path, {key: value * np.float32(1e20) for key, value in pair().items()})
     with pytest.raises(Refusal, match=r"change of blocks\.1\.attn1\.to_q\.weight is past float32"):
-        lora.read_deltas([Lora(file)], *model)[PLACE]()
+        read([Lora(file)], model)[PLACE]()
 
 
 @pytest.mark.usefixtures("as_a_user")

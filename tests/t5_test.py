@@ -11,11 +11,12 @@ from flax import nnx
 from helpers import FIXTURES, LAYOUTS, full_size
 from safetensors.numpy import load_file, save_file
 
-from astraea_ports import checkpoints, t5
-from astraea_ports.matching import best_table, match_tensors
-from astraea_ports.t5 import T5Config, T5Encoder, load_text_encoder
+from astraea_ports import checkpoints, tiny
+from astraea_ports.checkpoints.matching import best_table, match_tensors
+from astraea_ports.text import t5
+from astraea_ports.text.t5 import T5Config, T5Encoder, load_text_encoder
 
-TINY = Path(t5.__file__).parent / "tiny" / "text_encoder"
+TINY = tiny.FOLDER / "text_encoder"
 DEV = {
     "model_type": "umt5",
     "d_model": 32,

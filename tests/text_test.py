@@ -12,11 +12,11 @@ import tokenizers
 from safetensors import safe_open
 from tokenizers import decoders, models, pre_tokenizers, processors
 
-from astraea_ports import checkpoints
-from astraea_ports.wan.text import Tokenizer, clean_prompt
+from astraea_ports import tiny
+from astraea_ports.text.tokenizer import Tokenizer, clean_prompt
 
 FIXTURES = Path(__file__).parent / "fixtures"
-TINY = Path(checkpoints.__file__).parent / "tiny" / "tokenizer"
+TINY = tiny.FOLDER / "tokenizer"
 
 # Every word of the captions that the shipped model was trained on.
 GRAMMAR = """

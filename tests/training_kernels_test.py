@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 from helpers import slow_but
 
-from astraea_ports.wan import training_forward, training_kernels
-from astraea_ports.wan import training_passes as passes
 from astraea_ports.wan.block import Rope
 from astraea_ports.wan.config import TransformerConfig
+from astraea_ports.wan.training import forward as training_forward
+from astraea_ports.wan.training import kernels as training_kernels
+from astraea_ports.wan.training import passes
 from astraea_ports.wan.transformer import Transformer
 
 EPS = 1e-6

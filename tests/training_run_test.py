@@ -21,12 +21,17 @@ from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
 from astraea_jax.cli import train
-from astraea_ports import t5, training_folder, training_run, wan
+from astraea_ports import wan
+from astraea_ports.text import t5
 from astraea_ports.tiny import score
-from astraea_ports.wan import training, training_recipe, vae_weights
-from astraea_ports.wan.latent_pool import finite
-from astraea_ports.wan.training_forward import Layout
-from astraea_ports.wan.training_recipe import Networks, Recipe
+from astraea_ports.training import folder as training_folder
+from astraea_ports.training import recipe as training_recipe
+from astraea_ports.training import run as training_run
+from astraea_ports.training.pool import finite
+from astraea_ports.training.recipe import Networks, Recipe
+from astraea_ports.wan import vae_weights
+from astraea_ports.wan.training import step as training
+from astraea_ports.wan.training.forward import Layout
 from astraea_ports.wan.transformer import Transformer
 
 

@@ -22,18 +22,19 @@ from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
-from astraea_ports import export, t5, tiny, training_folder, training_run, wan
+from astraea_ports import tiny, wan
+from astraea_ports.checkpoints import export
+from astraea_ports.text import t5
 from astraea_ports.tiny import lessons, scenes
-from astraea_ports.wan import (
-    training,
-    training_recipe,
-    transformer_training,
-    transformer_weights,
-    vae_training,
-    vae_weights,
-)
-from astraea_ports.wan.latent_pool import LatentPool, Latents, source_block
-from astraea_ports.wan.training_forward import Layout, velocity
+from astraea_ports.training import folder as training_folder
+from astraea_ports.training import recipe as training_recipe
+from astraea_ports.training import run as training_run
+from astraea_ports.training.pool import LatentPool, Latents, source_block
+from astraea_ports.wan import transformer_weights, vae_weights
+from astraea_ports.wan.training import step as training
+from astraea_ports.wan.training import transformer as transformer_training
+from astraea_ports.wan.training import vae as vae_training
+from astraea_ports.wan.training.forward import Layout, velocity
 
 pytestmark = pytest.mark.slow
 

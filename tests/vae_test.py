@@ -12,9 +12,10 @@ from helpers import FIXTURES, LAYOUTS, full_size, slow_but
 from safetensors.numpy import load_file
 
 from astraea_ports import checkpoints
-from astraea_ports.matching import match_tensors
+from astraea_ports.checkpoints.matching import match_tensors
+from astraea_ports.pipeline import tiles
 from astraea_ports.wan import vae as wan_vae
-from astraea_ports.wan import vae_layers, vae_tiles, vae_weights
+from astraea_ports.wan import vae_layers, vae_weights
 from astraea_ports.wan.vae import VAE, VAEConfig
 from astraea_ports.wan.vae_weights import load_vae
 
@@ -160,10 +161,10 @@ def test_one_frame_and_batch(smallest):
 def test_pieces_give_what_the_whole_gives(smallest):
     latents = jax.random.normal(jax.random.key(1), (1, 5, 24, 6, 2))
     whole = jax.jit(VAE.decode)(smallest, latents)
-    pieces = vae_tiles.decode(smallest, latents, tile=(4, 3), frames=2)
+    pieces = tiles.decode(smallest, latents, tile=(4, 3), frames=2)
     np.testing.assert_allclose(pieces, whole, atol=TOLERANCE)
     encoded = jax.jit(VAE.encode)(smallest, whole)
-    pieces = vae_tiles.encode(smallest, whole, tile=(4, 3), frames=2)
+    pieces = tiles.encode(smallest, whole, tile=(4, 3), frames=2)
     np.testing.assert_allclose(pieces, encoded, atol=TOLERANCE)
 
 
@@ -175,30 +176,29 @@ def test_the_rim_is_what_the_layers_see(smallest):
     def run(vae):
         features = jnp.zeros((1, 1, 28, 1, 4)).at[:, :, broken].set(jnp.nan)
         pixels = jnp.zeros((1, 1, 28 * factor, factor, 3)).at[:, :, broken * factor].set(jnp.nan)
-        past = vae_layers.Past
-        return vae.decode_leave(features, past()), vae.encode_enter(pixels, past())
+        return vae.decode_leave(features)[0], vae.encode_enter(pixels)[0]
 
     video, encoded = (np.isnan(x[0, 0, :, 0, 0]).nonzero()[0] for x in run(smallest))
-    rim = vae_tiles.decode_rim(smallest.config)
+    rim = smallest.config.decode_rim
     assert rim == 8
     above, below = broken * factor - video.min(), video.max() - (broken * factor + factor - 1)
     assert (rim - 1) * factor < max(above, below) <= rim * factor
-    rim = vae_tiles.encode_rim(smallest.config)
+    rim = smallest.config.encode_rim
     assert rim == 6
     assert rim - 2 < max(broken - encoded.min(), encoded.max() - broken) <= rim
 
 
 def test_pieces_keep_to_the_memory():
     config = VAEConfig.from_dict(vae_weights.WAN_VAE)
-    assert vae_tiles.decode_rim(config) == 13 and vae_tiles.encode_rim(config) == 10
-    assert vae_tiles.pieces(config, (9, 16, 16)) is None
+    assert config.decode_rim == 13 and config.encode_rim == 10
+    assert tiles.pieces(config, (9, 16, 16)) is None
     for grid, tile in (((21, 60, 104), None), ((21, 90, 160), (90, 80))):
-        cut = vae_tiles.pieces(config, grid)
+        cut = tiles.pieces(config, grid)
         assert cut == (tile, 1)
         rows, columns = tile or grid[1:]
-        rim = 2 * vae_tiles.decode_rim(config) if tile else 0
+        rim = 2 * config.decode_rim if tile else 0
         pixels = 4 * 64 * min(rows + rim, grid[1]) * min(columns + rim, grid[2])
-        assert pixels <= vae_tiles.MOST_PIXELS * 2
+        assert pixels <= tiles.MOST_PIXELS * 2
 
 
 def test_gradient_of_the_norm_is_finite_at_zero():
@@ -212,9 +212,7 @@ def test_bfloat16_weights_give_float32_results(smallest):
     video = jax.eval_shape(VAE.decode, narrow, latents)
     assert video.dtype == jnp.float32
     assert jax.eval_shape(VAE.encode, narrow, video).dtype == jnp.float32
-    features = jax.eval_shape(
-        lambda vae, x: vae.decode_enter(x, vae_layers.Past()), narrow, latents
-    )
+    features, _ = jax.eval_shape(VAE.decode_enter, narrow, latents)
     assert features.dtype == jnp.bfloat16
 
 

@@ -18,8 +18,11 @@ from astraea_jax import solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Astraea, Dense
 from astraea_jax.schedule import Schedule
-from astraea_ports import t5, tiny
-from astraea_ports.wan import convert, embeddings, lora, parts, vae_weights
+from astraea_ports import tiny
+from astraea_ports.checkpoints import lora
+from astraea_ports.pipeline import convert
+from astraea_ports.text import embeddings, t5
+from astraea_ports.wan import parts, vae_weights
 from astraea_ports.wan.config import T2V_1_3B, TransformerConfig
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer import Transformer

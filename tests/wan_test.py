@@ -21,9 +21,10 @@ from astraea_jax import solvers
 from astraea_jax.methods import Astraea, Dense
 from astraea_jax.schedule import Schedule
 from astraea_ports import checkpoints, tiny
-from astraea_ports.matching import best_table, match_tensors
-from astraea_ports.wan import plan as plans
-from astraea_ports.wan import stages, transformer_weights
+from astraea_ports.checkpoints.matching import best_table, match_tensors
+from astraea_ports.pipeline import plan as plans
+from astraea_ports.pipeline import stages
+from astraea_ports.wan import transformer_weights
 from astraea_ports.wan.config import CONFIGS
 from astraea_ports.wan.pipeline import Pipeline
 from astraea_ports.wan.transformer import Transformer

@@ -7,8 +7,9 @@ from tyro.conf import Suppress, UseAppendAction, arg
 
 from astraea_jax import checks
 from astraea_jax.checks import Refusal
-from astraea_ports import wan
-from astraea_ports.wan import embeddings, lora
+from astraea_ports.checkpoints import lora
+from astraea_ports.pipeline import Pipeline
+from astraea_ports.text import embeddings
 
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["reference", "fast"]
@@ -39,7 +40,7 @@ class ModelChoice:
     lora: UseAppendAction[tuple[str, ...]] = ()
     staged: Suppress[bool | None] = None
 
-    def open(self) -> wan.Pipeline:
+    def open(self) -> Pipeline:
         """The pipeline.
 
         Raises:
@@ -52,13 +53,13 @@ class ModelChoice:
                     f"--random {self.random} makes the weights of a whole model: it takes no "
                     "--model, --revision or --lora"
                 )
-            return wan.Pipeline.random(
+            return Pipeline.random(
                 self.random,
                 dtype=self.dtype or "bfloat16",
                 precision=self.precision,
                 staged=self.staged,
             )
-        pipeline = wan.Pipeline.from_pretrained(
+        pipeline = Pipeline.from_pretrained(
             self.model,
             revision=self.revision,
             dtype=self.dtype,
@@ -81,7 +82,7 @@ Chosen = Annotated[ModelChoice, arg(name="")]
 """A command's options `--model`, `--revision`, `--random`, ...: the fields, by their own names."""
 
 
-def read_lora(text: str) -> wan.Lora:
+def read_lora(text: str) -> lora.Lora:
     """`file.safetensors` or `file.safetensors:0.8`.
 
     Raises:
@@ -90,10 +91,10 @@ def read_lora(text: str) -> wan.Lora:
     file, colon, strength = text.rpartition(":")
     # A colon may be the name's own, as in C:\\file.safetensors.
     if not colon or not file.lower().endswith(".safetensors"):
-        return wan.Lora(text)
+        return lora.Lora(text)
     try:
         value = float(strength)
     except ValueError:
         value = strength
     low, high = -lora.STRONGEST, lora.STRONGEST
-    return wan.Lora(file, checks.number(f"strength of {file}", value, low, high))
+    return lora.Lora(file, checks.number(f"strength of {file}", value, low, high))

@@ -290,7 +290,7 @@ class Study:
                 self.rows.append(row)
         self.save()
 
-    @functools.cache  # noqa: B019
+    @functools.cache  # noqa: B019 - one study a process
     def dense_videos(self, solver: str) -> tuple[Any, list[np.ndarray]]:
         """Latents and videos that every row of a solver is held against."""
         dense = self._latents(METHODS["dense"], solver, [10] * self.options.steps)

@@ -13,9 +13,9 @@ from astraea_jax import checks, report
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as profiles
 from astraea_ports.tiny import lessons
-from astraea_ports.wan.training_forward import Layout
-from astraea_ports.wan.training_recipe import MOST_CLIPS, Recipe
-from astraea_ports.wan.transformer_training import PoolPlan, TransformerTraining
+from astraea_ports.training.recipe import MOST_CLIPS, Recipe
+from astraea_ports.wan.training.forward import Layout
+from astraea_ports.wan.training.transformer import PoolPlan, TransformerTraining
 
 COLUMNS = {
     "attention": "attention",

@@ -7,7 +7,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from astraea_jax import report
 from astraea_jax.bench.models import Dtype, read_lora
-from astraea_ports.wan import convert
+from astraea_ports.pipeline import convert
 
 
 def command(

@@ -13,7 +13,7 @@ from astraea_jax.checks import Refusal
 from astraea_jax.cli import keeping
 from astraea_jax.cli.request import Choice, Request
 from astraea_jax.schedule import LEVELS
-from astraea_ports import wan
+from astraea_ports.pipeline import Made, Result
 
 
 def run(request: Request, progress: report.Progress) -> list[dict]:
@@ -50,7 +50,7 @@ def run(request: Request, progress: report.Progress) -> list[dict]:
     return rows
 
 
-def _denoise(request: Request, pipeline, progress: report.Progress) -> list[wan.Made]:
+def _denoise(request: Request, pipeline, progress: report.Progress) -> list[Made]:
     """The latents of every run, with a bar for each stage; each part is loaded once."""
     choice = Choice(request, pipeline)
     frames, height, width = request.size
@@ -105,7 +105,7 @@ class _Bars(contextlib.ExitStack):
             self._bar.advance()
 
 
-def _row(pipeline, made: wan.Made, result: wan.Result) -> dict:
+def _row(pipeline, made: Made, result: Result) -> dict:
     """What a run computed, and how long it took."""
     method, levels = made.method, made.schedule
     frames, height, width = result.video.shape[1:4]
@@ -135,7 +135,7 @@ def _row(pipeline, made: wan.Made, result: wan.Result) -> dict:
 
 
 def _picture(
-    request: Request, pipeline, rows: Sequence[dict], videos: list[np.ndarray], result: wan.Result
+    request: Request, pipeline, rows: Sequence[dict], videos: list[np.ndarray], result: Result
 ) -> np.ndarray:
     """Panels: dense, accelerated, their difference, the selection; or the plain video."""
     panels = [video.enlarge(frames) for frames in videos]
@@ -152,7 +152,7 @@ def _picture(
     return video.side_by_side(panels, titles)
 
 
-def _lit(pipeline, result: wan.Result, frames: np.ndarray) -> np.ndarray:
+def _lit(pipeline, result: Result, frames: np.ndarray) -> np.ndarray:
     """The video lit by how often each token was computed, over the steps that were not dense."""
     assert result.trace, "the run was made with a trace"
     computed = np.asarray(result.trace.computed)[:, 0]

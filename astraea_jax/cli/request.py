@@ -13,7 +13,7 @@ from astraea_jax.model import VideoDiT, fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_jax.solvers import Grid
-from astraea_ports.wan.plan import check_numbers
+from astraea_ports.pipeline.plan import check_numbers
 
 Run = tuple[Method, Schedule]
 """How a video is made."""

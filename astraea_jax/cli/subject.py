@@ -18,8 +18,7 @@ from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.population import Scorer
 from astraea_jax.search.space import ALL_LEVELS, MOST_STEPS, WHOLE_STEPS
 from astraea_ports import checkpoints
-from astraea_ports.wan.parts import SHIPPED
-from astraea_ports.wan.plan import check_numbers
+from astraea_ports.pipeline.plan import check_numbers
 
 SolverName = Literal["unipc", "euler"]
 SearchMethod = Literal[
@@ -212,8 +211,7 @@ def read_prompts(path: pathlib.Path | None, model: ModelChoice) -> list[str]:
     if model.random is not None:
         raise Refusal(asking)
     # From the hub JSON alone is fetched, since it may say that there is nothing to search on.
-    source = SHIPPED.get(model.model, model.model)
-    path = checkpoints.find_model(source, revision=model.revision).path / "captions.json"
+    path = checkpoints.find_model(model.model, revision=model.revision).path / "captions.json"
     if not path.exists():
         raise Refusal(asking)
     captions = files.read_json(path, what="list of captions (JSON)")

@@ -15,12 +15,14 @@ from tyro.conf import arg
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, tiny, training_folder, training_run
+from astraea_ports import checkpoints, tiny
 from astraea_ports.tiny import lessons, reader_training, scenes
-from astraea_ports.wan import transformer_training, vae_training
-from astraea_ports.wan.latent_pool import MOST_POOLED
-from astraea_ports.wan.parts import SHIPPED
-from astraea_ports.wan.training_recipe import MOST_CLIPS, MOST_STEPS, Recipe
+from astraea_ports.training import folder as training_folder
+from astraea_ports.training import run as training_run
+from astraea_ports.training.pool import MOST_POOLED
+from astraea_ports.training.recipe import MOST_CLIPS, MOST_STEPS, Recipe
+from astraea_ports.wan.training import transformer as transformer_training
+from astraea_ports.wan.training import vae as vae_training
 from astraea_ports.wan.vae_weights import load_vae
 
 Part = Literal["transformer", "vae", "reader"]
@@ -274,9 +276,7 @@ class Order:
         )
 
         def make() -> training_run.Trainee:
-            folder = checkpoints.model_folder(
-                SHIPPED.get(self.model, self.model), revision=self.revision
-            )
+            folder = checkpoints.model_folder(self.model, revision=self.revision)
             vae = load_vae(folder / "vae", dtype=jnp.bfloat16 if large else jnp.float32)
             return reader_training.ReaderTraining(vae, recipe)
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from astraea_jax.checks import ListOf, Number, Text, Whole
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
-from astraea_ports.wan.latent_pool import Examples
-from astraea_ports.wan.training_recipe import SHARE, check_fields
+from astraea_ports.training.pool import Examples
+from astraea_ports.training.recipe import SHARE, check_fields
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ from astraea_jax.checks import Whole
 from astraea_ports.tiny import scenes, score
 from astraea_ports.tiny.scenes import Scene
 from astraea_ports.tiny.score import Reader
-from astraea_ports.wan.training_recipe import (
+from astraea_ports.training.recipe import (
     MOST_CLIPS,
     SHARED_RULES,
     check_fields,

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float, Int
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, export
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import export
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scenes import Scene
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from astraea_jax import checks
 from astraea_jax.checks import ListOf, OneOf, Refusal, Whole
-from astraea_ports import configs
+from astraea_ports.checkpoints import configs
 from astraea_ports.wan import family
 
 _SHARED = {
@@ -136,6 +136,10 @@ class TransformerConfig:
             return cls(**chosen)
         except Refusal as error:
             raise Refusal(f"{name}: {error}; {advice}") from error
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `from_dict` reads, as Diffusers writes it."""
+        return {"_class_name": "WanTransformer3DModel"} | dataclasses.asdict(self)
 
     def _problems(self) -> list[str]:
         """What is wrong with the sizes together."""

@@ -7,8 +7,13 @@ from typing import Any, NamedTuple
 
 from astraea_jax import checks, solvers
 from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Text, Whole
-from astraea_ports import checkpoints, configs, t5
-from astraea_ports.wan import family, plan, text, vae_weights
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import configs
+from astraea_ports.pipeline import plan
+from astraea_ports.pipeline.parts import Defaults
+from astraea_ports.text import t5
+from astraea_ports.text.tokenizer import stated_length
+from astraea_ports.wan import family, vae_weights
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.vae import VAEConfig
 
@@ -24,22 +29,8 @@ EXPERTS = ("high_noise_model", "low_noise_model")
 _ORIGINAL_KINDS = ("t2v", "i2v", "flf2v", "vace", "ti2v", "s2v", "animate")
 
 
-class Defaults(NamedTuple):
-    """What a call uses where it is not told; a folder's astraea.json may say otherwise.
-
-    Attributes:
-      frames: of the video, 4k + 1.
-      height: pixels, a multiple of 16.
-      width: pixels, a multiple of 16.
-      steps: denoising steps.
-      guidance: scale of classifier-free guidance.
-    """
-
-    frames: int = 81
-    height: int = 480
-    width: int = 832
-    steps: int = 50
-    guidance: float = 5.0
+DEFAULTS = Defaults(frames=81, height=480, width=832, steps=50, guidance=5.0)
+"""The original's sampling, at the 1.3B's size."""
 
 
 class Contents(NamedTuple):
@@ -85,13 +76,14 @@ def read(folder: Path) -> Contents:
         tokenizer, length = folder / "tokenizer", None
     _check_together(folder, transformer, encoder, image)
     # The original's config says it; else the tokenizer's own, where it states a limit.
-    if text.stated_length(tokenizer) is None:
+    if stated_length(tokenizer) is None:
         length = length or TEXT_LENGTH
-    defaults = {name: settings[name] for name in Defaults._fields if name in settings}
-    found = Contents(tokenizer, length, shift, grid, Defaults(**defaults), settings.get("dtype"))
-    if defaults:
+    said = {name: settings[name] for name in Defaults._fields if name in settings}
+    defaults = DEFAULTS._replace(**said)
+    found = Contents(tokenizer, length, shift, grid, defaults, settings.get("dtype"))
+    if said:
         try:
-            plan.check_size(found.defaults[:3], image, transformer)
+            plan.check_size(defaults[:3], image, transformer.patch_size)
         except Refusal as error:
             raise Refusal(f"{folder / 'astraea.json'}: {error}") from error
     return found

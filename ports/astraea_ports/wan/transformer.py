@@ -1,9 +1,15 @@
 """The Wan 2.1 text-to-video transformer: flax modules that hold only parameters.
 
+Of weights in bfloat16, precision "reference" leaves in float32: the tokens between sub-layers (the
+residual stream), time embedding, modulation, norms and head, as the original's autocast does.
+"fast" is the same but for the tokens, which are rounded to the weights' dtype after each sub-layer,
+as in Diffusers; half the traffic. What is kept from step to step has the weights' dtype under
+either.
+
 Source: Wan-Video/Wan2.1 wan/modules/model.py; Diffusers transformer_wan (key names).
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,18 +21,11 @@ from jaxtyping import Array, Float
 from astraea_jax import checks
 from astraea_jax import model as core
 from astraea_jax.checks import ListOf, Refusal, Whole
+from astraea_jax.flops import BlockSizes, Workload
 from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Precision
 from astraea_ports.wan.block import Block, BoundBlock, KeysValues, Rope, rope_tables
 from astraea_ports.wan.config import TransformerConfig as TransformerConfig
-
-Precision = Literal["reference", "fast"]
-"""What weights of bfloat16 leave in float32.
-
-"reference": the tokens between sub-layers (the residual stream), time embedding, modulation, norms
-and head, as the original's autocast does. "fast": the same but for the tokens, which are rounded
-to the weights' dtype after each sub-layer, as in Diffusers; half the traffic. What is kept from
-step to step has the weights' dtype under either.
-"""
 
 WIDE = ("time_1", "time_2", "time_proj", "scale_shift_table", "norm", "proj_out")
 """Parameters that stay float32 under either policy: 1 % of the model, by parts of their paths."""
@@ -86,6 +85,27 @@ class Transformer(nnx.Module):
     def cache_dtype(self) -> jnp.dtype:
         """Dtype of what is kept of the tokens from step to step: that of the large products."""
         return self.patch_embedding.kernel.dtype
+
+    @property
+    def patch_size(self) -> tuple[int, int, int]:
+        """Latent frames, rows and columns that make a token."""
+        return self.config.patch_size
+
+    def workload(self, latents_shape: tuple[int, ...], text_tokens: int) -> Workload:
+        """Sizes for `astraea_jax.flops`.
+
+        Args:
+          latents_shape: of one video: frames, rows, columns, channels.
+          text_tokens: of a prompt.
+        """
+        tokens = self.geometry((1, *latents_shape)).num_tokens
+        blocks = BlockSizes(
+            number=self.config.num_layers,
+            ffn_width=self.config.ffn_dim,
+            text_tokens=text_tokens,
+            keys=tokens,
+        )
+        return Workload(tokens, self.config.width, (blocks,))
 
     def geometry(self, latents_shape: tuple[int, ...]) -> core.Geometry:
         """Token grid for latents [B, F, H, W, C].

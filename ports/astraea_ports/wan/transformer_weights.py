@@ -1,6 +1,5 @@
 """Loading a Wan transformer's weights: the table from checkpoint keys to parameters."""
 
-import dataclasses
 import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -14,8 +13,9 @@ from jax.typing import DTypeLike
 from astraea_jax.checks import Refusal
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import Entry
+from astraea_ports.checkpoints import lora as lora_files
+from astraea_ports.checkpoints.lora_names import Words
 from astraea_ports.wan import contents
-from astraea_ports.wan import lora as lora_files
 from astraea_ports.wan.transformer import Precision, Transformer, TransformerConfig, with_policy
 
 _CONDITION = r"condition_embedder\."
@@ -78,6 +78,27 @@ ORIGINAL = (
 """The original's keys."""
 
 
+LORA_WORDS = Words(
+    compound=(
+        *("self_attn", "cross_attn", "norm_q", "norm_k", "to_q", "to_k", "to_v", "to_out"),
+        *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "proj_out"),
+        *("condition_embedder", "text_embedder", "time_embedder", "time_proj"),
+        *("linear_1", "linear_2", "k_img", "v_img", "img_emb"),
+    ),
+    whole=("modulation", "scale_shift_table"),
+    others=(
+        (r"(^|\.)transformer_2\.|(high|low)_noise", "a LoRA of Wan 2.2, for its two experts"),
+        (
+            r"[kv]_img|img_emb|image_embedder|add_[kv]_proj|added_[kv]",
+            "a LoRA of an image-to-video Wan",
+        ),
+        (r"vace_", "a LoRA of a Wan with VACE"),
+    ),
+    size="this size of Wan",
+)
+"""Of the names that a LoRA's file has for this model's weights."""
+
+
 def transformer_template(
     config: TransformerConfig, *, dtype: DTypeLike, precision: Precision
 ) -> Transformer:
@@ -106,7 +127,7 @@ def open_transformer(
     lora = lora_files.check(lora)
     checkpoints.float_dtype(dtype)
     if isinstance(config, TransformerConfig):
-        config = dataclasses.asdict(config)
+        config = config.to_dict()
     place = checkpoints.find_part(
         source,
         folder="transformer",
@@ -118,7 +139,7 @@ def open_transformer(
         contents.check_index(place.model.path)  # one expert of two is not the model
     parsed = TransformerConfig.from_dict(place.config, name=f"the transformer's config of {source}")
     template = transformer_template(parsed, dtype=dtype, precision=precision)
-    deltas = functools.partial(lora_files.read_deltas, lora) if lora else None
+    deltas = functools.partial(lora_files.read_deltas, lora, words=LORA_WORDS) if lora else None
     return checkpoints.open_checkpoint(place.weights(), template, TABLE, ORIGINAL, deltas=deltas)
 
 

@@ -8,7 +8,8 @@ Source: https://github.com/Wan-Video/Wan2.1 `wan/modules/vae.py`; Diffusers' `Au
 """
 
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,17 +20,9 @@ from jaxtyping import Array, Float
 
 from astraea_jax import checks
 from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Whole
-from astraea_ports import configs
+from astraea_ports.checkpoints import configs
 from astraea_ports.wan import family
-from astraea_ports.wan.vae_layers import (
-    Convolution,
-    Down,
-    Middle,
-    Past,
-    Residual,
-    Up,
-    norm_silu,
-)
+from astraea_ports.wan.vae_layers import Convolution, Down, Middle, Past, Residual, Up, norm_silu
 
 _FAR, _SMALL = 1e3, 1e-3
 """Bounds of the latents' statistics. What a VAE makes of pixels in -1..1 is of size 1 or so; past
@@ -120,6 +113,22 @@ class VAEConfig:
     def temporal_factor(self) -> int:
         """Frames per latent frame, after the first."""
         return 2 ** sum(self.temporal)
+
+    @property
+    def decode_rim(self) -> int:
+        """How far the decoder's layers that see a neighbourhood see, in latent positions."""
+        last = len(self.multipliers) - 1
+        seen = sum(2 * (self.num_blocks + 1) / 2**i for i in range(last + 1))
+        seen += sum(1 / 2 ** (i + 1) for i in range(last)) + 1 / 2**last
+        return math.ceil(seen)
+
+    @property
+    def encode_rim(self) -> int:
+        """How far the encoder's layers that see a neighbourhood see, in latent positions."""
+        last = len(self.multipliers) - 1
+        pixels = 1 + sum(2 * self.num_blocks * 2**i for i in range(last + 1))
+        pixels += sum(2 * 2**i for i in range(last))
+        return math.ceil(pixels / self.spatial_factor)
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], *, name: str = "the VAE's config") -> "VAEConfig":
@@ -268,6 +277,10 @@ class Decoder(nnx.Module):
         return self.conv_out.causal(norm_silu(x, self.norm_out[...]), past)
 
 
+Before = Sequence[Array] | None
+"""What a piece of a clip left for the next one; None starts a clip."""
+
+
 class VAE(nnx.Module):
     """Videos to normalised latents and back. It computes in its weights' dtype.
 
@@ -299,8 +312,8 @@ class VAE(nnx.Module):
         Raises:
           Refusal: the shape is not that of latents.
         """
-        past = Past()
-        video = self.decode_leave(self.decode_enter(latents, past), past)
+        features, _ = self.decode_enter(latents)
+        video, _ = self.decode_leave(features)
         return jnp.clip(video, -1.0, 1.0) if clamp else video
 
     def encode(self, video: Float[Array, "B F height width 3"]) -> Float[Array, "B f h w C"]:
@@ -316,37 +329,50 @@ class VAE(nnx.Module):
           Refusal: the shape is not that of such a video.
         """
         self.check_video(video)
-        past = Past()
-        return self.encode_leave(self.encode_enter(video, past), past)
+        features, _ = self.encode_enter(video)
+        return self.encode_leave(features)[0]
 
     def decode_enter(
-        self, latents: Float[Array, "B f h w C"], past: Past
-    ) -> Float[Array, "B f h w D"]:
-        """The first part of `decode`, for a piece of a clip in time."""
+        self, latents: Float[Array, "B f h w C"], before: Before = None
+    ) -> tuple[Float[Array, "B f h w D"], list[Array]]:
+        """The first part of `decode`, for a piece of a clip in time.
+
+        Args:
+          latents: the piece.
+          before: what the piece before left; None starts a clip.
+
+        Returns:
+          Features, and what the next piece needs.
+        """
         self.check_latents(latents)
         mean, std = self._statistics(latents.ndim)
         scaled = (latents.astype(jnp.float32) * std + mean).astype(self.post_quant.kernel.dtype)
-        return self.decoder.enter(self.post_quant.pointwise(scaled), past)
+        past = Past(before)
+        return self.decoder.enter(self.post_quant.pointwise(scaled), past), past.kept
 
     def decode_leave(
-        self, features: Float[Array, "B f h w D"], past: Past
-    ) -> Float[Array, "B F height width 3"]:
+        self, features: Float[Array, "B f h w D"], before: Before = None
+    ) -> tuple[Float[Array, "B F height width 3"], list[Array]]:
         """The rest of `decode`, for a piece in time and space; not clamped."""
-        return self.decoder.leave(features, past).astype(jnp.float32)
+        past = Past(before)
+        return self.decoder.leave(features, past).astype(jnp.float32), past.kept
 
     def encode_enter(
-        self, video: Float[Array, "B F height width 3"], past: Past
-    ) -> Float[Array, "B f h w D"]:
+        self, video: Float[Array, "B F height width 3"], before: Before = None
+    ) -> tuple[Float[Array, "B f h w D"], list[Array]]:
         """The first part of `encode`, for a piece in time and space."""
-        return self.encoder.enter(video.astype(self.quant.kernel.dtype), past)
+        past = Past(before)
+        return self.encoder.enter(video.astype(self.quant.kernel.dtype), past), past.kept
 
     def encode_leave(
-        self, features: Float[Array, "B f h w D"], past: Past
-    ) -> Float[Array, "B f h w C"]:
+        self, features: Float[Array, "B f h w D"], before: Before = None
+    ) -> tuple[Float[Array, "B f h w C"], list[Array]]:
         """The rest of `encode`, for a piece of a clip in time."""
+        past = Past(before)
         encoded = self.quant.pointwise(self.encoder.leave(features, past))
         mean, std = self._statistics(encoded.ndim)
-        return (encoded[..., : self.config.latent_channels].astype(jnp.float32) - mean) / std
+        means = encoded[..., : self.config.latent_channels].astype(jnp.float32)
+        return (means - mean) / std, past.kept
 
     def check_latents(self, latents: Float[Array, "..."]) -> None:
         """Refuses what are no latents."""

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from astraea_jax import checks
 from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Text, Whole
-from astraea_ports import checkpoints, configs
-from astraea_ports.checkpoints import Entry
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Entry, configs
 
 _BLOCK = r"encoder\.block\.(?P<layer>\d+)\."
 TABLE = (

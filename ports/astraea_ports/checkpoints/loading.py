@@ -12,35 +12,30 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
 from astraea_jax.checks import Refusal, shown
-from astraea_ports import converted
-from astraea_ports.folders import ModelFolder, checkpoint_files
-from astraea_ports.folders import Source as Source
-from astraea_ports.folders import as_source as as_source
-from astraea_ports.folders import find_model as find_model
-from astraea_ports.folders import model_folder as model_folder
-from astraea_ports.folders import read_config as read_config
-from astraea_ports.matching import Entry as Entry
-from astraea_ports.matching import Match as Match
-from astraea_ports.matching import Transform as Transform
-from astraea_ports.matching import best_table
-from astraea_ports.matching import conv2d as conv2d
-from astraea_ports.matching import conv3d as conv3d
-from astraea_ports.matching import identity as identity
-from astraea_ports.matching import linear as linear
-from astraea_ports.matching import match_tensors as match_tensors
-from astraea_ports.matching import parameter_shapes as parameter_shapes
-from astraea_ports.matching import time_conv as time_conv
-from astraea_ports.matching import vector as vector
-from astraea_ports.tensor_files import Tensor as Tensor
-from astraea_ports.tensor_files import TensorFiles, all_finite
-from astraea_ports.tensor_files import aligned_empty as aligned_empty
+from astraea_ports.checkpoints import converted
+from astraea_ports.checkpoints.folders import (
+    ModelFolder,
+    Source,
+    as_source,
+    checkpoint_files,
+    find_model,
+    read_config,
+)
+from astraea_ports.checkpoints.matching import (
+    Entry,
+    Match,
+    best_table,
+    match_tensors,
+    parameter_shapes,
+)
+from astraea_ports.checkpoints.tensor_files import TensorFiles, aligned_empty, all_finite
 
 Table = Sequence[Entry]
 
@@ -192,6 +187,9 @@ def retyped[M](loadable: Loadable[M], template: M) -> Loadable[M]:
     assert isinstance(loadable, Checkpoint | converted.Converted)
     return loadable._replace(template=template)
 
+
+Precision = Literal["reference", "fast"]
+"""What of a model stays float32 beside bfloat16 weights: what upstream keeps, or less."""
 
 FLOATS = ("float32", "bfloat16", "float16", "float64")
 """Dtypes that a model can have."""

@@ -19,11 +19,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
-from astraea_ports.t5 import T5Encoder
-from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.latent_pool import Latents
-from astraea_ports.wan.training_forward import Layout, velocity
-from astraea_ports.wan.training_recipe import (
+from astraea_ports.text.t5 import T5Encoder
+from astraea_ports.training.pool import Latents
+from astraea_ports.training.recipe import (
     Networks,
     Recipe,
     descend,
@@ -31,6 +29,8 @@ from astraea_ports.wan.training_recipe import (
     moving_average,
     optimiser,
 )
+from astraea_ports.wan.config import TransformerConfig
+from astraea_ports.wan.training.forward import Layout, velocity
 
 
 class State(NamedTuple):

@@ -18,16 +18,16 @@ import numpy as np
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports import matching
-from astraea_ports.matching import Entry
-from astraea_ports.tensor_files import (
+from astraea_ports.checkpoints import lora_names, lora_scale, matching
+from astraea_ports.checkpoints.lora_names import Words
+from astraea_ports.checkpoints.matching import Entry
+from astraea_ports.checkpoints.tensor_files import (
     FLOAT_DTYPES,
     INTEGER_DTYPES,
     Tensor,
     TensorFiles,
     all_finite,
 )
-from astraea_ports.wan import lora_names, lora_scale
 
 STRONGEST = 100.0
 """The largest strength, either way; files in use have one of about 1."""
@@ -85,6 +85,8 @@ def read_deltas(
     loras: Sequence[Lora],
     slots: Mapping[str, jax.ShapeDtypeStruct],
     tables: Sequence[Sequence[Entry]],
+    *,
+    words: Words,
 ):
     """What the files add to each parameter (path, layer), as functions that compute it.
 
@@ -96,7 +98,7 @@ def read_deltas(
     added = defaultdict(list)
     for file, strength in check(loras):
         opened = TensorFiles([Path(file)])
-        changes, problems, unknown = _changes(opened, Path(file))
+        changes, problems, unknown = _changes(opened, Path(file), words)
         places = set()
         for change in changes:
             fitted = _fit(change, slots, tables)
@@ -110,22 +112,24 @@ def read_deltas(
             places.add(place)
             added[place].append(functools.partial(_delta, opened, change, entry, strength))
         if problems or not changes:
-            kind = lora_names.other_kind(unknown)
+            kind = lora_names.other_kind(unknown, words)
             holds = f"; it holds {kind}" if kind else ""
             shown = "\n  ".join(["", *problems[: matching.SHOWN_PER_KIND]])
             raise Refusal(
                 f"{file} does not fit this model: {len(problems)} problems{holds}; use a LoRA of "
-                f"this size of Wan{shown if problems else ', this file holds no tensor'}"
+                f"{words.size}{shown if problems else ', this file holds no tensor'}"
             )
     return {place: functools.partial(_sum, parts) for place, parts in added.items()}
 
 
-def _changes(opened: TensorFiles, file: Path) -> tuple[list[_Change], list[str], list[str]]:
+def _changes(
+    opened: TensorFiles, file: Path, words: Words
+) -> tuple[list[_Change], list[str], list[str]]:
     """The changes of a file; what is wrong with it; the keys that are no LoRA's."""
     modules: dict[str, dict[str, Tensor]] = defaultdict(dict)
     problems, unknown, adapters = [], [], set()
     for tensor in opened.tensors():
-        name = lora_names.parse(tensor.key)
+        name = lora_names.parse(tensor.key, words)
         if name is None:
             problems.append(f"{tensor.key}: expected a name ending in lora_A, lora_up, diff, ...")
             unknown.append(tensor.key)
@@ -143,7 +147,7 @@ def _changes(opened: TensorFiles, file: Path) -> tuple[list[_Change], list[str],
         problems.append(f"expected one adapter, got {names}: save one of them by itself")
     said, changes = lora_scale.sources(file, opened.metadata(file)), []
     for module, parts in modules.items():
-        found = _module_changes(opened, module, parts, said)
+        found = _module_changes(opened, module, parts, said, words)
         if isinstance(found, str):
             problems.append(found)
         else:
@@ -166,9 +170,10 @@ def _module_changes(
     module: str,
     parts: Mapping[str, Tensor],
     said: Sequence[lora_scale.Source],
+    words: Words,
 ) -> list[_Change] | str:
     """How a module's weight and bias change, or what is wrong."""
-    weight = lora_names.weight_of(module)
+    weight = lora_names.weight_of(module, words)
     if ("down" in parts) != ("up" in parts) or parts.keys() <= {"alpha", "up_b"}:
         return f"{weight}: expected lora_A and lora_B (down and up), got {list(parts)}"
     scale = 1.0

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from astraea_jax.checks import Refusal
-from astraea_ports.tensor_files import FLOAT_DTYPES, Tensor
+from astraea_ports.checkpoints.tensor_files import FLOAT_DTYPES, Tensor
 
 SHOWN_PER_KIND = 20  # a wrong file gives thousands of problems; the counts say the rest
 

@@ -8,12 +8,16 @@ from typing import Any, NamedTuple
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal, shown
-from astraea_ports import hub
+from astraea_ports.checkpoints import hub
 
 SINGLE_FILES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 PARTS = ("text_encoder", "transformer", "vae")
 """The folders of a model's weights in the Diffusers layout."""
+
+
+SHIPPED = {"tiny": Path(__file__).parents[1] / "tiny"}
+"""Models inside the package, by name."""
 
 
 class ModelFolder(NamedTuple):
@@ -64,7 +68,7 @@ def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     """A model's folder: itself, or one that holds the JSON files of a model of the hub.
 
     Args:
-      source: a folder, or a hub id `owner/name`.
+      source: a folder, a hub id `owner/name`, or the name of a model that ships.
       revision: of the hub's files: a branch, a tag or a commit. All that is fetched later is of
         the same commit.
 
@@ -74,7 +78,7 @@ def find_model(source: Source, *, revision: str | None = None) -> ModelFolder:
     if isinstance(source, ModelFolder):
         return source
     name = as_source(source)
-    path = os.path.expanduser(name)
+    path = os.path.expanduser(SHIPPED.get(name, name))
     if os.path.isdir(path):
         if revision is not None:
             raise Refusal(

@@ -30,17 +30,6 @@ _KINDS = (
     (re.compile(r"(?P<module>.+)\.diff_m"), "diff_m"),
 )
 
-# Words of module names that hold an underscore themselves: kohya's keys lose the difference.
-_COMPOUND = (
-    *("self_attn", "cross_attn", "norm_q", "norm_k", "to_q", "to_k", "to_v", "to_out"),
-    *("patch_embedding", "text_embedding", "time_embedding", "time_projection", "proj_out"),
-    *("condition_embedder", "text_embedder", "time_embedder", "time_proj", "linear_1", "linear_2"),
-    *("k_img", "v_img", "img_emb"),
-)
-
-_WHOLE = ("modulation", "scale_shift_table")
-"""Modules that are a parameter themselves, with no weight in them."""
-
 _OTHERS = (
     (
         r"dora_scale|lora_magnitude_vector",
@@ -49,15 +38,30 @@ _OTHERS = (
     (r"\.lokr_", "a LoKr, whose changes are Kronecker products"),
     (r"\.hada_", "a LoHa, whose changes are Hadamard products"),
     (r"\.(oft|boft|vera|randlora)_|\.[ab][12]\.weight$|\.lora_mid", "an adapter that is no LoRA"),
-    (r"(^|\.)transformer_2\.|(high|low)_noise", "a LoRA of Wan 2.2, for its two experts"),
-    (
-        r"[kv]_img|img_emb|image_embedder|add_[kv]_proj|added_[kv]",
-        "a LoRA of an image-to-video Wan",
-    ),
-    (r"vace_", "a LoRA of a Wan with VACE"),
+)
+_NOT_ALONE = (
     (r"lora_te|text_encoder", "a LoRA of a text encoder too"),
     (r"^(?!.*lora).*\.(weight|bias)$", "whole weights, no changes to them"),
 )
+
+
+class Words(NamedTuple):
+    """What the names of a model's modules are made of.
+
+    Attributes:
+      compound: words that hold an underscore themselves: kohya's keys lose the difference.
+      whole: modules that are a parameter themselves, with no weight in them.
+      others: patterns of keys of other models of the family, and what such a file is.
+      size: what a message calls a model that a file must be made for.
+    """
+
+    compound: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
+    others: tuple[tuple[str, str], ...] = ()
+    size: str = "this model"
+
+
+_PLAIN = Words()
 
 
 class Name(NamedTuple):
@@ -74,24 +78,24 @@ class Name(NamedTuple):
     adapter: str | None
 
 
-def weight_of(module: str) -> str:
+def weight_of(module: str, words: Words) -> str:
     """The key of a module's weight."""
-    return module if module.rpartition(".")[2] in _WHOLE else f"{module}.weight"
+    return module if module.rpartition(".")[2] in words.whole else f"{module}.weight"
 
 
-def parse(key: str) -> Name | None:
+def parse(key: str, words: Words) -> Name | None:
     """What a key says; None if it is none of a LoRA's."""
     for regex, kind in _KINDS:
         match = regex.fullmatch(key)
         if match:
-            module, adapter = bare(match["module"]), match.groupdict().get("adapter")
+            module, adapter = bare(match["module"], words), match.groupdict().get("adapter")
             if kind == "diff_m":  # LightX2V's word for the difference of a modulation
                 module, kind = f"{module}.modulation", "diff"
             return Name(module, kind, adapter)
     return None
 
 
-def bare(name: str) -> str:
+def bare(name: str, words: Words = _PLAIN) -> str:
     """A module's name without prefixes, dots between its parts."""
     while prefix := next((prefix for prefix in PREFIXES if name.startswith(prefix)), ""):
         name = name.removeprefix(prefix)
@@ -99,15 +103,15 @@ def bare(name: str) -> str:
     if not prefix:
         return name
     name = name.removeprefix(prefix).removeprefix("_")
-    for word in _COMPOUND:
+    for word in words.compound:
         name = re.sub(rf"(?<![a-z]){word}(?![a-z\d])", word.replace("_", "-"), name)
     return name.replace("_", ".").replace("-", "_")
 
 
-def other_kind(keys: Iterable[str]) -> str | None:
+def other_kind(keys: Iterable[str], words: Words) -> str | None:
     """What a file is whose keys these are, if it is known and no LoRA of this model."""
     keys = list(keys)
-    for pattern, kind in _OTHERS:
+    for pattern, kind in (*_OTHERS, *words.others, *_NOT_ALONE):
         if any(re.search(pattern, key) for key in keys):
             return kind
     return None

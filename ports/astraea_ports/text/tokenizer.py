@@ -21,8 +21,9 @@ from jaxtyping import Int
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal, shown
-from astraea_ports import checkpoints, configs
-from astraea_ports.configs import LONGEST_TEXT
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import configs
+from astraea_ports.checkpoints.configs import LONGEST_TEXT
 
 FILE_BYTES = 200 << 20
 """The largest tokenizer.json that is read; UMT5's has 17 MB."""

@@ -1,7 +1,6 @@
 """A whole model's weights in the layout and dtype that they run in, kept by Orbax."""
 
 import contextlib
-import dataclasses
 import hashlib
 import json
 import math
@@ -10,33 +9,28 @@ import re
 import shutil
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.typing import DTypeLike
 
+import astraea_ports
 from astraea_jax import files
 from astraea_jax.checks import Refusal
-from astraea_ports import converted
-from astraea_ports.folders import PARTS
-from astraea_ports.wan import parts
-from astraea_ports.wan.lora import Lora
-from astraea_ports.wan.plan import OURS
+from astraea_ports.checkpoints import converted
+from astraea_ports.checkpoints.folders import PARTS
+from astraea_ports.checkpoints.lora import Lora
+from astraea_ports.pipeline import parts
+from astraea_ports.pipeline.parts import Parts
+from astraea_ports.pipeline.plan import OURS
 
 _ALONG = ("*.json", "LICENSE*", "schedules/*.json")
 """Files that mean something to whoever runs the model."""
 
 _WEIGHTS = ("config.json", "*.index.json")
 """Of those, what describes weights in the layout that is left behind."""
-
-_SCHEDULER = {
-    "_class_name": "UniPCMultistepScheduler",
-    "prediction_type": "flow_prediction",
-    "use_flow_sigmas": True,
-}
-"""What scheduler_config.json says of an original model, beside its shift."""
 
 
 def convert_model(
@@ -70,7 +64,7 @@ def convert_model(
     """
     target = _check_target(target)
     with _whole_folder(target) as partial:
-        found = parts.open_parts(source, dtype=dtype, lora=lora, revision=revision)
+        found = astraea_ports.open_parts(source, dtype=dtype, lora=lora, revision=revision)
         _check_room(partial, found)
         with _writing(target):
             _describe(found, partial, merged=bool(lora))
@@ -82,7 +76,7 @@ def convert_model(
                 del module
 
 
-def _describe(found: parts.Parts, folder: Path, *, merged: bool) -> None:
+def _describe(found: Parts, folder: Path, *, merged: bool) -> None:
     """Writes all but the weights."""
     source = found.folder
     assert source is not None, "the model is read from a folder"
@@ -103,17 +97,15 @@ def _describe(found: parts.Parts, folder: Path, *, merged: bool) -> None:
         (folder / "scheduler").mkdir()
         shutil.copyfile(scheduler, folder / "scheduler" / scheduler.name)
     else:
-        _write_json(
-            folder / "scheduler/scheduler_config.json", _SCHEDULER | {"flow_shift": found.shift}
-        )
+        _write_json(folder / "scheduler/scheduler_config.json", found.scheduler)
     if not os.path.isfile(folder / "model_index.json"):
-        _write_json(folder / "model_index.json", {"_class_name": "WanPipeline"})
+        _write_json(folder / "model_index.json", found.index)
     settings = {"grid": found.grid, "dtype": parts.main_dtype(found.transformer.template)}
     _write_json(folder / "astraea.json", found.defaults._asdict() | settings)
     found.tokenizer.save(folder / "tokenizer")
     for name in PARTS:
         config = getattr(found, name).template.config
-        _write_json(folder / name / "config.json", _config(name, config))
+        _write_json(folder / name / "config.json", config.to_dict())
 
 
 def _along(source: Path) -> list[Path]:
@@ -124,13 +116,6 @@ def _along(source: Path) -> list[Path]:
         for path in sorted(source.glob(pattern))
         if os.path.isfile(path) and not any(path.match(left) for left in _WEIGHTS)
     ]
-
-
-def _config(name: str, config: Any) -> dict[str, Any]:
-    """What config.json says of a part."""
-    if name == "transformer":
-        return {"_class_name": "WanTransformer3DModel"} | dataclasses.asdict(config)
-    return config.to_dict()
 
 
 def _check_target(target: str | os.PathLike[str]) -> Path:
@@ -154,7 +139,7 @@ def _check_target(target: str | os.PathLike[str]) -> Path:
     return path
 
 
-def _check_room(folder: Path, found: parts.Parts) -> None:
+def _check_room(folder: Path, found: Parts) -> None:
     """Refuses a disk without room for the weights."""
     leaves = jax.tree.leaves([getattr(found, name).template for name in PARTS])
     needed = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
@@ -215,6 +200,6 @@ def _writing(target: Path) -> Iterator[None]:
         raise Refusal(f"can't write {target} ({reason}): make room or choose another") from error
 
 
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content, indent=1))
+    path.write_text(json.dumps(dict(content), indent=1))

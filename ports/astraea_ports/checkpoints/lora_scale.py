@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports.wan import lora_names
+from astraea_ports.checkpoints import lora_names
 
 DIFFUSERS = "lora_adapter_metadata"
 """The text of a header in which Diffusers keeps PEFT's config, as JSON."""

@@ -16,12 +16,13 @@ from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import Method, Trace
 from astraea_jax.methods.base import seeded
+from astraea_jax.model import VideoDiT
 from astraea_jax.schedule import Schedule
 from astraea_jax.timing import Stopwatch, stopwatch, timed_jit
 from astraea_ports.checkpoints import Loadable
-from astraea_ports.wan import vae, vae_tiles
-from astraea_ports.wan.plan import Plan
-from astraea_ports.wan.transformer import Transformer
+from astraea_ports.pipeline import tiles
+from astraea_ports.pipeline.plan import Plan
+from astraea_ports.pipeline.tiles import VAE
 
 Stage = Literal["text", "load", "denoise", "decode"]
 
@@ -129,7 +130,7 @@ def check_finite(stage: str, values: Any, advice: str) -> None:
 
 
 def denoise(
-    transformer: Transformer,
+    transformer: VideoDiT,
     plan: Plan,
     context: Float[Array, "rows M D"],
     *,
@@ -184,16 +185,16 @@ def denoise(
 
 
 @timed_jit()
-def _decode(model: vae.VAE, latents):
+def _decode(model: VAE, latents):
     return (model.decode(latents) + 1) / 2
 
 
 def decode(
-    model: vae.VAE, latents: Float[Array, "B f h w 16"], report: Progress = quiet
+    model: VAE, latents: Float[Array, "B f h w 16"], report: Progress = quiet
 ) -> Float[Array, "B F height width 3"]:
     """Latents to videos in [0, 1], one video at a time, in pieces where it is large."""
     frames, rows, columns = latents.shape[1:4]
-    cut = vae_tiles.pieces(model.config, (frames, rows, columns))
+    cut = tiles.pieces(model.config, (frames, rows, columns))
     report("decode", 0, len(latents))
     videos = []
     for index in range(len(latents)):
@@ -201,7 +202,7 @@ def decode(
         if cut is None:
             video = _decode(model, one)
         else:
-            whole = vae_tiles.decode(model, one, tile=cut[0], frames=cut[1])
+            whole = tiles.decode(model, one, tile=cut[0], frames=cut[1])
             video = jax.device_put((whole + 1) / 2)
         check_finite("decoding", video, "the VAE's weights")
         videos.append(jax.block_until_ready(video))

@@ -19,8 +19,8 @@ from jaxtyping import Array, Float, Int
 
 from astraea_jax import checks, report
 from astraea_jax.checks import Refusal
-from astraea_ports.wan.text import TokenIds, Tokenizer
-from astraea_ports.wan.vae import VAE
+from astraea_ports.pipeline.tiles import VAE
+from astraea_ports.text.tokenizer import TokenIds, Tokenizer
 
 
 class Examples(NamedTuple):

@@ -16,8 +16,8 @@ import numpy as np
 
 from astraea_jax.checks import Refusal
 from astraea_jax.files import read_json
-from astraea_ports.matching import parameter_shapes
-from astraea_ports.tensor_files import aligned_empty
+from astraea_ports.checkpoints.matching import parameter_shapes
+from astraea_ports.checkpoints.tensor_files import aligned_empty
 
 FOLDER = "orbax"
 """Name of the checkpoint within a part's folder."""

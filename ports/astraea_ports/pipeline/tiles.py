@@ -6,9 +6,8 @@ sees whole frames, at the size of the latents. So the numbers are those of the c
 but for rounding, and nothing is blended.
 """
 
-import math
-from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +16,13 @@ from jaxtyping import Array, Float
 
 from astraea_jax.checks import Refusal
 from astraea_jax.timing import timed_jit
-from astraea_ports.wan.vae import VAE, VAEConfig
-from astraea_ports.wan.vae_layers import Past
 
 MOST_PIXELS = 1 << 21
 """Pixels of a piece, where a caller lets us choose: about 6 kB each at Wan's widths, float32."""
+
+
+Part = tuple[Array, list[Array]]
+"""What a part of a VAE gives: its result, and what the next piece in time needs."""
 
 
 class Tile(NamedTuple):
@@ -33,9 +34,88 @@ class Tile(NamedTuple):
     keep_stop: int
 
 
-def pieces(
-    config: VAEConfig, grid: tuple[int, int, int]
-) -> tuple[tuple[int, int] | None, int] | None:
+@runtime_checkable
+class Sizes(Protocol):
+    """What a VAE says of its sizes."""
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels per latent position, along height and along width."""
+        ...
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames per latent frame, after the first."""
+        ...
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        ...
+
+    @property
+    def image_channels(self) -> int:
+        """Channels of a picture."""
+        ...
+
+    @property
+    def decode_rim(self) -> int:
+        """How far `decode_leave` sees, in latent positions."""
+        ...
+
+    @property
+    def encode_rim(self) -> int:
+        """How far `encode_enter` sees, in latent positions."""
+        ...
+
+
+@runtime_checkable
+class VAE(Protocol):
+    """A causal VAE in two parts each way: one sees whole frames, the other a neighbourhood.
+
+    Each part takes a piece of a clip and what the piece before left (None for the first), and
+    returns its result and what the next piece needs.
+    """
+
+    @property
+    def config(self) -> Sizes:
+        """Its sizes."""
+        ...
+
+    def decode(self, latents: Array) -> Array:
+        """Normalised latents to a video in -1..1, in one piece."""
+        ...
+
+    def encode(self, video: Array) -> Array:
+        """A video in -1..1 to normalised latents, in one piece."""
+        ...
+
+    def decode_enter(self, latents: Array, before: Sequence[Array] | None) -> Part:
+        """Latents to features of their size, seeing whole frames."""
+        ...
+
+    def decode_leave(self, features: Array, before: Sequence[Array] | None) -> Part:
+        """Features to pixels."""
+        ...
+
+    def encode_enter(self, video: Array, before: Sequence[Array] | None) -> Part:
+        """Pixels to features of the latents' size."""
+        ...
+
+    def encode_leave(self, features: Array, before: Sequence[Array] | None) -> Part:
+        """Features to latents, seeing whole frames."""
+        ...
+
+    def check_latents(self, latents: Array) -> None:
+        """Refuses what are no latents."""
+        ...
+
+    def check_video(self, video: Array) -> None:
+        """Refuses what is no video of a size that has latents."""
+        ...
+
+
+def pieces(config: Sizes, grid: tuple[int, int, int]) -> tuple[tuple[int, int] | None, int] | None:
     """How to cut latents of this many frames, rows and columns: (tile, frames), None for whole.
 
     The tile is halved along its longer side until one latent frame of it is small enough.
@@ -51,22 +131,6 @@ def pieces(
     length = max(1, MOST_PIXELS // (time * tile[0] * tile[1] * space))
     whole = tile == [rows, columns]
     return None if whole else (tile[0], tile[1]), length
-
-
-def decode_rim(config: VAEConfig) -> int:
-    """How far the decoder's cut layers see, in latent positions."""
-    last = len(config.multipliers) - 1
-    seen = sum(2 * (config.num_blocks + 1) / 2**i for i in range(last + 1))
-    seen += sum(1 / 2 ** (i + 1) for i in range(last)) + 1 / 2**last
-    return math.ceil(seen)
-
-
-def encode_rim(config: VAEConfig) -> int:
-    """How far the encoder's cut layers see, in latent positions."""
-    last = len(config.multipliers) - 1
-    pixels = 1 + sum(2 * config.num_blocks * 2**i for i in range(last + 1))
-    pixels += sum(2 * 2**i for i in range(last))
-    return math.ceil(pixels / config.spatial_factor)
 
 
 def decode(
@@ -97,7 +161,7 @@ def decode(
         (batch, time * (length - 1) + 1, rows * factor, columns * factor, config.image_channels),
         np.float32,
     )
-    for y, x in _tiles((rows, columns), tile, decode_rim(config)):
+    for y, x in _tiles((rows, columns), tile, config.decode_rim):
         piece = _window(features, slice(y.start, y.stop), slice(x.start, x.stop))
         done = 0
         for out in _stream(decode_leave, model, piece, 1, frames):
@@ -122,7 +186,7 @@ def encode(
     length = (video.shape[1] - 1) // time + 1
     frames = _dividing(length - 1, frames)
     features = None
-    for y, x in _tiles(grid, tile, encode_rim(config)):
+    for y, x in _tiles(grid, tile, config.encode_rim):
         # Cut from the video while it may still be in host memory.
         piece = _window(
             video,
@@ -144,29 +208,26 @@ def encode(
 @timed_jit(donate=("before",))
 def decode_enter(model: VAE, latents, before):
     """A piece in time through the decoder's first part, and what it leaves for the next."""
-    past = Past(before)
-    return model.decode_enter(latents, past), past.kept
+    return model.decode_enter(latents, before)
 
 
 @timed_jit(donate=("before",))
 def decode_leave(model: VAE, features, before):
     """The same for the decoder's second part, and clamped."""
-    past = Past(before)
-    return jnp.clip(model.decode_leave(features, past), -1.0, 1.0), past.kept
+    video, kept = model.decode_leave(features, before)
+    return jnp.clip(video, -1.0, 1.0), kept
 
 
 @timed_jit(donate=("before",))
 def encode_enter(model: VAE, video, before):
     """The same for the encoder's first part."""
-    past = Past(before)
-    return model.encode_enter(video, past), past.kept
+    return model.encode_enter(video, before)
 
 
 @timed_jit(donate=("before",))
 def encode_leave(model: VAE, features, before):
     """The same for the encoder's second part."""
-    past = Past(before)
-    return model.encode_leave(features, past), past.kept
+    return model.encode_leave(features, before)
 
 
 def _frames(clip: Array | np.ndarray, start: int, stop: int) -> Array:

@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 from astraea_jax import files
 from astraea_jax.checks import Refusal, shown
 from astraea_jax.timing import timed_jit
-from astraea_ports import t5
-from astraea_ports.wan.text import Tokenizer
+from astraea_ports.text import t5
+from astraea_ports.text.tokenizer import Tokenizer
 
 
 def cache_folder() -> Path | None:

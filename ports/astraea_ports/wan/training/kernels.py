@@ -17,8 +17,8 @@ import jax.experimental.pallas.triton as pltriton
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from astraea_ports.wan import training_programs as programs
 from astraea_ports.wan.block import Rope
+from astraea_ports.wan.training import programs
 
 FORWARD, NORM_BACKWARD, HEADS_BACKWARD = 2, 24, 36
 """Tokens of a program: few, so that many run at once; backwards enough that sums are few, and for

@@ -14,14 +14,15 @@ from flax import nnx
 from astraea_jax import metrics, video
 from astraea_jax.checks import ListOf, Text
 from astraea_jax.schedule import check_steps
-from astraea_ports import t5
 from astraea_ports.checkpoints import Entry
-from astraea_ports.wan import training, transformer_weights
-from astraea_ports.wan.latent_pool import LatentPool, Source, check_plan
-from astraea_ports.wan.part_training import PartTraining, fingerprint
+from astraea_ports.text import t5
+from astraea_ports.training.part import PartTraining, fingerprint
+from astraea_ports.training.pool import LatentPool, Source, check_plan
+from astraea_ports.training.recipe import Networks, Recipe, check_fields
+from astraea_ports.wan import transformer_weights
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.training_forward import Layout, kept_bytes
-from astraea_ports.wan.training_recipe import Networks, Recipe, check_fields
+from astraea_ports.wan.training import step as training
+from astraea_ports.wan.training.forward import Layout, kept_bytes
 from astraea_ports.wan.transformer import Transformer
 
 

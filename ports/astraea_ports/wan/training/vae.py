@@ -20,10 +20,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_jax import video
 from astraea_jax.checks import Number, OneOf, Whole
-from astraea_ports import export
-from astraea_ports.wan import vae_weights
-from astraea_ports.wan.part_training import PartTraining, fingerprint
-from astraea_ports.wan.training_recipe import (
+from astraea_ports.checkpoints import export
+from astraea_ports.training.part import PartTraining, fingerprint
+from astraea_ports.training.recipe import (
     MOST_CLIPS,
     SHARE,
     SHARED_RULES,
@@ -34,6 +33,7 @@ from astraea_ports.wan.training_recipe import (
     moving_average,
     rate_factor,
 )
+from astraea_ports.wan import vae_weights
 from astraea_ports.wan.vae import VAE, Decoder, Encoder
 from astraea_ports.wan.vae_layers import Past
 

@@ -2,9 +2,9 @@
 
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypedDict, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,8 @@ from astraea_jax.methods import Dense, Method
 from astraea_jax.methods.base import check as check_method
 from astraea_jax.methods.base import seeded
 from astraea_jax.schedule import Schedule
-from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.text import Tokenizer
-from astraea_ports.wan.vae import VAEConfig
+from astraea_ports.pipeline.tiles import Sizes
+from astraea_ports.text.tokenizer import Tokenizer
 
 LARGEST_GUIDANCE = 1000
 
@@ -54,43 +53,101 @@ class Plan(NamedTuple):
     seed: int
 
 
-def make(
-    prompts: Sequence[str],
-    tokenizer: Tokenizer,
-    shape: tuple[int, int, int, int],
-    *,
-    steps: int,
-    solver: str,
-    shift: float,
-    grid: solvers.Grid,
-    schedule: Schedule | None,
-    method: Method | None,
-    guidance: float,
-    negative_prompt: str | None,
-    seed: int | Sequence[int],
-    latents: Float[Array, "B f h w C"] | None,
-) -> Plan:
-    """Checks a call; `shape` is that of one video's latents, the rest as of the call.
+class Options(TypedDict, total=False):
+    """What a call may say beside its prompts; what is left out, or None, is the model's default.
+
+    Attributes:
+      frames: of each video; of Wan 4k + 1.
+      height: pixels; of Wan a multiple of 16.
+      width: likewise.
+      steps: denoising steps; a schedule's length where one is given.
+      guidance: scale of classifier-free guidance, 0..1000; 1 or less runs no second branch.
+      negative_prompt: what the unconditional branch reads; empty as in Diffusers, or None.
+      seed: of the noise; video i draws from (seed, i), whatever else is in the batch. Of a
+        seed for each, video i draws as if made alone; a method that draws uses the first.
+      latents: noise [P, f, h, w, C] to start from instead.
+      method: how steps are computed; the plain model where it is left out.
+      schedule: a level for each step; dense where it is left out.
+      solver: "unipc", "dpm++" or "euler".
+      shift: flow shift, above 0 and at most 1000.
+      grid: "diffusers" or "original" noise levels; left out, the model's layout's.
+    """
+
+    frames: int | None
+    height: int | None
+    width: int | None
+    steps: int | None
+    guidance: float | None
+    negative_prompt: str | None
+    seed: int | Sequence[int]
+    latents: Any
+    method: Method | None
+    schedule: Schedule | None
+    solver: str
+    shift: float | None
+    grid: solvers.Grid | None
+
+
+_UNLESS_SAID = {"negative_prompt": "", "seed": 0, "solver": "unipc"}
+"""Of the options that are no model's own."""
+
+
+class Model(NamedTuple):
+    """What a plan takes from its model.
+
+    Attributes:
+      tokenizer: reads the prompts.
+      latents: the shape of one video's latents.
+      steps: unless told.
+      guidance: unless told.
+      shift: unless told.
+      grid: unless told.
+    """
+
+    tokenizer: Tokenizer
+    latents: tuple[int, int, int, int]
+    steps: int
+    guidance: float
+    shift: float
+    grid: solvers.Grid
+
+
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuses options that no call has.
+
+    Raises:
+      TypeError: as for any function; the message names those that there are.
+    """
+    known = Options.__annotations__
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise TypeError(f"expected options of {', '.join(known)}; got {', '.join(unknown)}")
+
+
+def make(prompts: str | Sequence[str], model: Model, options: Options) -> Plan:
+    """Checks a call and fills its defaults in; the video's size is the model's already.
 
     Raises:
       Refusal: anything out of range.
     """
-    check_prompts(prompts, tokenizer)
-    seeds = check_seeds(seed, len(prompts))
+    said: dict[str, Any] = dict(_UNLESS_SAID)
+    said |= {key: value for key, value in options.items() if value is not None}
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    check_prompts(prompts, model.tokenizer)
+    seeds = check_seeds(said["seed"], len(prompts))
+    guidance, shift = said.get("guidance", model.guidance), said.get("shift", model.shift)
     check_numbers(0, guidance, shift)
-    negative_prompt = "" if negative_prompt is None else negative_prompt
-    if not isinstance(negative_prompt, str):
-        raise Refusal(f"negative_prompt must be text or None; got {shown(negative_prompt)}")
-    if negative_prompt.strip() and guidance <= 1:
-        warnings.warn(
-            f"a negative prompt has no effect at guidance {guidance:g}: ask for more than 1",
-            skip_file_prefixes=(OURS,),
-        )
-    table = solvers.make(solver, steps, shift=float(shift), grid=grid)
-    schedule = Schedule.dense(steps) if schedule is None else schedule
-    if not isinstance(schedule, Schedule):
+    schedule, steps = said.get("schedule"), said.get("steps")
+    if schedule is not None and not isinstance(schedule, Schedule):
         raise Refusal(f"schedule must be a Schedule; got {shown(schedule)}")
-    method = Dense() if method is None else check_method(method)
+    if steps is None:
+        steps = model.steps if schedule is None else schedule.steps
+    negative_prompt = _check_negative(said["negative_prompt"], guidance)
+    table = solvers.make(
+        said["solver"], steps, shift=float(shift), grid=said.get("grid", model.grid)
+    )
+    schedule = Schedule.dense(steps) if schedule is None else schedule
+    method = check_method(said["method"]) if "method" in said else Dense()
     if schedule.steps != steps:
         raise Refusal(
             f"expected a schedule of {steps} levels, one a solver step; got {schedule.steps}"
@@ -98,13 +155,25 @@ def make(
     return Plan(
         prompts=list(prompts),
         negative_prompt=negative_prompt if guidance > 1 else None,
-        noise=make_noise(len(prompts), shape, seeds, latents),
+        noise=make_noise(len(prompts), model.latents, seeds, said.get("latents")),
         solver=table,
         schedule=schedule,
         method=method,
         guidance=guidance if guidance > 1 else None,
         seed=seeds[0][0],
     )
+
+
+def _check_negative(negative_prompt: Any, guidance: float) -> str:
+    """Returns what the unconditional branch reads; warns where there is none to read it."""
+    if not isinstance(negative_prompt, str):
+        raise Refusal(f"negative_prompt must be text or None; got {shown(negative_prompt)}")
+    if negative_prompt.strip() and guidance <= 1:
+        warnings.warn(
+            f"a negative prompt has no effect at guidance {guidance:g}: ask for more than 1",
+            skip_file_prefixes=(OURS,),
+        )
+    return negative_prompt
 
 
 MOST_TOKENS = 1 << 20
@@ -140,14 +209,19 @@ def check_seeds(seed: Any, count: int) -> list[tuple[int, int]]:
 
 
 def check_size(
-    size: tuple[int, int, int], image: VAEConfig, transformer: TransformerConfig
+    size: tuple[int, int, int], image: Sizes, patch: tuple[int, int, int]
 ) -> tuple[int, int, int]:
     """Refuses frames, height and width that a model can't do; the message says the nearest.
+
+    Args:
+      size: of a video.
+      image: sizes of the VAE.
+      patch: latent frames, rows and columns of a token.
 
     Returns:
       The three as int; NumPy's integers are taken too.
     """
-    patch, time = transformer.patch_size, image.temporal_factor
+    time = image.temporal_factor
     rows, columns = image.spatial_factor * patch[1], image.spatial_factor * patch[2]
     for name, value, unit in (("height", size[1], rows), ("width", size[2], columns)):
         if not _is_whole(value) or value < unit or value % unit:

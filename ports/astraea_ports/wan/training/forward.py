@@ -13,10 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from astraea_ports.wan import training_kernels
-from astraea_ports.wan import training_passes as passes
 from astraea_ports.wan.block import Attention, Block, RMSNorm, rope_tables
 from astraea_ports.wan.config import TransformerConfig
+from astraea_ports.wan.training import kernels as training_kernels
+from astraea_ports.wan.training import passes
 from astraea_ports.wan.transformer import Transformer
 
 AttentionKernel = Literal["xla", "cudnn"]

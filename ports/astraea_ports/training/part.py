@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from astraea_jax import report
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, export
-from astraea_ports.checkpoints import Entry
-from astraea_ports.wan.parts import SHIPPED
+from astraea_ports import checkpoints
+from astraea_ports.checkpoints import Entry, export
 
 
 class PartTraining:
@@ -50,7 +49,7 @@ class PartTraining:
         self.recipe, self.batch = recipe, batch
         self.mesh = Mesh(np.array(devices), ("batch",))
         self.copied = NamedSharding(self.mesh, PartitionSpec())
-        self.folder = checkpoints.model_folder(SHIPPED.get(str(model), model), revision=revision)
+        self.folder = checkpoints.model_folder(model, revision=revision)
         self.about: dict[str, Any] = {}
 
     @property

@@ -25,7 +25,7 @@ import numpy as np
 
 from astraea_jax import checks, files, video
 from astraea_jax.checks import Refusal
-from astraea_ports.training_folder import Checkpoints, check_settings, whole_folder
+from astraea_ports.training.folder import Checkpoints, check_settings, whole_folder
 
 LONGEST_MINUTES = 60 * 24 * 14
 _IN_FLIGHT = 4  # steps whose loss is not waited for

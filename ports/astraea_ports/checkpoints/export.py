@@ -1,4 +1,4 @@
-"""Trained modules back to checkpoints: the way of `checkpoints.py` in reverse.
+"""Trained modules back to checkpoints: the way of `loading.py` in reverse.
 
 A table's transforms only move numbers about. So the way back needs no table of its own: each
 transform is run on the numbers 0, 1, 2, ... of a tensor, and what it gives says where each went.
@@ -19,9 +19,9 @@ from safetensors.numpy import save_file
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
-from astraea_ports import checkpoints, converted
-from astraea_ports.checkpoints import Entry
-from astraea_ports.tensor_files import TensorFiles
+from astraea_ports.checkpoints import converted, folders, matching
+from astraea_ports.checkpoints.matching import Entry
+from astraea_ports.checkpoints.tensor_files import TensorFiles
 
 _DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
 
@@ -48,7 +48,7 @@ def save_parameters(
     """
     checks.one_of("dtype", dtype, tuple(_DTYPES))
     matches = match_source(module, source, table)
-    slots = checkpoints.parameter_shapes(module)
+    slots = matching.parameter_shapes(module)
     values = dict(zip(slots, jax.tree.leaves(module), strict=True))
     arrays = {}
     for path, matched in matches.items():
@@ -56,14 +56,14 @@ def save_parameters(
         for match in matched:
             part = value if match.layer is None else value[match.layer]
             arrays[match.tensor.key] = invert(match.entry, part, match.tensor.shape)
-    name = checkpoints.checkpoint_files(source)[0].name
+    name = folders.checkpoint_files(source)[0].name
     name = re.sub(r"-\d+-of-\d+(?=\.safetensors$)", "", name)
     write_tensors(target / name, arrays)
 
 
 def match_source(
     module: Any, source: str | os.PathLike[str], table: Sequence[Entry]
-) -> Mapping[str, list[checkpoints.Match]]:
+) -> Mapping[str, list[matching.Match]]:
     """The tensors of a checkpoint that a module's parameters would be written as.
 
     Raises:
@@ -74,9 +74,9 @@ def match_source(
             f"expected weights in the Diffusers layout at {source}; these are as `astraea convert` "
             "writes them, and what is trained is not written so: start from the original model"
         )
-    found = TensorFiles(checkpoints.checkpoint_files(source)).tensors()
-    slots = checkpoints.parameter_shapes(module)
-    return checkpoints.match_tensors(found, slots, table, name=str(source))
+    found = TensorFiles(folders.checkpoint_files(source)).tensors()
+    slots = matching.parameter_shapes(module)
+    return matching.match_tensors(found, slots, table, name=str(source))
 
 
 def invert(entry: Entry, value: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:

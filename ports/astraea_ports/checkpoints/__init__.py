@@ -1,0 +1,34 @@
+"""Weights: files to parameters, strict both ways; hub, conversion and LoRA."""
+
+from astraea_ports.checkpoints.folders import PARTS as PARTS
+from astraea_ports.checkpoints.folders import ModelFolder as ModelFolder
+from astraea_ports.checkpoints.folders import Source as Source
+from astraea_ports.checkpoints.folders import as_source as as_source
+from astraea_ports.checkpoints.folders import checkpoint_files as checkpoint_files
+from astraea_ports.checkpoints.folders import find_model as find_model
+from astraea_ports.checkpoints.folders import model_folder as model_folder
+from astraea_ports.checkpoints.folders import read_config as read_config
+from astraea_ports.checkpoints.loading import Checkpoint as Checkpoint
+from astraea_ports.checkpoints.loading import Loadable as Loadable
+from astraea_ports.checkpoints.loading import Precision as Precision
+from astraea_ports.checkpoints.loading import find_part as find_part
+from astraea_ports.checkpoints.loading import fingerprint as fingerprint
+from astraea_ports.checkpoints.loading import float_dtype as float_dtype
+from astraea_ports.checkpoints.loading import load_parameters as load_parameters
+from astraea_ports.checkpoints.loading import open_checkpoint as open_checkpoint
+from astraea_ports.checkpoints.loading import retyped as retyped
+from astraea_ports.checkpoints.loading import stored_dtype as stored_dtype
+from astraea_ports.checkpoints.loading import with_dtype as with_dtype
+from astraea_ports.checkpoints.matching import Entry as Entry
+from astraea_ports.checkpoints.matching import Match as Match
+from astraea_ports.checkpoints.matching import Transform as Transform
+from astraea_ports.checkpoints.matching import conv2d as conv2d
+from astraea_ports.checkpoints.matching import conv3d as conv3d
+from astraea_ports.checkpoints.matching import identity as identity
+from astraea_ports.checkpoints.matching import linear as linear
+from astraea_ports.checkpoints.matching import match_tensors as match_tensors
+from astraea_ports.checkpoints.matching import parameter_shapes as parameter_shapes
+from astraea_ports.checkpoints.matching import time_conv as time_conv
+from astraea_ports.checkpoints.matching import vector as vector
+from astraea_ports.checkpoints.tensor_files import Tensor as Tensor
+from astraea_ports.checkpoints.tensor_files import aligned_empty as aligned_empty

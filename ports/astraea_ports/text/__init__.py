@@ -1,0 +1,1 @@
+"""Text: tokenizer, T5 and UMT5 encoders, embeddings kept on disk."""
