@@ -41,8 +41,8 @@ def commands() -> dict[str, tuple[Callable, list[str]]]:
         "bench collect": ["--study", "search", "--output", "made.json"],
         "bench gpu": ["--output", "made.json"],
     }
-    every = {name: command for name, command in cli.COMMANDS.items() if name != "bench"}
-    every |= {f"bench {name}": command for name, command in cli.BENCHES.items()}
+    every = {name: command.load() for name, command in cli.COMMANDS.items() if name != "bench"}
+    every |= {f"bench {name}": command.load() for name, command in cli.BENCHES.items()}
     return {name: (command, needed.get(name, [])) for name, command in every.items()}
 
 

@@ -11,8 +11,8 @@ import pytest
 from helpers import small_model
 
 from astraea_jax import solvers
-from astraea_jax.bench.models import ModelChoice
 from astraea_jax.cli import identity
+from astraea_jax.cli.options import ModelChoice, Sampling, VideoSize
 from astraea_jax.cli.subject import Asked, Opened, Subject
 from astraea_jax.cli.target import latency_key
 from astraea_jax.methods import METHODS
@@ -54,8 +54,8 @@ def identified(**changes):
     parts = {"transformer": transformer, "vae": {"a": np.full(3, it["vae"])}}
     pipeline = types.SimpleNamespace(**parts, text_name=it["text"])
     asked = Asked(
-        ModelChoice(), None, 2, it["method"], it["solver"], it["steps"], it["size"],
-        negative_prompt=it["negative_prompt"],
+        ModelChoice(), None, 2, it["method"], it["solver"],
+        Sampling(it["steps"], negative_prompt=it["negative_prompt"]), VideoSize(*it["size"]),
     )  # fmt: skip
     nothing = jnp.zeros(1)
     subject = Subject(

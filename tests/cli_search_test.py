@@ -15,9 +15,9 @@ from command_line import refused
 from astraea_jax import cli
 from astraea_jax.bench import quality, search_study
 from astraea_jax.bench.latency import latency_table
-from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import search, subject, target
+from astraea_jax.cli.options import ModelChoice, Sampling, VideoSize
 from astraea_jax.cli.request import Choice, Request
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
@@ -99,7 +99,7 @@ def test_another_reduction_of_the_same_errors_has_a_fitness_of_its_own(capsys):
 def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
     pipeline = wan.Pipeline.from_pretrained()
     asked = dict.fromkeys(Request.__dataclass_fields__) | {"solver": "euler", "budget": 0.4}
-    asked |= {"prompt": "a red circle", "model": ModelChoice(), "negative_prompt": "", "seed": 0}
+    asked |= {"prompt": "a red circle", "model": ModelChoice(), "sampling": Sampling(), "seed": 0}
     asked |= {"size": (None, None, None), "compare": False, "show_selection": False}
     asked |= {"output": pathlib.Path("out.mp4")}
     (recipe,) = Choice(Request(**asked), pipeline).suitable(pipeline.transformer)
@@ -107,7 +107,7 @@ def test_a_schedule_of_another_solver_is_warned_of_and_not_taken():
     other = Request(**asked | {"solver": "unipc", "budget": None, "schedule": recipe})
     with pytest.warns(UserWarning, match="searched for solver euler, not unipc"):
         assert Choice(other, pipeline).suitable(pipeline.transformer) == []
-    shorter = Choice(Request(**asked | {"steps": 7}), pipeline)
+    shorter = Choice(Request(**asked | {"sampling": Sampling(steps=7)}), pipeline)
     assert shorter.suitable(pipeline.transformer) == []
 
 
@@ -275,7 +275,7 @@ def test_a_fifo_is_no_file_of_prompts(capsys):
 def test_captions_are_a_list_of_texts(captions):
     pathlib.Path("captions.json").write_text(json.dumps(captions))
     with pytest.raises(Refusal, match=r"captions.json: captions .*--prompts"):
-        subject.read_prompts(None, ModelChoice(os.getcwd()))
+        subject.read_prompts(None, ModelChoice(model=os.getcwd()))
 
 
 def test_a_model_without_prompts_is_refused_before_any_weight_is_read(capsys, monkeypatch):
@@ -308,7 +308,7 @@ def test_a_table_of_step_times_is_checked_by_field(content):
 def test_a_staged_model_reads_what_a_search_needs_and_no_more(monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", os.getcwd())
     choice = ModelChoice(staged=True)
-    asked = subject.Asked(choice, None, 2, "step-level", "euler", 3, (5, 32, 32))
+    asked = subject.Asked(choice, None, 2, "step-level", "euler", Sampling(3), VideoSize(5, 32, 32))
     opened = asked.open()
     assert not any(map(is_loaded, (opened.pipeline.transformer, opened.pipeline.text_encoder)))
     found = opened.load()

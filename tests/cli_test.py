@@ -1,16 +1,17 @@
 """The command line: what it makes, and one clear line for every mistake."""
 
 import errno
-import importlib
 import io
 import json
 import os
 import pathlib
 import pwd
 import signal
+import subprocess
 import sys
 import threading
 import types
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +19,17 @@ import numpy as np
 import pytest
 from command_line import refused
 
-from astraea_jax import cli, files, report, video
+import astraea_ports
+from astraea_jax import cli, files, report, solvers, video
 from astraea_jax.bench import compile as bench_compile
-from astraea_jax.bench.models import ModelChoice, read_lora
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import compiled, ending, keeping
+from astraea_jax.cli import compiled, ending, info, keeping, making, options
+from astraea_jax.cli.options import ModelChoice, Sampling, read_lora
 from astraea_jax.cli.request import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
 from astraea_jax.schedule import Schedule
 from astraea_ports import checkpoints, tiny
 from astraea_ports.pipeline import parts
-
-generate = importlib.import_module("astraea_jax.cli.generate")  # the command has its name
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -85,9 +85,9 @@ def test_latents_are_kept_where_decoding_fails(monkeypatch, tmp_path, error, kin
 
     made = [types.SimpleNamespace(latents=np.full((1, 2, 4, 4, 16), each)) for each in (1.0, 2.0)]
     monkeypatch.setattr(ModelChoice, "open", lambda self: Pipeline())
-    monkeypatch.setattr(generate, "_denoise", lambda *_: made)
+    monkeypatch.setattr(making, "_denoise", lambda *_: made)
     with pytest.raises(kind) as caught:
-        generate.run(request(), report.Progress())
+        making.run(request(), report.Progress())
     (kept,) = [path for path in tmp_path.rglob("*") if path.is_file()]
     said = "\n".join([str(caught.value), *getattr(caught.value, "__notes__", ())])
     assert str(error) in said and f"the latents are kept as {kept}" in said
@@ -147,7 +147,7 @@ def test_what_is_read_off_a_compiled_program():
 
 def request(**changes):
     asked = dict.fromkeys(Request.__dataclass_fields__)
-    asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "negative_prompt": ""}
+    asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "sampling": Sampling()}
     asked |= {"seed": 0, "size": (None, None, None), "compare": False, "show_selection": False}
     asked |= {"output": pathlib.Path("out.mp4")}
     return Request(**{**asked, **changes})
@@ -171,7 +171,7 @@ def test_plan_takes_what_measured_best():
     with pytest.raises(ValueError, match="leave --budget or --method out"):
         request(budget=0.5, method=Dense()).check()
     with pytest.raises(ValueError, match=r"2 levels.*got 7 steps"):
-        request(schedule=Schedule((10, 5)), steps=7).check()
+        request(schedule=Schedule((10, 5)), sampling=Sampling(steps=7)).check()
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_plan_takes_what_measured_best():
         (["generate", PROMPT, "--budget", "[/b]"], "[/b]"),
         (["generate", PROMPT, "--shape", "round"], "--shape"),
         (["generate"], "What the video shows"),
-        (["bench"], "say what to measure"),
+        (["bench"], "one of attention, denoise"),
         (["bench", "attention", "--shapes", "moon"], "expected shapes of"),
         (["bench", "denoise", "--levels", "11"], "a level must be an integer in 1..10"),
         (["bench", "denoise", "--model", "wan"], "a hub id `owner/name`, got 'wan'"),
@@ -276,11 +276,38 @@ def test_info_says_what_runs(capsys):
         assert words in printed
 
 
-def test_every_method_has_a_name_on_the_command_line():
-    hint = cli.generate.__annotations__["method"]
-    assert set(METHODS) <= {
-        name for part in hint.__args__ for name in getattr(part, "__args__", ())
-    }
+def test_the_options_name_what_there_is():
+    # Written out, because a command's help imports none of these.
+    assert get_args(options.MethodName) == tuple(METHODS)
+    assert set(get_args(options.SearchMethod)) <= set(METHODS)
+    assert set(get_args(options.SolverName)) == set(solvers.SOLVERS)
+    assert set(get_args(options.SearchSolver)) <= set(solvers.SOLVERS)
+    assert get_args(options.GridName) == get_args(solvers.Grid)
+    assert get_args(options.Precision) == get_args(checkpoints.Precision)
+    assert get_args(options.Size) == astraea_ports.SIZES
+
+
+HELP = ["", *cli.COMMANDS, *(f"bench {name}" for name in cli.BENCHES)]
+
+
+@pytest.mark.parametrize("command", HELP)
+def test_help_imports_no_jax(command):
+    program = (
+        "import sys; from astraea_jax import cli; code = cli.main(sys.argv[1:]);"
+        "heavy = {'jax', 'jaxlib', 'flax', 'astraea_ports.wan', 'rich.progress'} & {*sys.modules};"
+        "sys.exit(str(heavy) if code or heavy else 0)"
+    )
+    words = [sys.executable, "-c", program, *command.split(), "--help"]
+    run = subprocess.run(words, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "usage: astraea" in run.stdout
+
+
+def test_a_command_that_there_is_not_is_told_those_that_there_are(capsys):
+    assert cli.main(["generat", "a red circle"]) == 2
+    assert "expected astraea and one of generate, convert" in capsys.readouterr().err
+    assert cli.main(["bench"]) == 2
+    assert "one of attention, denoise" in capsys.readouterr().err
 
 
 def test_compiled_programs_are_kept_in_a_folder_of_the_user(monkeypatch, tmp_path):
@@ -332,7 +359,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(capsys):
 
 def runs(monkeypatch, action):
     """Puts a command in place of `info`."""
-    monkeypatch.setitem(cli.COMMANDS, "info", lambda: action())
+    monkeypatch.setattr(info, "command", lambda: action())
     return cli.main(["info"])
 
 
@@ -398,7 +425,7 @@ def test_a_full_stdout_is_one_line(capsys, monkeypatch):
 
 def test_lora_files_do_not_take_the_prompt(monkeypatch):
     seen = []
-    monkeypatch.setattr(cli, "run", lambda request, _: seen.append(request) or [{"name": "dense"}])
+    monkeypatch.setattr(making, "run", lambda request, _: seen.append(request) or [{"name": "dense"}])
     arguments = ["generate", "--lora", "a.safetensors", "--lora", "b.safetensors:0.5", PROMPT]
     assert cli.main([*arguments, "--no-compilation-cache"]) == 0
     assert seen[0].prompt == PROMPT
@@ -406,7 +433,7 @@ def test_lora_files_do_not_take_the_prompt(monkeypatch):
 
 
 def test_a_path_is_printed_as_it_is(capsys, monkeypatch):
-    monkeypatch.setattr(cli, "run", lambda *_: [{"name": "dense", "tokens": "[/b]"}])
+    monkeypatch.setattr(making, "run", lambda *_: [{"name": "dense", "tokens": "[/b]"}])
     name = f"{'long ' * 30}[final] [/b].mp4"
     assert cli.main(["generate", PROMPT, "-o", name, "--no-compilation-cache"]) == 0
     assert f"written: {name}\n" in capsys.readouterr().out

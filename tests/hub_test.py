@@ -11,8 +11,8 @@ from helpers import FIXTURES
 from huggingface_hub import errors
 from huggingface_hub.utils import filter_repo_objects
 
-from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import ModelChoice
 from astraea_ports import checkpoints, tiny
 from astraea_ports.checkpoints import converted
 from astraea_ports.pipeline.parts import main_dtype
@@ -206,7 +206,7 @@ def test_a_revision(hub, tmp_path, capsys):
     Pipeline.from_pretrained(DIFFUSERS, revision="refs/pr/1", staged=True)
     assert hub.calls[0] == (DIFFUSERS, "refs/pr/1")
     hub.calls.clear()
-    ModelChoice(DIFFUSERS, revision="dev", staged=True).open()
+    ModelChoice(model=DIFFUSERS, revision="dev", staged=True).open()
     assert hub.calls[0] == (DIFFUSERS, "dev")
     with pytest.raises(Refusal, match=r"revision is of a model on the hub.*is a folder"):
         load_vae(tmp_path, revision="dev")

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from astraea_jax.bench.models import read_lora
 from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import read_lora
 from astraea_ports import checkpoints
 from astraea_ports.checkpoints import lora
 from astraea_ports.checkpoints.lora import Lora

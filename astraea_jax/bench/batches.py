@@ -16,7 +16,7 @@ from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as profiles
-from astraea_jax.bench.models import RESIDENT, Chosen
+from astraea_jax.cli.options import RESIDENT, Chosen
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import Schedule
 

@@ -19,8 +19,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
 from astraea_jax.bench import options
-from astraea_jax.bench.models import Dtype, Precision, Size
 from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import Dtype, Precision, Size
 from astraea_jax.methods import METHODS
 from astraea_jax.timing import GPU_OPTIONS
 from astraea_ports.wan import parts, vae_weights

@@ -22,7 +22,7 @@ from astraea_jax import denoise as loop
 from astraea_jax.bench import compile as compiled
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as kernels
-from astraea_jax.bench.models import RESIDENT, Chosen
+from astraea_jax.cli.options import RESIDENT, Chosen
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS
 

@@ -21,7 +21,7 @@ from astraea_jax import model as core
 from astraea_jax import report, solvers
 from astraea_jax.attention import gather_rows
 from astraea_jax.bench import options
-from astraea_jax.bench.models import Dtype, ModelChoice, Precision
+from astraea_jax.cli.options import Dtype, ModelChoice, Precision
 from astraea_jax.methods import METHODS
 from astraea_jax.model import Rows
 from astraea_jax.schedule import Schedule
@@ -70,7 +70,7 @@ def command(
     rows = []
     pool = futures.ThreadPoolExecutor(os.cpu_count())
     try:
-        choice = ModelChoice(model, revision=revision, staged=False)
+        choice = ModelChoice(model=model, revision=revision, staged=False)
         studies = [Study(pool, choice, methods, frames, *policy) for policy in POLICIES]
         for study in studies:
             for name, pair in study.pairs():

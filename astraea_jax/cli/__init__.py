@@ -3,225 +3,64 @@
 Mistakes of the user, and what the machine refuses (a full disk, a closed pipe), end in a message on
 stderr and exit code 2; Ctrl-C and the signals that end a program in 128 and the signal's number,
 with nothing half-written left. Anything else is a fault and shows its traceback.
+
+Each command is a module, imported when it is called, and none imports jax before its options are
+read: help comes at once.
 """
 
 import contextlib
 import functools
+import importlib
 import io
 import os
-import pathlib
 import signal
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Literal, get_args
+from typing import NamedTuple
 
-import jax
 import tyro
-from tyro.conf import Positional, arg
 
-from astraea_jax import attention, checks, report, solvers
-from astraea_jax.bench import attention as bench_attention
-from astraea_jax.bench import (
-    batches,
-    collect,
-    exactness,
-    gpu,
-    options,
-    quality,
-    scoring,
-    sheet,
-    tables,
-)
-from astraea_jax.bench import compile as bench_compile
-from astraea_jax.bench import denoise as bench_denoise
-from astraea_jax.bench import search as bench_search
-from astraea_jax.bench import training as bench_training
-from astraea_jax.bench.models import TINY, Chosen
+from astraea_jax import checks
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import compiled, convert, ending, score, search, sensitivity, train
-from astraea_jax.cli.generate import run
-from astraea_jax.cli.request import Request
-from astraea_jax.methods import METHODS
-from astraea_jax.schedule import Schedule
-from astraea_jax.search.recipe import Recipe, is_recipe
-
-MethodName = Literal[
-    "dense",
-    "astraea",
-    "astraea-corrected",
-    "astraea-published",
-    "fixed-token",
-    "step-level",
-    "step-level-corrected",
-    "step-level-residual",
-    "pab-2-6",
-    "teacache-0.08",
-]
+from astraea_jax.cli import ending
 
 
-def generate(
-    prompt: Positional[str],
-    /,
-    *,
-    budget: float | None = None,
-    compare: bool = False,
-    model: Chosen = TINY,
-    method: MethodName | None = None,
-    schedule: pathlib.Path | None = None,
-    solver: Literal["unipc", "dpm++", "euler"] = "unipc",
-    grid: solvers.Grid | None = None,
-    shift: float | None = None,
-    steps: int | None = None,
-    guidance: float | None = None,
-    negative_prompt: str = "",
-    seed: int = 0,
-    frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    output: Annotated[pathlib.Path, arg(aliases=["-o"])] = pathlib.Path("out.mp4"),
-    show_selection: bool = False,
-    compilation_cache: bool = True,
-) -> None:
-    """Makes a video from a text.
+class Command(NamedTuple):
+    """Where a command is, and what a list of commands says of it.
 
-    Args:
-      prompt: What the video shows.
-      budget: Mean share of the tokens to compute, above 0 and at most 1. All when left out.
-      compare: Also make the dense video, and show both and their difference side by side.
-      model: Which model.
-      method: How steps are computed; left out, what measured best for the budget or schedule.
-      schedule: A schedule file, instead of a budget.
-      solver: Solver of the flow.
-      grid: Whose noise levels; left out, those of the checkpoint's layout.
-      shift: Flow shift; the model's own when left out.
-      steps: Denoising steps; the model's default when left out.
-      guidance: Scale of classifier-free guidance; the model's default when left out.
-      negative_prompt: What the video should not show.
-      seed: Of the noise.
-      frames: Frames of the video, 4k + 1.
-      height: Pixels.
-      width: Pixels.
-      output: An .mp4 or .gif file.
-      show_selection: Add a panel that lights up the tokens that were computed.
-      compilation_cache: Keep compiled programs for the next run.
+    Attributes:
+      module: that holds it.
+      says: one line.
+      function: its name there.
     """
-    if not prompt.strip():  # a pipeline says so too, once it is open
-        raise Refusal(
-            f"a prompt must say something; got {checks.shown(prompt)}: describe the video to make"
-        )
-    options.check_size(frames, height, width)
-    if compilation_cache:
-        compiled.keep()
-    request = Request(
-        prompt=prompt,
-        model=model,
-        budget=budget,
-        schedule=None if schedule is None else read_schedule(schedule),
-        method=None if method is None else METHODS[method],
-        solver=solver,
-        grid=grid,
-        shift=shift,
-        steps=steps,
-        guidance=guidance,
-        negative_prompt=negative_prompt,
-        seed=seed,
-        size=(frames, height, width),
-        compare=compare,
-        show_selection=show_selection,
-        output=output,
-    )
-    with report.Progress() as progress:
-        rows = run(request, progress)
-    # A column for each run: it fits the narrowest terminal, and reads as a comparison.
-    lines = [
-        {"what": heading} | {str(index): row.get(name) for index, row in enumerate(rows)}
-        for name, heading in HEADINGS.items()
-        if any(name in row for row in rows)
-    ]
-    columns = {"what": ""} | {str(index): row["name"] for index, row in enumerate(rows)}
-    report.show(report.table(lines, columns))
-    print(f"written: {output}")
+
+    module: str
+    says: str
+    function: str = "command"
+
+    def load(self) -> Callable[..., None]:
+        """The command."""
+        return getattr(importlib.import_module(self.module), self.function)
 
 
-def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
-    """A schedule file's levels, with what they were searched for where it says so.
-
-    Raises:
-      Refusal: no such file or schedule, or it was searched for what is not known here.
-    """
-    if not is_recipe(path):
-        return Schedule.load(path)
-    recipe = Recipe.load(path)
-    for name, known in (
-        ("method", METHODS), ("solver", solvers.SOLVERS), ("grid", get_args(solvers.Grid)),
-    ):  # fmt: skip
-        checks.one_of(f"{path}: {name}", getattr(recipe, name), tuple(known))
-    return recipe
-
-
-HEADINGS = {
-    "steps": "steps",
-    "tokens": "tokens computed",
-    "flops": "operations",
-    "seconds": "seconds, denoising",
-    "speedup": "speed-up, denoising",
-    "decode": "seconds, decoding",
-    "compile": "seconds, compiling",
-    "cache": "cache",
-    "psnr": "PSNR to dense, dB",
-    "ssim": "SSIM to dense",
-}
-
-
-def info() -> None:
-    """Says what runs on this machine, and why the rest does not."""
-    rows = [{"what": name, "value": value} for name, value in report.environment().items()]
-    rows += [
-        {"what": f"attention: {name}", "value": state}
-        for name, state in attention.implementations().items()
-    ]
-    rows.append({"what": "methods", "value": ", ".join(METHODS)})
-    folder = jax.config.jax_compilation_cache_dir or compiled.folder() or compiled.NO_HOME
-    rows.append({"what": "compiled programs", "value": str(folder)})
-    report.show(report.table(rows, {"what": "", "value": ""}))
-
-
-def bench() -> None:
-    """Measures speed (`attention`, `denoise`, `batches`, `training`), quality and searches.
-
-    `exactness` says how exact this device is, `gpu` runs the whole study of one. `quality` compares
-    methods, `search` ways to find a schedule, `scoring` ways to score many; `compile` compiles for
-    a GPU that need not be there; `sheet` draws videos. `collect` puts a study's parts together, and
-    `tables` makes the README's tables of what ships.
-    """
-    raise Refusal(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
-
+_CLI, _BENCH = "astraea_jax.cli", "astraea_jax.bench"
 
 COMMANDS = {
-    "generate": generate,
-    "convert": convert.command,
-    "search": search.command,
-    "sensitivity": sensitivity.command,
-    "train-tiny": train.train_tiny,
-    "score-tiny": score.score_tiny,
-    "info": info,
-    "bench": bench,
+    "generate": Command(f"{_CLI}.generate", "Makes a video from a text."),
+    "convert": Command(f"{_CLI}.convert", "Writes a model's weights anew, quicker to load."),
+    "search": Command(f"{_CLI}.search", "Searches a schedule for a budget, a speed-up or seconds."),
+    "sensitivity": Command(f"{_CLI}.sensitivity", "Draws how much each step matters."),
+    "train-tiny": Command(f"{_CLI}.train", "Trains the small model's parts.", "train_tiny"),
+    "score-tiny": Command(f"{_CLI}.score", "Scores videos of the small model.", "score_tiny"),
+    "info": Command(f"{_CLI}.info", "Says what runs on this machine, and why the rest does not."),
+    "bench": Command(_BENCH, "Times this machine; `astraea bench --help` says what."),
 }
 BENCHES = {
-    "attention": bench_attention.command,
-    "denoise": bench_denoise.command,
-    "batches": batches.command,
-    "exactness": exactness.command,
-    "collect": collect.command,
-    "gpu": gpu.command,
-    "compile": bench_compile.command,
-    "quality": quality.command,
-    "scoring": scoring.command,
-    "search": bench_search.command,
-    "sheet": sheet.command,
-    "tables": tables.command,
-    "training": bench_training.command,
+    "attention": Command(f"{_BENCH}.attention", "Attention of some of the rows."),
+    "denoise": Command(f"{_BENCH}.denoise", "A denoising step at each level."),
+    "exactness": Command(f"{_BENCH}.exactness", "How exact this device is."),
+    "training": Command(f"{_BENCH}.training", "A training step."),
 }
 
 
@@ -236,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     ending.print_in_escapes()
     try:
         with ending.by_exception():
-            if arguments[:1] == ["bench"] and len(arguments) > 1:
+            if arguments[:1] == ["bench"]:
                 _call(BENCHES, "astraea bench", arguments[1:])
             else:
                 _call(COMMANDS, "astraea", arguments or ["--help"])
@@ -253,19 +92,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _call(commands: Mapping[str, Callable], program: str, arguments: Sequence[str]) -> None:
+def _call(commands: Mapping[str, Command], program: str, arguments: Sequence[str]) -> None:
     """Parses a command line with tyro, then runs its command."""
     errors = io.StringIO()
+    bound: Callable[[], None] | None
+    name = arguments[0] if arguments else ""
+    if name not in commands and not name.startswith("-"):
+        known = ", ".join(commands)
+        got = checks.shown(name) if name else "nothing"
+        raise Refusal(f"expected {program} and one of {known}; got {got}: see {program} --help")
     # Parsing only binds the arguments, so that stderr is the command's own again when it runs.
-    binders = {name: _binder(command) for name, command in commands.items()}
     try:
         with contextlib.redirect_stderr(errors):
-            bound = tyro.extras.subcommand_cli_from_dict(binders, prog=program, args=arguments)
+            if name in commands:
+                bind = _binder(commands[name].load())
+                bound = tyro.cli(bind, prog=f"{program} {name}", args=arguments[1:])
+            else:
+                stubs = {each: _stub(command) for each, command in commands.items()}
+                bound = tyro.extras.subcommand_cli_from_dict(stubs, prog=program, args=arguments)
     except SystemExit as stop:
         if stop.code in (0, None):
             return
         raise Refusal(_one_line(errors.getvalue())) from None
-    bound()
+    if bound is not None:  # tyro's stub of a list of commands gives none
+        bound()
 
 
 def _binder(command: Callable) -> Callable:
@@ -274,6 +124,15 @@ def _binder(command: Callable) -> Callable:
         return functools.partial(command, *args, **kwargs)
 
     return bind
+
+
+def _stub(command: Command) -> Callable[[], None]:
+    """A command of no options, for the list of all."""
+
+    def stub() -> None: ...
+
+    stub.__doc__ = command.says
+    return stub
 
 
 def _one_line(panel: str) -> str:

@@ -17,7 +17,7 @@ import numpy as np
 
 import astraea_jax
 from astraea_jax import files
-from astraea_jax.bench.models import read_lora
+from astraea_jax.cli.options import read_lora
 from astraea_jax.cli.subject import Opened, Subject
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
@@ -74,7 +74,7 @@ def header(
         "size": list(subject.size),
         "prompts": list(subject.prompts),
         "guidance": subject.guidance,
-        "negative_prompt": opened.asked.negative_prompt,
+        "negative_prompt": opened.asked.sampling.negative_prompt,
         "text": opened.pipeline.text_name,
         "fitness": fitness,
         "decoder": digest(subject.pipeline.vae) if fitness == "pixels" else "",

@@ -4,15 +4,15 @@ import dataclasses
 import pathlib
 import warnings
 from collections.abc import Sequence
+from typing import get_args
 
-from astraea_jax import methods, schedule, video
-from astraea_jax.bench.models import ModelChoice
+from astraea_jax import checks, methods, schedule, solvers, video
 from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import ModelChoice, Sampling
 from astraea_jax.methods import Astraea, Dense, Method, StepLevel
 from astraea_jax.model import VideoDiT, fingerprint
 from astraea_jax.schedule import LEVELS, Schedule
-from astraea_jax.search.recipe import Recipe, recipes_in
-from astraea_jax.solvers import Grid
+from astraea_jax.search.recipe import Recipe, is_recipe, recipes_in
 from astraea_ports.pipeline.plan import check_numbers
 
 Run = tuple[Method, Schedule]
@@ -32,11 +32,7 @@ class Request:
     schedule: Schedule | Recipe | None
     method: Method | None
     solver: str
-    grid: Grid | None
-    shift: float | None
-    steps: int | None
-    guidance: float | None
-    negative_prompt: str
+    sampling: Sampling
     seed: int
     size: tuple[int | None, int | None, int | None]
     compare: bool
@@ -51,11 +47,12 @@ class Request:
         """
         if self.budget is not None and self.schedule is not None:
             raise Refusal("expected a budget or a schedule file, got both: leave one out")
-        if self.steps is not None:
-            schedule.check_steps(self.steps)
-        if self.levels is not None and self.steps not in (None, self.levels.steps):
+        if self.sampling.steps is not None:
+            schedule.check_steps(self.sampling.steps)
+        if self.levels is not None and self.sampling.steps not in (None, self.levels.steps):
             raise Refusal(
-                f"the schedule has {self.levels.steps} levels, one a step; got {self.steps} "
+                f"the schedule has {self.levels.steps} levels, one a step; got "
+                f"{self.sampling.steps} "
                 "steps: leave --steps out"
             )
         if self.budget is not None:
@@ -64,7 +61,7 @@ class Request:
                 raise Refusal(
                     "the dense method computes every token: leave --budget or --method out"
                 )
-        check_numbers(self.seed, self.guidance, self.shift)
+        check_numbers(self.seed, self.sampling.guidance, self.sampling.shift)
         video.check_output(self.output)
 
     @property
@@ -78,6 +75,23 @@ class Request:
     def levels(self) -> Schedule | None:
         """The levels of the schedule file, if there is one."""
         return self.schedule.schedule if isinstance(self.schedule, Recipe) else self.schedule
+
+
+def read_schedule(path: pathlib.Path) -> Schedule | Recipe:
+    """A schedule file's levels, with what they were searched for where it says so.
+
+    Raises:
+      Refusal: no such file or schedule, or it was searched for what is not known here.
+    """
+    if not is_recipe(path):
+        return Schedule.load(path)
+    recipe = Recipe.load(path)
+    for name, known in (
+        ("method", tuple(methods.METHODS)), ("solver", tuple(solvers.SOLVERS)),
+        ("grid", get_args(solvers.Grid)),
+    ):  # fmt: skip
+        checks.one_of(f"{path}: {name}", getattr(recipe, name), known)
+    return recipe
 
 
 class Choice:
@@ -97,7 +111,7 @@ class Choice:
     def __init__(self, request: Request, pipeline):
         self.request, self.pipeline = request, pipeline
         given = request.levels
-        steps = pipeline.defaults.steps if request.steps is None else request.steps
+        steps = request.sampling.steps or pipeline.defaults.steps
         self.steps = steps if given is None else given.steps
         self.recipes = _candidates(request, pipeline)
         # Without any the weights have no say, and what can't be done is refused now.
@@ -118,16 +132,15 @@ class Choice:
         if not self.recipes:
             return []
         request, pipeline = self.request, self.pipeline
+        asked = request.sampling
         run = {
             "model": fingerprint(transformer),
             "solver": request.solver,
-            "shift": pipeline.shift if request.shift is None else request.shift,
-            "grid": pipeline.grid if request.grid is None else request.grid,
+            "shift": pipeline.shift if asked.shift is None else asked.shift,
+            "grid": pipeline.grid if asked.grid is None else asked.grid,
             "steps": self.steps,
-            "guidance": (
-                pipeline.defaults.guidance if request.guidance is None else request.guidance
-            ),
-            "negative_prompt": request.negative_prompt,
+            "guidance": (pipeline.defaults.guidance if asked.guidance is None else asked.guidance),
+            "negative_prompt": asked.negative_prompt,
         }
         if isinstance(request.schedule, Recipe):
             differences = request.schedule.differences(**run)

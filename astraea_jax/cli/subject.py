@@ -5,31 +5,19 @@ First the options are checked, then prompts and configs are read, and only then 
 
 import dataclasses
 import pathlib
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from astraea_jax import checks, files, solvers
-from astraea_jax.bench import options
-from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import MOST_PROMPTS, ModelChoice, Sampling, VideoSize
 from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.population import Scorer
 from astraea_jax.search.space import ALL_LEVELS, MOST_STEPS, WHOLE_STEPS
 from astraea_ports import checkpoints
 from astraea_ports.pipeline.plan import check_numbers
-
-SolverName = Literal["unipc", "euler"]
-SearchMethod = Literal[
-    "step-level-corrected", "step-level", "step-level-residual", "astraea-corrected", "astraea"
-]
-
-MOST_PROMPTS = 10_000
-"""Of a file; a search takes hundreds of evaluations of each."""
-
-MOST_LANES = 1024
-"""Schedules denoised at a time: no device holds more."""
 
 _CAPTION = checks.Text(10_000)
 
@@ -44,12 +32,8 @@ class Asked:
       count: prompts to take, the first of the file.
       method: of `METHODS`.
       solver: its name.
-      steps: denoising steps.
-      size: frames, height and width.
-      grid: whose noise levels.
-      shift: flow shift.
-      guidance: scale; 1 or less is none.
-      negative_prompt: what the unconditional branch reads.
+      sampling: steps, noise levels, guidance; 1 or less is none.
+      size: of the videos.
 
     Raises:
       Refusal: a number out of range.
@@ -60,21 +44,17 @@ class Asked:
     count: int
     method: str
     solver: str
-    steps: int | None
-    size: tuple[int | None, int | None, int | None]
-    grid: solvers.Grid | None = None
-    shift: float | None = None
-    guidance: float | None = None
-    negative_prompt: str = ""
+    sampling: Sampling
+    size: VideoSize
 
     def __post_init__(self):
         checks.whole("count", self.count, 1, MOST_PROMPTS, unit="prompts")
         checks.one_of("method", self.method, tuple(METHODS))
         checks.one_of("solver", self.solver, tuple(solvers.SOLVERS))
-        if self.steps is not None:
-            checks.whole("steps", self.steps, 1, MOST_STEPS)
-        check_numbers(0, self.guidance, self.shift)
-        options.check_size(*self.size)
+        if self.sampling.steps is not None:
+            checks.whole("steps", self.sampling.steps, 1, MOST_STEPS)
+        check_numbers(0, self.sampling.guidance, self.sampling.shift)
+        self.size.check()
 
     def open(self) -> "Opened":
         """Reads the prompts, then what the model says of itself.
@@ -91,18 +71,18 @@ class Asked:
         pipeline = dataclasses.replace(self.model, staged=True).open()
         if not self.model.staged:
             pipeline = dataclasses.replace(pipeline, text_cache=None)
-        default = pipeline.defaults
-        steps = default.steps if self.steps is None else self.steps
+        default, said = pipeline.defaults, self.sampling
+        steps = default.steps if said.steps is None else said.steps
         checks.whole("steps", steps, 1, MOST_STEPS)
-        guidance = default.guidance if self.guidance is None else self.guidance
-        if self.negative_prompt and guidance <= 1:
+        guidance = default.guidance if said.guidance is None else said.guidance
+        if said.negative_prompt and guidance <= 1:
             raise Refusal(
                 f"a negative prompt is read with guidance above 1; got {guidance:g}: leave one out"
             )
-        shift = float(pipeline.shift if self.shift is None else self.shift)
-        grid = pipeline.grid if self.grid is None else self.grid
+        shift = float(pipeline.shift if said.shift is None else said.shift)
+        grid = pipeline.grid if said.grid is None else said.grid
         return Opened(
-            self, pipeline, tuple(lines[: self.count]), pipeline.size(*self.size),
+            self, pipeline, tuple(lines[: self.count]), pipeline.size(*self.size.check()),
             solvers.make(self.solver, steps, shift=shift, grid=grid), shift, grid,
             float(guidance) if guidance > 1 else None,
         )  # fmt: skip
@@ -142,7 +122,7 @@ class Opened(NamedTuple):
         shape = self.pipeline.latents_shape(*self.size)
         keys = [jax.random.fold_in(jax.random.key(0), i) for i in range(len(self.prompts))]
         noise = jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
-        negative = None if self.guidance is None else self.asked.negative_prompt
+        negative = None if self.guidance is None else self.asked.sampling.negative_prompt
         context = self.pipeline.encode_text(self.prompts, negative)
         pipeline = resident(self.pipeline, "transformer")
         return Subject(
