@@ -5,10 +5,8 @@ program serves every schedule; it may be called from jitted code. "static" is a 
 jitted, donated step for each level that the schedule uses, with big tiles.
 """
 
-import contextlib
 import functools
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -21,11 +19,13 @@ from jaxtyping import Array, Float, Integer, Key
 from astraea_jax import checks, solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.methods import base
-from astraea_jax.methods.base import Evaluation, Method, Mode, StepInputs, Trace, fold, seeded
+from astraea_jax.methods.base import Evaluation, Method, Trace, seeded
 from astraea_jax.methods.dense import Dense
-from astraea_jax.model import Conditions, Geometry, Prepared, VideoDiT
+from astraea_jax.model import Conditions, Prepared, VideoDiT
+from astraea_jax.progress import listening, tell_step
 from astraea_jax.schedule import LEVELS, Schedule, check_levels
-from astraea_jax.solvers import Solver, SolverState
+from astraea_jax.solvers import Solver
+from astraea_jax.step import LoopState, Settings, advance, decided, forward_in, start, step_inputs
 from astraea_jax.timing import timed_jit, tracing
 
 Driver = Literal["dynamic", "static"]
@@ -41,41 +41,6 @@ class Denoised(NamedTuple):
 
     latents: Float[Array, "P F Y X C"]
     trace: Trace | tuple[()]
-
-
-class LoopState(NamedTuple):
-    """What goes from step to step: a pytree of fixed shapes.
-
-    Attributes:
-      latents: the sample at this step's noise level, float32.
-      solver: the solver's history.
-      method: the method's state (the token cache, last velocity, ...), a row for each guidance
-        branch and prompt, branch first.
-      gap: what is known of reused velocities, where the method asks that they be corrected.
-    """
-
-    latents: Float[Array, "P F Y X C"]
-    solver: SolverState
-    method: object
-    gap: solvers.Gap | tuple[()] = ()
-
-
-class Settings(NamedTuple):
-    """Static choices of a run; hashable."""
-
-    method: Method
-    geometry: Geometry
-    num_branches: int
-    trace: bool
-
-    @property
-    def apart(self) -> bool:
-        """Whether a token's velocity may be computed in one guidance branch and not in another."""
-        return self.num_branches > 1 and not self.method.fresh_alike
-
-    def evaluation(self, model: VideoDiT, prepared: Prepared, steps: Array) -> Evaluation:
-        """What the steps of a run share."""
-        return Evaluation(model, prepared, self.geometry, self.num_branches, steps)
 
 
 def denoise(
@@ -143,7 +108,7 @@ def denoise(
     )
     if progress is None:
         return run()
-    with _listening(progress) as listener:
+    with listening(progress) as listener:
         denoised = jax.block_until_ready(run(listener=_placed(listener)))
         jax.effects_barrier()
     return denoised
@@ -166,33 +131,19 @@ def dynamic_loop(
 def loop_step(it: Evaluation, guidance, key, *, settings: Settings, listener=None):
     """The body of a scan over (solver row, level, index of the step), level being data.
 
-    `listener` is the number under which `_listening` keeps whom to tell; None tells nobody.
+    `listener` is the number under which `progress.listening` keeps whom to tell; None tells nobody.
     """
 
     def step(state: LoopState, xs):
         solver_row, level, index = xs
         inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
-        forward = _decided(it, inputs, state, settings)
+        forward = decided(it, inputs, state, settings)
         state = advance(it.model, state, forward, solver_row, guidance, settings)
         if listener is not None:
-            jax.debug.callback(_report_step, listener, index + 1, ordered=False)
+            jax.debug.callback(tell_step, listener, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
 
     return step
-
-
-def _decided(it: Evaluation, inputs: StepInputs, state: LoopState, settings: Settings):
-    """The forward pass in the mode that the method decides on as it runs."""
-    method = settings.method
-    choice, method_state = method.decide(it, inputs, state.method)
-    runs = [functools.partial(_forward, it, mode, settings) for mode in method.modes]
-    if len(runs) == 1:
-        # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
-        # a bare forward pass with the loop, and its last bits would not be those of a branch.
-        runs.insert(0, functools.partial(_nothing, runs[0]))
-        choice = (inputs.level >= 0).astype(jnp.int32)
-    runs = [functools.partial(_alike, run, _varying_axes(state)) for run in runs]
-    return lax.switch(choice, runs, inputs, method_state)
 
 
 def _static(model, latents, conditions, solver, levels, guidance, key, settings, progress):
@@ -242,76 +193,11 @@ def static_step(
     it = settings.evaluation(model, prepared, steps)
     inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
     if mode is None:
-        forward = _decided(it, inputs, state, settings)
+        forward = decided(it, inputs, state, settings)
     else:
-        forward = _forward(it, mode, settings, inputs, state.method)
+        forward = forward_in(it, mode, settings, inputs, state.method)
     state = advance(model, state, forward, solver_row, guidance, settings)
     return state, forward.trace if settings.trace else ()
-
-
-def start(model, latents, settings: Settings, others=()) -> LoopState:
-    """The state before the first step; `others` is what the steps are given beside it."""
-    batch = latents.shape[0] * settings.num_branches
-    # A copy, because the state is donated and the caller keeps the noise.
-    latents = jnp.array(latents, copy=True)
-    method_state = settings.method.init(settings.geometry, batch, model.cache_dtype)
-    parts = settings.num_branches if settings.apart else 1
-    gap = solvers.no_gap(latents, parts) if settings.method.corrects else ()
-    state = LoopState(latents, solvers.init(latents), method_state, gap)
-    return _varying(state, _varying_axes((model, latents, others)))
-
-
-def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> StepInputs:
-    """What a method's forward pass is given: the latents once for each guidance branch."""
-    repeated = jnp.concatenate([latents] * settings.num_branches)
-    timestep = jnp.full((repeated.shape[0],), solver_row.timestep, jnp.float32)
-    level, index = jnp.asarray(level, jnp.int32), jnp.asarray(index, jnp.int32)
-    return StepInputs(repeated, timestep, level, index, fold(key, index))
-
-
-def _forward(it: Evaluation, mode: Mode, settings: Settings, inputs, state):
-    return settings.method.forward(mode, it, inputs, state)
-
-
-def _nothing(forward, *operands):
-    """Zeros in the shape of what `forward` gives."""
-    shapes = jax.eval_shape(forward, *operands)
-    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
-
-
-def advance(model, state, forward, solver_row, guidance, settings: Settings) -> LoopState:
-    """Guides the branches' velocities and takes the solver's step."""
-    # Methods that keep the velocity write it to memory; the barrier makes all of them do so, or the
-    # guidance would be fused with the head here and not there, and differ in the last bit.
-    velocity = lax.optimization_barrier(forward.velocity)
-    velocity = model.unpatchify(velocity, settings.geometry)
-    branches = jnp.split(velocity, settings.num_branches)
-    if len(branches) == 2:
-        conditional, unconditional = branches
-        velocity = unconditional + guidance * (conditional - unconditional)
-    latents, history, gap = state.latents, state.solver, state.gap
-    if settings.method.corrects:
-        # The guided velocity is a sum of the branches': what each adds to the gap is its share.
-        parts, shares = velocity[None], (1.0,)
-        if settings.apart:
-            parts, shares = jnp.stack(branches), (guidance, 1 - guidance)
-        latents, history, gap = solvers.close_gap(
-            gap, history, latents, parts, _fresh(model, forward, settings),
-            jnp.asarray(solver_row.sigma), shares=shares,
-        )  # fmt: skip
-        latents, history = lax.optimization_barrier((latents, history))
-        gap = solvers.widen_gap(solver_row, gap)
-    latents, history = solvers.step(solver_row, history, latents, velocity)
-    return LoopState(latents, history, forward.state, gap)
-
-
-def _fresh(model, forward, settings: Settings):
-    """Which latents' velocities were computed at this step: in each branch, where these differ."""
-    patches = (*forward.velocity.shape[:2], settings.geometry.patch_values)
-    fresh = jnp.broadcast_to(forward.fresh[..., None].astype(jnp.float32), patches)
-    fresh = model.unpatchify(fresh, settings.geometry)
-    branches = jnp.stack(jnp.split(fresh, settings.num_branches)) > 0
-    return branches if settings.apart else branches[:1]
 
 
 LARGEST_GUIDANCE = 1e4
@@ -383,27 +269,6 @@ def known_levels(schedule, steps: int, method: Method, *, dense_start: int = 1) 
     return levels
 
 
-def _varying_axes(tree) -> frozenset[str]:
-    """Axes of a mesh that any leaf differs over, inside a `shard_map` that checks it."""
-    types = (jax.typeof(leaf).manual_axis_type for leaf in jax.tree.leaves(tree))
-    return frozenset[str]().union(*(each.varying for each in types))
-
-
-def _varying(tree, axes: frozenset[str]):
-    """The same numbers, typed as if all of them differed over the axes: what a loop carries."""
-
-    def cast(leaf):
-        missing = axes - jax.typeof(leaf).manual_axis_type.varying
-        return lax.pcast(leaf, tuple(sorted(missing)), to="varying") if missing else leaf
-
-    return jax.tree.map(cast, tree)
-
-
-def _alike(forward, axes: frozenset[str], *operands):
-    """`forward` with results that differ over the same axes, whichever mode it runs."""
-    return _varying(forward(*operands), axes)
-
-
 def _placed(tree):
     """Numbers of the host's sent to the device by name, as a transfer guard asks."""
     return tree if tracing() else jax.device_put(tree)
@@ -414,27 +279,3 @@ def _as_float32(values) -> Any:
     if isinstance(values, jax.Array):
         return values.astype(jnp.float32)
     return _placed(np.asarray(values, np.float32))
-
-
-_listeners: dict[int, Callable[[int], None]] = {}
-"""Whom to tell, by the number that a running program has as data: another one causes no retrace."""
-
-_numbers = itertools.count()
-
-
-def _report_step(listener, done) -> None:
-    """Called by the running program, also of a run that has ended in an error."""
-    tell = _listeners.get(int(listener))
-    if tell is not None:
-        tell(int(done))
-
-
-@contextlib.contextmanager
-def _listening(progress: Callable[[int], None]) -> Iterator[np.int32]:
-    """A number of this run's own, under which `_report_step` finds whom to tell."""
-    number = next(_numbers) % 2**31
-    _listeners[number] = progress
-    try:
-        yield np.int32(number)
-    finally:
-        del _listeners[number]

@@ -425,7 +425,9 @@ def test_a_full_stdout_is_one_line(capsys, monkeypatch):
 
 def test_lora_files_do_not_take_the_prompt(monkeypatch):
     seen = []
-    monkeypatch.setattr(making, "run", lambda request, _: seen.append(request) or [{"name": "dense"}])
+    monkeypatch.setattr(
+        making, "run", lambda request, _: seen.append(request) or [{"name": "dense"}]
+    )
     arguments = ["generate", "--lora", "a.safetensors", "--lora", "b.safetensors:0.5", PROMPT]
     assert cli.main([*arguments, "--no-compilation-cache"]) == 0
     assert seen[0].prompt == PROMPT

@@ -20,7 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from other_models import grouped_inputs, twice_grouped_inputs
 
 from astraea_jax import denoise as loop
-from astraea_jax import solvers
+from astraea_jax import progress, solvers
 from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import METHODS, Astraea, Dense, FixedToken, StepLevel, base, token_wise
@@ -558,7 +558,7 @@ def test_another_listener_is_no_other_program():
     before, seen = loop.dynamic_loop.num_executables, []
     run(Astraea(), levels, progress=seen.append)
     assert loop.dynamic_loop.num_executables == before and sorted(seen) == [1, 2, 3, 4]
-    assert not loop._listeners
+    assert not progress._listeners
 
 
 @pytest.mark.parametrize("driver", ["dynamic", "static"])
@@ -575,19 +575,19 @@ def test_runs_of_two_threads_each_tell_their_own_listener(driver):
     for thread in threads:
         thread.join()
     assert told == {0: [1, 2, 3, 4] * 3, 1: [1, 2, 3, 4] * 3}
-    assert not loop._listeners
+    assert not progress._listeners
 
 
 def test_overlapping_listeners_keep_apart_and_none_stays():
     first, second = [], []
-    one, two = loop._listening(first.append), loop._listening(second.append)
+    one, two = progress.listening(first.append), progress.listening(second.append)
     a, b = one.__enter__(), two.__enter__()
-    loop._report_step(a, np.int32(1))
+    progress.tell_step(a, np.int32(1))
     one.__exit__(None, None, None)
-    loop._report_step(b, np.int32(2))
-    loop._report_step(a, np.int32(3))  # of a run that has ended
+    progress.tell_step(b, np.int32(2))
+    progress.tell_step(a, np.int32(3))  # of a run that has ended
     two.__exit__(KeyboardInterrupt, KeyboardInterrupt(), None)
-    assert (first, second) == ([1], [2]) and not loop._listeners
+    assert (first, second) == ([1], [2]) and not progress._listeners
 
 
 @pytest.mark.parametrize("driver", ["dynamic", "static"])

@@ -30,11 +30,11 @@ MAY_IMPORT = {
     "methods": {
         *("attention", "cache", "entry", "flops", "model", "schedule", "selection", "solvers"),
     },
-    "denoise": {
-        *("attention", "cache", "flops", "methods", "model", "schedule", "selection", "solvers"),
-    },
+    "progress": set(),
+    "step": {"methods", "model", "solvers"},
+    "denoise": {"methods", "model", "progress", "schedule", "solvers", "step"},
     # Many runs of the loop at once: it is to search what denoise is to a user.
-    "population": {"denoise", "methods", "model", "schedule", "solvers"},
+    "population": {"denoise", "methods", "model", "schedule", "solvers", "step"},
     # The fitness is an argument: search knows nothing of the loop that it scores.
     "search": {"flops", "metrics", "report", "schedule"},
 }
@@ -42,6 +42,18 @@ MAY_IMPORT = {
 
 FLOOR = {"checks", "files", "timing"}
 """What every room stands on."""
+
+PORTS_MAY_IMPORT = {
+    "checkpoints": set(),
+    "text": {"checkpoints"},
+    "pipeline": {"checkpoints", "text"},
+    "training": {"checkpoints", "pipeline", "text"},
+    # A port: what is the model's own. It trains with what all trainings share.
+    "wan": {"checkpoints", "pipeline", "text", "tiny", "training"},
+    # A model that ships, with all that it was trained by.
+    "tiny": {"checkpoints", "pipeline", "text", "training", "wan"},
+}
+"""The same of astraea_ports; every room may ask its registry, `__init__`."""
 
 DOORS = {"__init__", "bench", "cli"}
 """They may import every room."""
@@ -84,6 +96,49 @@ def offences(root=ROOT):
 
 def test_rooms_import_only_what_they_may():
     assert list(offences()) == []
+
+
+def ports_offences(root=PORTS):
+    for path in sources(root / "astraea_ports"):
+        room = path.relative_to(root / "astraea_ports").parts[0]
+        if room == "__init__.py":
+            continue
+        if room not in PORTS_MAY_IMPORT:
+            yield f"{path.name}: room {room!r} of the ports has no rule here"
+            continue
+        modules = [module.split(".") for module in imported_modules(path, root)]
+        others = {names[1] for names in modules if names[0] == "astraea_ports" and names[1:]}
+        for other in sorted(others & {*PORTS_MAY_IMPORT} - {room} - PORTS_MAY_IMPORT[room]):
+            yield f"{path.relative_to(root)} imports {other}"
+
+
+def test_rooms_of_the_ports_import_only_what_they_may():
+    assert list(ports_offences()) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "line", "offence"),
+    [
+        ("pipeline/plan.py", "from astraea_ports.wan import vae", "imports wan"),
+        ("text/t5.py", "from astraea_ports import tiny", "imports tiny"),
+        ("checkpoints/hub.py", "def f():\n  import astraea_ports.text.t5", "imports text"),
+        ("new/thing.py", "", "room 'new' of the ports has no rule here"),
+    ],
+)
+def test_planted_offences_of_the_ports_are_seen(tmp_path, room, line, offence):
+    path = tmp_path / "astraea_ports" / room
+    path.parent.mkdir(parents=True)
+    path.write_text(line + "\n")
+    (found,) = ports_offences(tmp_path)
+    assert found.endswith(offence)
+
+
+def test_the_command_line_names_no_port():
+    shared = {"checkpoints", "pipeline", "text", "tiny", "training"}
+    for path in sources(ROOT / "astraea_jax"):
+        modules = [module.split(".") for module in imported_modules(path, ROOT)]
+        named = {names[1] for names in modules if names[0] == "astraea_ports" and names[1:]}
+        assert not named & {*PORTS_MAY_IMPORT} - shared, path
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
 from astraea_jax import cache as token_cache
 from astraea_jax import entry, selection
@@ -15,7 +15,8 @@ from astraea_jax.attention import gather_rows, scatter_rows
 from astraea_jax.cache import TokenCache
 from astraea_jax.methods import base, blocks
 from astraea_jax.methods.blocks import Place
-from astraea_jax.model import Geometry, Groups, Modulation, Rows, Shared, Side
+from astraea_jax.methods.token_choice import Choice, Choosing, older
+from astraea_jax.model import Rows, Shared, Side
 from astraea_jax.selection import SelectionConfig
 
 FEW_ROWS = 1024
@@ -27,18 +28,6 @@ class AstraeaState(NamedTuple):
 
     cache: TokenCache
     velocity: Float[Array, "B N P"]
-
-
-class Choice(NamedTuple):
-    """One selection.
-
-    Attributes:
-      indices: positions by falling score, padded with N; see `selection.order`.
-      fresh: which tokens are computed.
-    """
-
-    indices: Int[Array, "B M"]
-    fresh: Bool[Array, "B N"]
 
 
 class Carry(NamedTuple):
@@ -109,11 +98,6 @@ class Opened(NamedTuple):
     onto: Destination
 
 
-def older(age: Int[Array, "*shape"]) -> Int[Array, "*shape"]:
-    """Ages a step later; int8 holds up to 127, beyond any cap."""
-    return jnp.minimum(age, 126) + jnp.int8(1)
-
-
 def compute_rows(config: SelectionConfig, block, rows: Rows, shared: Shared) -> FreshRows:
     """A block on some of its rows."""
     out = core.apply_block(block, rows, shared)
@@ -135,22 +119,12 @@ def write_rows(onto: Destination, index, indices, fresh: FreshRows) -> Destinati
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Run(Choosing):
     """One evaluation of the model: what its parts share.
 
     A sparse step is `begin`, for every block `open_block`, `compute_rows` for its rows and
     `close_block`, and then `finish`.
     """
-
-    config: SelectionConfig
-    it: base.Evaluation
-    modulation: Modulation
-    inputs: base.StepInputs
-
-    @property
-    def geometry(self) -> Geometry:
-        """Static sizes."""
-        return self.it.geometry
 
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
@@ -158,7 +132,7 @@ class Run:
         tokens, side = self.it.model.embed(self.inputs.latents, self.it.prepared)
         cache = state.cache
         if config.scope == "step" or config.chained:
-            cache = self._with_reference(cache, selection.view(tokens, config))
+            cache = self.with_reference(cache, selection.view(tokens, config))
 
         def body(carry, block, place: Place):
             tokens, side, cache = carry
@@ -167,9 +141,9 @@ class Run:
             lse = selection.heads_reduced(out.lse, config)
             cache = cache._replace(
                 out=token_cache.write_block(cache.out, index, out.cached),
-                lse=self._write_selection(cache.lse, index, groups, lse),
-                age=self._write_selection(cache.age, index, groups, jnp.zeros_like(lse)),
-                reference=self._write_reference(cache.reference, index, tokens),
+                lse=self.write_selection(cache.lse, index, groups, lse),
+                age=self.write_selection(cache.age, index, groups, jnp.zeros_like(lse)),
+                reference=self.write_reference(cache.reference, index, tokens),
             )
             return out.tokens, out.side, cache
 
@@ -250,12 +224,12 @@ class Run:
         batch, num_tokens, _ = tokens.shape
         choices = None
         if config.scope == "step":
-            choices, cache = self._choose_all(tokens, cache, level)
+            choices, cache = self.choose_all(tokens, cache, level)
         # Like the tokens also in how they differ over devices, where a `shard_map` checks it.
         zeros = functools.partial(jnp.zeros_like, tokens, jnp.float32)
         before = cache.reference[0] if config.chained else zeros((batch, num_tokens, 0))
         if config.chained:
-            cache = self._with_reference(cache, tokens)
+            cache = self.with_reference(cache, tokens)
         carry = Carry(
             tokens,
             side,
@@ -270,7 +244,7 @@ class Run:
     def open_block(self, carry: Carry, block, place: Place, choices, level) -> Opened:
         """What a block needs before any of its rows is computed; `choices` are of `begin`."""
         config, index, groups = self.config, place.index, place.kind.groups
-        slot = self._slot(index, groups)
+        slot = self.slot(index, groups)
         if choices is not None:
             choice = choices[slot]
         else:
@@ -278,9 +252,9 @@ class Run:
             if not config.chained:
                 stack, before = token_cache.read_block(cache.reference, index)
                 cache = cache._replace(reference=stack)
-            choice = self._choose(tokens, before, cache, index, groups, level)
+            choice = self.choose(tokens, before, cache, index, groups, level)
             if not config.chained:
-                reference = self._merge_reference(before, tokens, choice.fresh)
+                reference = self.merge_reference(before, tokens, choice.fresh)
                 stack = token_cache.write_block(cache.reference, index, reference)
                 cache = cache._replace(reference=stack)
             carry = carry._replace(cache=cache)
@@ -303,7 +277,7 @@ class Run:
             age = token_cache.write_block(age, index, aged)
         cache = cache._replace(
             out=written.stack,
-            lse=self._write_selection(cache.lse, index, place.kind.groups, written.lse),
+            lse=self.write_selection(cache.lse, index, place.kind.groups, written.lse),
             age=age,
         )
         same = selection.overlap(choice.fresh, carry.previous)
@@ -356,79 +330,6 @@ class Run:
             return indices
         added = jnp.full((batch, -count % entry.PADDING), self.geometry.num_tokens, indices.dtype)
         return jnp.concatenate([indices, added], axis=1)
-
-    def _choose_all(
-        self, tokens, cache: TokenCache, level
-    ) -> tuple[tuple[Choice, ...], TokenCache]:
-        """Selects the tokens of all blocks, and what the cache then holds of the selections."""
-        choices, ages, references = [], [], []
-        for slot, groups in enumerate(base.splits(self.geometry)):
-            before = cache.reference[slot]
-            choice = self._choose(tokens, before, cache, slot, groups, level)
-            choices.append(choice)
-            ages.append(jnp.where(choice.fresh, 0, older(cache.age[slot])))
-            references.append(self._merge_reference(before, tokens, choice.fresh))
-        return tuple(choices), cache._replace(
-            age=jnp.stack(ages).astype(cache.age.dtype),
-            reference=jnp.stack(references).astype(cache.reference.dtype),
-        )
-
-    def _choose(self, tokens, before, cache: TokenCache, slot, groups, level) -> Choice:
-        """Selects the tokens of one block, or with scope "step" of all that a split serves."""
-        config = self.config
-        batch, num_tokens, _ = tokens.shape
-        age = cache.age[slot]
-        if config.rank == "random":
-            key: Key[Array, ""] = base.fold(self.inputs.key, slot)
-            shape = (batch, num_tokens)
-            scores = selection.random_score(key, shape, config, self.it.branches)
-        else:
-            delta = selection.change(selection.view(tokens, config), before, config)
-            scores = selection.score(cache.lse[slot], delta, age, config)
-            if config.branches == "shared":
-                scores = selection.shared_score(scores, self.it.branches)
-        ordered = selection.order(scores, age, groups=groups.number, contiguous=groups.contiguous)
-        count = level * (ordered.shape[1] // selection.LEVELS)
-        return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))
-
-    def _slot(self, index, groups: Groups):
-        """Where the cache holds LSE and age of a block's selection: at its index, or its split."""
-        return index if self.config.scope == "block" else base.split_of(self.geometry, groups)
-
-    def _write_selection(self, stack, index, groups: Groups, rows):
-        """Stores LSE or age of a block; where one selection serves many, of their first alone."""
-        slot = self._slot(index, groups)
-        if self.config.scope == "step":
-            rows = jnp.where(index == self._first_of(slot), rows.astype(stack.dtype), stack[slot])
-        return token_cache.write_block(stack, slot, rows)
-
-    def _first_of(self, slot: int) -> int:
-        """The first block that a split serves."""
-        before = 0
-        for stack in self.geometry.stacks:
-            for place, kind in enumerate(stack.kinds):
-                if base.split_of(self.geometry, kind.groups) == slot:
-                    return before + place
-            before += stack.layers * len(stack.kinds)
-        raise AssertionError(slot)
-
-    def _with_reference(self, cache: TokenCache, tokens: Float[Array, "B N W"]) -> TokenCache:
-        """The cache with the one reference that serves all blocks."""
-        reference = jnp.broadcast_to(tokens.astype(cache.reference.dtype), cache.reference.shape)
-        return cache._replace(reference=reference)
-
-    def _write_reference(self, stack, index, tokens):
-        """Stores a block's whole input where blocks keep references of their own."""
-        if self.config.scope == "step" or self.config.chained:
-            return stack
-        return token_cache.write_block(stack, index, selection.view(tokens, self.config))
-
-    def _merge_reference(self, before, tokens, fresh):
-        """The reference after a step: all tokens as they are now, or only the computed ones."""
-        now = selection.view(tokens, self.config)
-        if self.config.reference == "previous":
-            return now
-        return jnp.where(fresh[..., None], now, before)
 
     def _run_blocks(self, body, carry):
         return blocks.run_blocks(self.it, self.modulation, body, carry)

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from astraea_jax import denoise as loop
+from astraea_jax import step as stepping
 from astraea_jax.denoise import LoopState, Settings
 from astraea_jax.methods import Method, base
 from astraea_jax.model import VideoDiT
@@ -49,13 +50,13 @@ class Lane(NamedTuple):
     def forward(self, mode: base.Mode, state: LoopState, index, level) -> base.Forward:
         """The method's forward pass in a mode."""
         row = self.row(index)
-        inputs = loop.step_inputs(state.latents, row, level, index, self.key, self.settings)
+        inputs = stepping.step_inputs(state.latents, row, level, index, self.key, self.settings)
         return self.settings.method.forward(mode, self.it, inputs, state.method)
 
     def advance(self, state: LoopState, forward: base.Forward, index) -> LoopState:
         """The solver's step."""
         row = self.row(index)
-        return loop.advance(self.it.model, state, forward, row, self.guidance, self.settings)
+        return stepping.advance(self.it.model, state, forward, row, self.guidance, self.settings)
 
     def compute(self, state: LoopState, index) -> LoopState:
         """A computed step."""
@@ -103,7 +104,7 @@ def denoise_start(
             return each.compute(state, index), None
 
         indices = jnp.arange(dense_start, dtype=jnp.int32)
-        return prepared, lax.scan(step, loop.start(model, latents, settings), indices)[0]
+        return prepared, lax.scan(step, stepping.start(model, latents, settings), indices)[0]
 
 
 def _lane(model, prepared, solver: Solver, guidance, key, settings: Settings) -> Lane:

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ftfy
 import numpy as np
 import tokenizers
 from jaxtyping import Int
@@ -35,6 +34,8 @@ def clean_prompt(text: str) -> str:
     Raises:
       Refusal: the text is no string.
     """
+    import ftfy  # slow to import, and only prompts need it
+
     if not isinstance(text, str):
         raise Refusal(f"expected a prompt as a string, got {shown(text)}")
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split())
