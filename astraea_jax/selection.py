@@ -34,11 +34,12 @@ class SelectionConfig:
 
     The defaults are the best, or within the noise of the best, of each choice tried alone on the
     small Wan: at 30 and 50 % after a dense first fifth, with UniPC and Euler, paired over 16
-    prompts (`astraea bench search --parts choices`). Means over the four, in dB: one selection a
-    step instead of one a block +0.2 +- 0.1, branches shared (per block) +0.6 +- 0.2, residual
-    reuse +1.2 +- 0.5, velocity kept +0.5 +- 0.4, mean_square over signed +1.4 +- 0.5 and over abs
-    +0.2 +- 0.3, the previous step as reference +0.2 +- 0.3, normalised +0.1 +- 0.3; w_beta 0.5
-    over 0 +9 +- 2, over 0.05 +0.5 +- 0.3 (which is ahead by 0.4 at 30 %), over 5 +0.1 +- 0.3.
+    prompts (`notebooks/studies/search.py --parts choices`). Means over the four, in dB: one
+    selection a step instead of one a block +0.2 +- 0.1, branches shared (per block) +0.6 +- 0.2,
+    residual reuse +1.2 +- 0.5, velocity kept +0.5 +- 0.4, mean_square over signed +1.4 +- 0.5 and
+    over abs +0.2 +- 0.3, the previous step as reference +0.2 +- 0.3, normalised +0.1 +- 0.3;
+    w_beta 0.5 over 0 +9 +- 2, over 0.05 +0.5 +- 0.3 (which is ahead by 0.4 at 30 %), over 5 +0.1
+    +- 0.3.
 
     Attributes:
       scope: "block": every block selects for itself, as the paper. "step": one selection a step,

@@ -14,10 +14,10 @@ from command_line import refused
 
 from astraea_jax import cli
 from astraea_jax.bench import quality, search_study
-from astraea_jax.bench.latency import latency_table
 from astraea_jax.bench.models import ModelChoice
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import search, subject, target
+from astraea_jax.cli.latency import latency_table
 from astraea_jax.cli.request import Choice, Request
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint

@@ -4,10 +4,10 @@ import json
 import sys
 
 import pytest
+from astraea_jax.bench.search_study import read_rows
 
 from astraea_jax import cli
 from astraea_jax.bench import tables
-from astraea_jax.bench.search_study import read_rows
 
 FOLDER = tables.RESULTS
 

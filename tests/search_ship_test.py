@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-
-from astraea_jax.bench import tables
 from astraea_jax.bench.search_ship import chosen
 from astraea_jax.bench.search_study import read_rows
+
+from astraea_jax.bench import tables
 from astraea_jax.search.recipe import recipes_in
 from astraea_ports import tiny
 

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from astraea_jax.bench.search_runs import Searches
 from astraea_jax.bench.search_study import Options, Study
+
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig

@@ -19,10 +19,10 @@ import numpy as np
 
 from astraea_jax import checks, flops, report, solvers
 from astraea_jax import denoise as loop
-from astraea_jax.bench import compile as compiled
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as kernels
 from astraea_jax.bench.models import RESIDENT, Chosen
+from astraea_jax.bench.programs import facts
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS
 
@@ -217,8 +217,8 @@ def _static_case(model, latents, context, solver, settings, level: int, held: di
         held[settings.method] = program(model, prepared, state, *arguments)[0]
         jax.block_until_ready(held[settings.method])
 
-    facts = _facts(program, state.method)
-    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **facts)
+    held_by = facts(program, state.method)
+    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **held_by)
 
 
 def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case:
@@ -233,9 +233,9 @@ def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case
         jax.block_until_ready(program(*arguments))
 
     state = jax.eval_shape(functools.partial(loop.start, model, latents, settings))
-    facts = _facts(program, state.method)
+    held_by = facts(program, state.method)
     steps = solver.steps
-    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **facts)
+    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **held_by)
 
 
 _programs: dict[Any, Any] = {}
@@ -247,21 +247,6 @@ def _dynamic_program(arguments, settings):
         lowered = loop.dynamic_loop.lower(*arguments, settings=settings)
         _programs[settings] = lowered.compile()
     return _programs[settings]
-
-
-def _facts(program, state) -> dict[str, int]:
-    """What a compiled program holds and copies."""
-    memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    leaves = jax.tree.leaves(state)
-    large = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] > 1]
-    text = program.as_text() or ""
-    return {
-        "peak": held,
-        "copies": sum(compiled.count_copies(text, leaf) for leaf in large),
-        "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-    }
 
 
 def time_in_turn(runs: list[Callable[[], None]], rounds: int, most: float = math.inf) -> np.ndarray:

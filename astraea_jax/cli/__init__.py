@@ -22,20 +22,8 @@ from tyro.conf import Positional, arg
 
 from astraea_jax import attention, checks, report, solvers
 from astraea_jax.bench import attention as bench_attention
-from astraea_jax.bench import (
-    batches,
-    collect,
-    exactness,
-    gpu,
-    options,
-    quality,
-    scoring,
-    sheet,
-    tables,
-)
-from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench import denoise as bench_denoise
-from astraea_jax.bench import search as bench_search
+from astraea_jax.bench import exactness, options
 from astraea_jax.bench import training as bench_training
 from astraea_jax.bench.models import TINY, Chosen
 from astraea_jax.checks import Refusal
@@ -188,12 +176,9 @@ def info() -> None:
 
 
 def bench() -> None:
-    """Measures speed (`attention`, `denoise`, `batches`, `training`), quality and searches.
+    """Times this machine: `attention`, `denoise` (a step), `training`.
 
-    `exactness` says how exact this device is, `gpu` runs the whole study of one. `quality` compares
-    methods, `search` ways to find a schedule, `scoring` ways to score many; `compile` compiles for
-    a GPU that need not be there; `sheet` draws videos. `collect` puts a study's parts together, and
-    `tables` makes the README's tables of what ships.
+    `exactness` says how exact this device is.
     """
     raise Refusal(f"say what to measure: astraea bench {' | '.join(BENCHES)}")
 
@@ -211,16 +196,7 @@ COMMANDS = {
 BENCHES = {
     "attention": bench_attention.command,
     "denoise": bench_denoise.command,
-    "batches": batches.command,
     "exactness": exactness.command,
-    "collect": collect.command,
-    "gpu": gpu.command,
-    "compile": bench_compile.command,
-    "quality": quality.command,
-    "scoring": scoring.command,
-    "search": bench_search.command,
-    "sheet": sheet.command,
-    "tables": tables.command,
     "training": bench_training.command,
 }
 

@@ -1,4 +1,4 @@
-"""`astraea bench scoring`: time and memory of a population, in lanes and one after another."""
+"""Time and memory of a population, in lanes and one after another."""
 
 import concurrent.futures
 import functools
@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import start
 from astraea_jax import checks, report, solvers
 from astraea_jax.bench import options
 from astraea_jax.bench.denoise import time_in_turn
@@ -130,3 +131,7 @@ COLUMNS = {
     "temporary": "temporary memory",
     "difference": "largest relative difference of an error",
 }
+
+
+if __name__ == "__main__":
+    start.run(command)
