@@ -8,10 +8,11 @@ import types
 
 import jax
 import pytest
+import studies
 
 from astraea_jax import attention, report
 from astraea_jax.bench import attention as bench
-from astraea_jax.bench import attention_runs, attention_tuning, compile_report
+from astraea_jax.bench import attention_runs, attention_tuning
 from astraea_jax.bench.shapes import SHAPES, Shape, rows
 from astraea_jax.kernels import dispatch, machine, tilings
 
@@ -145,6 +146,7 @@ def test_operations_and_bytes():
 
 
 def test_the_compile_report_reads_what_compilers_say(tmp_path):
+    compile_report = studies.study("compile_report")
     (tmp_path / "xla.ptxas").write_text(
         "ptxas info    : Compiling entry function 'query_sparse_attention' for 'sm_80'\n"
         "ptxas info    : Function properties for query_sparse_attention\n"

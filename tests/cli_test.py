@@ -13,13 +13,11 @@ import threading
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import refused
 
 from astraea_jax import cli, files, report, video
-from astraea_jax.bench import compile as bench_compile
 from astraea_jax.bench.models import ModelChoice, read_lora
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import compiled, ending, keeping
@@ -122,29 +120,6 @@ def test_the_command_to_convert(capsys):
     assert "does not exist yet" in refused(capsys, "convert", "tiny", "-o", "made")
 
 
-def test_compiling_for_a_gpu_needs_the_plugin(capsys, monkeypatch):
-    def fail(**_):
-        raise RuntimeError("no plugin\nmore")
-
-    monkeypatch.setattr(bench_compile.topologies, "get_topology_desc", fail)
-    small = ["--frames", "5", "--height", "64", "--width", "64"]
-    assert r"can't describe a GPU (no plugin)" in refused(capsys, "bench", "compile", *small)
-
-
-def test_what_is_read_off_a_compiled_program():
-    leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
-    text = """
-      %a = bf16[3,4]{1,0} copy(%x)
-      %b = (bf16[3,4]{1,0}, u32[]) copy-start(%x)
-      %c = f32[3,4]{1,0} copy(%x)
-      %d = bf16[3,4]{1,0} add(%x, %copy)
-      %e = f32[1] custom-call(%x), custom_call_target="mosaic_gpu_v2"
-    """
-    assert bench_compile.count_copies(text, leaf) == 2
-    assert bench_compile.custom_calls(text) == "mosaic_gpu_v2 x 1"
-    assert bench_compile.custom_calls("") == "none"
-
-
 def request(**changes):
     asked = dict.fromkeys(Request.__dataclass_fields__)
     asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "negative_prompt": ""}
@@ -209,10 +184,7 @@ def test_plan_takes_what_measured_best():
         (["bench", "denoise", "--random", "3B"], "--random"),
         (["bench", "denoise", "--random", "1.3B", "--model", "x"], "it takes no --model"),
         (["generate", PROMPT, "--random", "14B", "--revision", "x"], "it takes no --model"),
-        (["bench", "compile", "--size", "2B"], "--size"),
         (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint"),
-        (["bench", "quality", "--only", "nothing like it"], "no row's description"),
-        (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
         (["paint"], "paint"),
     ],
 )
