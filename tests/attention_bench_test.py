@@ -8,11 +8,13 @@ import types
 
 import jax
 import pytest
+import studies
 
 from astraea_jax import attention, report
 from astraea_jax.bench import attention as bench
-from astraea_jax.bench import attention_runs, attention_tuning, compile_report
+from astraea_jax.bench import attention_runs, attention_tuning
 from astraea_jax.bench.shapes import SHAPES, Shape, rows
+from astraea_jax.cli import bench as cli_bench
 from astraea_jax.kernels import dispatch, machine, tilings
 
 pytestmark = pytest.mark.slow
@@ -110,7 +112,7 @@ def test_the_command_writes_every_number(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "CHECKED", ((1, 2, 3, 1, 8, (2,)),))
     monkeypatch.setattr(bench, "SHAPES", {"large": SHAPES["wan-33"], "small": SMALL})
     path = tmp_path / "all.json"
-    bench.command(shares=(0.5,), rounds=1, output=path)  # without a GPU, the smallest shape
+    cli_bench.attention(shares=(0.5,), rounds=1, output=path)  # without a GPU, the smallest shape
     printed = capsys.readouterr().out
     assert "mosaic: needs an NVIDIA GPU" in printed and "checks: 3 of 3 right" in printed
     content = json.loads(path.read_text())
@@ -131,7 +133,7 @@ def test_the_command_writes_every_number(monkeypatch, tmp_path, capsys):
 )
 def test_bad_input_is_refused(arguments, message, as_a_user):
     with pytest.raises(ValueError, match=message):
-        bench.command(**arguments)
+        cli_bench.attention(**arguments)
 
 
 def test_operations_and_bytes():
@@ -145,6 +147,7 @@ def test_operations_and_bytes():
 
 
 def test_the_compile_report_reads_what_compilers_say(tmp_path):
+    compile_report = studies.study("compile_report")
     (tmp_path / "xla.ptxas").write_text(
         "ptxas info    : Compiling entry function 'query_sparse_attention' for 'sm_80'\n"
         "ptxas info    : Function properties for query_sparse_attention\n"

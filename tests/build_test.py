@@ -13,7 +13,7 @@ LIBRARIES = {
     "astraea_jax.cli": "commands",
     "astraea_ports": "ports",
 }
-FOLDERS = ["astraea_jax", "ports", "tests"]
+FOLDERS = ["astraea_jax", "ports", "tests", "notebooks/studies"]
 
 SOUND = """
 load("@rules_python//python:py_library.bzl", "py_library")

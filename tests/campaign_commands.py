@@ -17,12 +17,12 @@ BAD_INTEGERS = ("-1", "1000000000000000000000000000000", "1.5", "nan", "many", "
 BAD_NUMBERS = ("nan", "inf", "-inf", "1e308", "much", "")
 BAD_WORDS = ("nonsense", "")
 
-OUTPUTS = {"output", "folder", "ship"}
+OUTPUTS = {"output", "folder"}
 """Options that name what is written; other paths are read."""
 
 FOLDERS = {
-    *(("search", "folder"), ("train-tiny", "output"), ("convert", "output")),
-    *(("bench search", "output"), ("bench search", "ship"), ("sensitivity", "folder")),
+    *(("search", "folder"), ("sensitivity", "folder")),
+    *(("train-tiny", "output"), ("convert", "output")),
 }
 """Outputs that are folders: they are made with those that they lie in."""
 
@@ -38,8 +38,6 @@ def commands() -> dict[str, tuple[Callable, list[str]]]:
         "generate": ["a red circle"],
         "convert": ["tiny", "--output", "made"],
         "search": ["--budget", "0.5"],
-        "bench collect": ["--study", "search", "--output", "made.json"],
-        "bench gpu": ["--output", "made.json"],
     }
     every = {name: command.load() for name, command in cli.COMMANDS.items() if name != "bench"}
     every |= {f"bench {name}": command.load() for name, command in cli.BENCHES.items()}
@@ -56,8 +54,6 @@ def word_trials() -> Iterator[Trial]:
             spoken.append(name.split())
     spoken += [["generate", ""], ["generate", " "], ["generate", "a red circle", "--steps"]]
     for words in spoken:
-        if words[:2] == ["bench", "collect"] and words[-1] == "one too many":
-            continue  # it takes any number of files; one that is not there is tried elsewhere
         yield Trial(f"astraea {' '.join(words)!r}", lambda words=words: cli.main(words))
 
 

@@ -1,8 +1,7 @@
-"""Bad content of files: how it is drawn, and of schedules, prompts, journals, runs and studies."""
+"""Bad content of files: how it is drawn, and of schedules, prompts, journals and runs."""
 
 import dataclasses
 import json
-import os
 import pathlib
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -210,51 +209,6 @@ def run_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterat
         wrong = json.dumps(RUN | {"recipe": {"steps": value}}).encode()
         yield Trial(f"run.json: steps = {value!r:.40}", changed(path, wrong, read))
     yield from (trial for trial in place_trials(path, special, read) if "missing" not in trial.name)
-
-
-STUDIES = pathlib.Path(cli.__file__).parents[1] / "bench"
-
-
-def study_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterator[Trial]:
-    """Results of the studies, which benches read again."""
-    for kind in ("quality", "search"):
-        path = folder / f"{kind}.json"
-        content = json.loads((STUDIES / f"{kind}.json").read_text())
-        row = content["rows"][0]
-        wrongs = [
-            (field, value, {"rows": [row | {field: value}]})
-            for field, right in row.items()
-            for value in field_values(right)
-        ]
-        wrongs += [
-            (field, value, {field: value})
-            for field in ("model", "rows")
-            for value in field_values(content[field])
-            if value != []
-        ]
-        content["rows"] = [row]
-        path.write_text(json.dumps(content))
-        words = ["bench", "collect", os.fspath(path), f"--study={kind}", "--output=made.json"]
-        read = lambda words=words: cli.main(words)  # noqa: E731
-        for field, value, change in wrongs:
-            if value == "nonsense" or (field, value) in FREE_OF_STUDIES:
-                continue  # a name is free
-            wrong = json.dumps(content | change).encode()
-            yield Trial(f"{kind}: {field} = {value!r:.40}", changed(path, wrong, read))
-        for broken in BROKEN:
-            yield Trial(f"{kind}: {broken[:20]!r}", changed(path, broken.encode(), read))
-        yield from place_trials(path, special, read)
-    path = folder / "gpu.json"
-    read = lambda: cli.main(["bench", "gpu", f"--output={path}"])  # noqa: E731
-    for wrong in (*BROKEN, '{"parts": 3}', '{"parts": [1]}', '{"parts": {"a": 3}}'):
-        yield Trial(f"gpu: {wrong[:20]!r}", changed(path, wrong.encode(), read))
-
-
-FREE_OF_STUDIES = (
-    *(("evaluations", 0), ("run", 0)),
-    *((field, None) for field in ("reuse", "scope", "branches", "velocity", "rank", "overlap")),
-    ("budget", None),
-)
 
 
 def video_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterator[Trial]:

@@ -104,11 +104,6 @@ def test_runs_of_a_training(tmp_path, apart, special):
     held(files.run_trials(apart, special), tmp_path, least=30)
 
 
-@pytest.mark.slow
-def test_results_of_studies(tmp_path, apart, special):
-    held(files.study_trials(apart, special), tmp_path, least=200)
-
-
 def test_what_is_no_video(tmp_path, apart, special):
     held(files.video_trials(apart, special), tmp_path, least=8)
 

@@ -7,16 +7,14 @@ import pathlib
 import sys
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import refused
 
 from astraea_jax import cli
-from astraea_jax.bench import quality, search_study
-from astraea_jax.bench.latency import latency_table
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import search, subject, target
+from astraea_jax.cli.latency import latency_table
 from astraea_jax.cli.options import ModelChoice, Sampling, VideoSize
 from astraea_jax.cli.request import Choice, Request
 from astraea_jax.methods import METHODS
@@ -25,7 +23,7 @@ from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny, wan
-from astraea_ports.pipeline import Defaults, tiles
+from astraea_ports.pipeline import tiles
 
 pytestmark = pytest.mark.usefixtures("in_an_empty_folder")
 
@@ -147,44 +145,6 @@ def test_sensitivity_draws_a_line_a_prompt(capsys):
     assert "skipped step" in capsys.readouterr().out and os.path.getsize("fig.svg") > 1000
 
 
-@pytest.mark.slow
-def test_a_study_judges_what_it_finds_goes_on_and_ships(capsys):
-    small = [*SIZE, "--steps", "6", "--budgets", "0.5", "--solver", "euler", "--rows", "4"]
-    small += ["--search-prompts", "1", "--seeds", "2", "--look", "1", "--heldout-prompts", "2"]
-    small += ["--pool", "1", "--population", "4", "--generations", "1", "--swaps", "2"]
-    parts = ["--reuses", "step-level", "--parts", "by-hand", "step-level"]
-    study_of = ["bench", "search", "--output", "out_study", *small, *parts]
-    assert cli.main([*study_of, "--ship", "schedules"]) == 0
-    printed = capsys.readouterr().out
-    found = json.loads(pathlib.Path("out_study/results.json").read_text())["rows"]
-    by_hand = [row for row in found if row["what"].startswith("hand-made")]
-    (best,) = [row for row in found if row["what"] == "step-level EA"]
-    assert by_hand and best["validation"] > 0 and len(best["psnr_each"]) == 2
-    assert sum(best["levels"]) == 30 and "best of " in printed
-    (recipe,) = recipes_in("schedules")
-    assert recipe.schedule.levels == tuple(best["levels"]) and recipe.quality["prompts"] == 2
-    journal = pathlib.Path("out_study", study.JOURNAL).read_text()
-    assert cli.main(study_of) == 0
-    assert json.loads(pathlib.Path("out_study/results.json").read_text())["rows"] == found
-    assert pathlib.Path("out_study", study.JOURNAL).read_text() == journal
-    # A study of its own that begins at what this one found is no worse where both search.
-    study_of[3] = "out_other"
-    assert cli.main([*study_of, "--starts", "out_study/results.json"]) == 0
-    rows = json.loads(pathlib.Path("out_other/results.json").read_text())["rows"]
-    (other,) = [row for row in rows if row["what"] == "step-level EA"]
-    assert float(other["fitness"]) <= float(best["fitness"])
-    evaluated = pathlib.Path("out_other", study.JOURNAL).read_text()
-    assert json.dumps(best["levels"], separators=(",", ":")) in evaluated.replace(" ", "")
-    assert cli.main([*study_of, "--starts", "nowhere.json"]) == 2
-    assert "no file" in capsys.readouterr().err
-
-
-def search_study_of(pipeline, prompts):
-    study = object.__new__(search_study.Study)
-    study.pipeline = pipeline
-    return study
-
-
 BUDGET = ["search", "--budget", "0.5"]
 
 
@@ -235,15 +195,6 @@ BUDGET = ["search", "--budget", "0.5"]
         (["sensitivity", "--count", "0"], "count must be"),
         (["sensitivity", "--lanes", "0"], "lanes must be"),
         (["sensitivity", "--steps", "1"], "at least 2 steps"),
-        (["bench", "search", "--heldout-prompts", "1"], "heldout_prompts must be"),
-        (["bench", "search", "--minutes", "nan"], "minutes must be"),
-        (["bench", "search", "--pool", "0"], "pool must be"),
-        (["bench", "search", "--patience", "0.5"], "patience must be"),
-        (["bench", "search", "--population", "1000000000"], "population must be"),
-        (["bench", "search", "--solver", "heun"], "solver must be"),
-        (["bench", "search", "--reuses", "astraea"], "reuses must be"),
-        (["bench", "search", "--parts", "transfer"], "--starts"),
-        (["bench", "scoring", "--plans", "fast"], "expected plans of"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2_and_leaves_nothing(capsys, arguments, words):
@@ -329,27 +280,6 @@ def test_a_staged_model_reads_what_a_search_needs_and_no_more(monkeypatch):
 
 def is_loaded(module):
     return not any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(module))
-
-
-@pytest.mark.parametrize("of", [quality.Study.of, search_study_of])
-def test_studies_decode_as_the_pipeline_does(of):
-    seen = []
-
-    class Pipeline:
-        defaults, shift = Defaults(5, 32, 32, 50, 5.0), 3.0
-
-        def latents_shape(self, *size):
-            return (2, 4, 4, 16)
-
-        def encode_text(self, texts):
-            return jnp.zeros((2, 1, 1))
-
-        def decode(self, latents):
-            seen.append(latents.shape)
-            return np.zeros((1, 5, 32, 32, 3), np.float32)
-
-    videos = of(Pipeline(), ["a", "b"]).decode(jnp.zeros((2, 2, 4, 4, 16)))
-    assert seen == [(1, 2, 4, 4, 16)] * 2 and videos[0].dtype == np.uint8
 
 
 @pytest.mark.slow

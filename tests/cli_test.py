@@ -14,16 +14,15 @@ import types
 from typing import get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from command_line import refused
 
 import astraea_ports
-from astraea_jax import cli, files, report, solvers, video
-from astraea_jax.bench import compile as bench_compile
+from astraea_jax import attention, cli, files, report, solvers, video
+from astraea_jax import denoise as loop
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import compiled, ending, info, keeping, making, options
+from astraea_jax.cli import bench, compiled, ending, info, keeping, making, options
 from astraea_jax.cli.options import ModelChoice, Sampling, read_lora
 from astraea_jax.cli.request import Request, plan
 from astraea_jax.methods import METHODS, Astraea, Dense, StepLevel
@@ -122,29 +121,6 @@ def test_the_command_to_convert(capsys):
     assert "does not exist yet" in refused(capsys, "convert", "tiny", "-o", "made")
 
 
-def test_compiling_for_a_gpu_needs_the_plugin(capsys, monkeypatch):
-    def fail(**_):
-        raise RuntimeError("no plugin\nmore")
-
-    monkeypatch.setattr(bench_compile.topologies, "get_topology_desc", fail)
-    small = ["--frames", "5", "--height", "64", "--width", "64"]
-    assert r"can't describe a GPU (no plugin)" in refused(capsys, "bench", "compile", *small)
-
-
-def test_what_is_read_off_a_compiled_program():
-    leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
-    text = """
-      %a = bf16[3,4]{1,0} copy(%x)
-      %b = (bf16[3,4]{1,0}, u32[]) copy-start(%x)
-      %c = f32[3,4]{1,0} copy(%x)
-      %d = bf16[3,4]{1,0} add(%x, %copy)
-      %e = f32[1] custom-call(%x), custom_call_target="mosaic_gpu_v2"
-    """
-    assert bench_compile.count_copies(text, leaf) == 2
-    assert bench_compile.custom_calls(text) == "mosaic_gpu_v2 x 1"
-    assert bench_compile.custom_calls("") == "none"
-
-
 def request(**changes):
     asked = dict.fromkeys(Request.__dataclass_fields__)
     asked |= {"prompt": PROMPT, "model": ModelChoice(), "solver": "unipc", "sampling": Sampling()}
@@ -209,10 +185,7 @@ def test_plan_takes_what_measured_best():
         (["bench", "denoise", "--random", "3B"], "--random"),
         (["bench", "denoise", "--random", "1.3B", "--model", "x"], "it takes no --model"),
         (["generate", PROMPT, "--random", "14B", "--revision", "x"], "it takes no --model"),
-        (["bench", "compile", "--size", "2B"], "--size"),
         (["generate", PROMPT, "--checkpoint", "x"], "--checkpoint"),
-        (["bench", "quality", "--only", "nothing like it"], "no row's description"),
-        (["bench", "sheet", "--output", "sheet.mp4"], ".png"),
         (["paint"], "paint"),
     ],
 )
@@ -285,6 +258,8 @@ def test_the_options_name_what_there_is():
     assert get_args(options.GridName) == get_args(solvers.Grid)
     assert get_args(options.Precision) == get_args(checkpoints.Precision)
     assert get_args(options.Size) == astraea_ports.SIZES
+    assert get_args(options.Implementation) == get_args(attention.Implementation)
+    assert get_args(bench.Driver) == get_args(loop.Driver)
 
 
 HELP = ["", *cli.COMMANDS, *(f"bench {name}" for name in cli.BENCHES)]

@@ -1,16 +1,13 @@
-"""Where a GPU's time goes, from a trace; and the study whose parts run one by one."""
+"""Where a GPU's time goes, from a trace; what a compiled program copies."""
 
-import json
-import pathlib
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from astraea_jax.bench import batches, exactness, gpu
 from astraea_jax.bench import profile as profiles
-from astraea_jax.cli import BENCHES, COMMANDS, main
-
-HERE = pathlib.Path(__file__).resolve().parents[1]
+from astraea_jax.bench import programs
 
 
 def trace():
@@ -62,62 +59,15 @@ def test_kernels_are_told_by_their_names(name, kind):
     assert profiles.kind_of(name) == kind
 
 
-def test_every_part_of_the_study_is_a_command():
-    for part in gpu.STUDY.values():
-        first, second, *_ = part.command
-        assert first == "python" or (second in BENCHES if first == "bench" else first in COMMANDS)
-    assert gpu.PEER.is_file() and all((HERE / test).is_file() for test in gpu.FIXTURE_TESTS)
-
-
-@pytest.mark.slow
-def test_parts_are_kept_whatever_becomes_of_them(tmp_path, monkeypatch):
-    code = "import sys; print('said'); open(sys.argv[2], 'w').write('[1]'); sys.exit({})"
-    study = {
-        "good": gpu.Part("a", 60, ["python", "-c", code.format(0)]),
-        "bad": gpu.Part("b", 60, ["python", "-c", "print('why'); raise SystemExit(3)"], False),
-        "endless": gpu.Part("c", 0.5, ["python", "-c", "import time; time.sleep(60)"], False),
-    }
-    monkeypatch.setattr(gpu, "STUDY", study)
-    monkeypatch.setattr(gpu, "LEAST", 0.1)
-    output = tmp_path / "gpu.json"
-    gpu.command(output=output, parts=("good", "bad", "endless"), commit="c0ffee")
-    parts = json.loads(output.read_text())["parts"]
-    assert parts["good"]["outcome"] == "done" and parts["good"]["result"] == [1]
-    assert parts["bad"]["outcome"] == "failed" and parts["bad"]["said"] == ["why"]
-    assert parts["endless"]["outcome"] == "stopped, out of time"
-    assert {part["commit"] for part in parts.values()} == {"c0ffee"}
-    gpu.command(output=output, parts=("bad",), minutes=0)
-    parts = json.loads(output.read_text())["parts"]
-    assert parts["bad"]["outcome"] == "not run, no time left" and set(parts) == set(study)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: exactness.command(methods=("none",)), "expected methods of .*; got 'none'"),
-        (lambda: batches.command(method="none"), "method must be 'dense' or"),
-        (lambda: batches.command(batches=(0,)), "each of batches must be an integer in 1.."),
-        (lambda: gpu.command(output=pathlib.Path("x.json"), parts=("none",)), "got 'none'"),
-        (lambda: gpu.command(output=pathlib.Path("x.txt")), "json"),
-    ],
-)
-def test_bad_input_is_refused(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-def test_the_command_line_knows_the_study(capsys):
-    assert main(["bench", "gpu", "--output", "none/x.json"]) == 2
-    assert "none" in capsys.readouterr().err
-
-
-def test_what_was_measured_is_there():
-    content = json.loads((HERE / "astraea_jax/bench/gpu.json").read_text())
-    for name in ("static-81", "dynamic-81", "reference-81"):
-        result = content["parts"][name]["result"]
-        (device,) = result["environment"]["devices"]  # parts are of several machines
-        assert device.startswith("NVIDIA H")
-        assert all(row["copies"] == 0 for row in result["rows"])
+def test_copies_of_a_cache_are_read_off_a_compiled_program():
+    leaf = jax.ShapeDtypeStruct((3, 4), jnp.bfloat16)
+    text = """
+      %a = bf16[3,4]{1,0} copy(%x)
+      %b = (bf16[3,4]{1,0}, u32[]) copy-start(%x)
+      %c = f32[3,4]{1,0} copy(%x)
+      %d = bf16[3,4]{1,0} add(%x, %copy)
+    """
+    assert programs.count_copies(text, leaf) == 2
 
 
 if __name__ == "__main__":

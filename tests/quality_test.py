@@ -1,19 +1,20 @@
-"""`astraea bench quality`: rows, what they are measured against, and going on after a stop."""
+"""The study of qualities: rows, what they are measured against, and going on after a stop."""
 
 import json
 import sys
 
 import pytest
+import studies
 
-from astraea_jax import cli
-from astraea_jax.bench import quality
+from astraea_jax.checks import Refusal
 
-SMALL = ["bench", "quality", "--prompts", "2", "--steps", "4", "--budgets", "0.5"]
-SMALL += ["--solver", "euler", "--only", "step-level velocity"]
+quality = studies.study("quality")
+
+SMALL = dict(prompts=2, steps=4, budgets=(0.5,), solver=("euler",), only="step-level velocity")
 
 
 @pytest.mark.slow
-def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
+def test_a_stopped_run_goes_on_from_its_file(tmp_path, monkeypatch):
     whole, part, rest = (tmp_path / f"{name}.json" for name in ("whole", "part", "rest"))
     made, compute = {}, quality.Study.videos
 
@@ -25,7 +26,7 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
 
     monkeypatch.setattr(quality.Study, "videos", videos)
     asked: list[str] = []
-    assert cli.main([*SMALL, "--output", str(whole)]) == 0
+    quality.command(**SMALL, output=whole)
     assert asked == ["dense", "uniform", "first fifth dense"]
     results = json.loads(whole.read_text())
     assert len({quality.name_of(row) for row in results["rows"]}) == len(results["rows"]) == 2
@@ -34,22 +35,21 @@ def test_a_stopped_run_goes_on_from_its_file(tmp_path, capsys, monkeypatch):
         assert 10 < row["psnr_worst"] <= row["psnr"] and 0 < row["ssim"] < 1
     # As if it had been stopped after the first row: the second is measured, and comes out the same.
     part.write_text(json.dumps({**results, "rows": results["rows"][:1]}))
-    go_on = [*SMALL, "--known", str(part)]
+    go_on = dict(SMALL, known=part)
     asked.clear()
-    assert cli.main([*go_on, "--output", str(rest)]) == 0
+    quality.command(**go_on, output=rest)
     assert asked == ["dense", "first fifth dense"]
     assert json.loads(rest.read_text())["rows"] == results["rows"][1:]
-    capsys.readouterr()
-    assert cli.main([*go_on, "--output", str(part)]) == 2
-    assert "are one file" in capsys.readouterr().err
-    assert cli.main([*go_on, "--steps", "6", "--output", str(rest)]) == 2
-    assert "expected rows of" in capsys.readouterr().err
+    with pytest.raises(Refusal, match="are one file"):
+        quality.command(**go_on, output=part)
+    with pytest.raises(Refusal, match="expected rows of"):
+        quality.command(**dict(go_on, steps=6), output=rest)
     part.write_text("no JSON")
-    assert cli.main([*go_on, "--output", str(rest)]) == 2
-    assert "a file of bench quality" in capsys.readouterr().err
+    with pytest.raises(Refusal, match="a file of quality"):
+        quality.command(**go_on, output=rest)
     assert json.loads(rest.read_text())["rows"] == results["rows"][1:]
-    assert cli.main([*SMALL, "--known", str(whole), "--output", str(rest)]) == 2
-    assert "holds all of them" in capsys.readouterr().err
+    with pytest.raises(Refusal, match="holds all of them"):
+        quality.command(**SMALL, known=whole, output=rest)
 
 
 def test_a_row_read_back_has_the_name_of_the_one_measured():

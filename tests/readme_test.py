@@ -6,13 +6,14 @@ import re
 import sys
 
 import pytest
-from command_line import refused
+import studies
 
-from astraea_jax import cli
-from astraea_jax.bench import tables
+from astraea_jax.checks import Refusal
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+STUDIES = (studies.FOLDER / "README.md").read_text()
+tables = studies.study("tables")
 
 
 def section(title):
@@ -60,27 +61,53 @@ def test_pictures_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_links_to_the_studies_lead_to_a_section():
+    headings = re.findall(r"^#+ (.*)$", STUDIES, re.M)
+    sections = {heading.lower().replace(" ", "-").replace(".", "") for heading in headings}
+    for section in re.findall(r"\(notebooks/studies/README\.md#([^)]+)\)", README):
+        assert section in sections
+
+
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_the_tables_are_those_of_the_results(name):
-    (found,) = re.findall(tables.MARKED.format(name), README, re.S)
+    (found,) = re.findall(tables.MARKED.format(name), STUDIES, re.S)
     assert found[1].strip() == tables.made(name)
     assert len(found[1].splitlines()) > 6
+    for short in re.findall(tables.MARKED.format(name), README, re.S):
+        assert short[1] == found[1]
 
 
 def test_tables_go_where_they_are_marked(tmp_path, capsys):
     readme = tmp_path / "README.md"
-    readme.write_text(README.replace("| Euler | 30 % |", "| Euler | 31 % |"))
-    assert cli.main(["bench", "tables", "--readme", str(readme)]) == 0
-    assert readme.read_text() == README
-    assert cli.main(["bench", "tables"]) == 0
+    readme.write_text(STUDIES.replace("| Euler | 30 % |", "| Euler | 31 % |"))
+    tables.command(readme=readme)
+    assert readme.read_text() == STUDIES
+    tables.command()
     assert tables.made("search") in capsys.readouterr().out
-    readme.write_text("nothing is marked here")
-    line = refused(capsys, "bench", "tables", "--readme", str(readme))
-    assert "table: search" in line and readme.read_text() == "nothing is marked here"
+    for text, words in (
+        ("nothing is marked here", "NAME of search, .*; got none"),
+        ("<!-- table: moon -->\n<!-- end -->", "got moon"),
+        ("<!-- table: wan -->\n", "expected `<!-- end -->` after"),
+    ):
+        readme.write_text(text)
+        with pytest.raises(Refusal, match=words):
+            tables.command(readme=readme)
+        assert readme.read_text() == text
+
+
+def test_every_result_is_of_a_table_and_every_study_has_its_line():
+    results = {path.name for path in studies.FOLDER.glob("*.json")}
+    assert results == {file for file, _ in tables.TABLES.values()}
+    for path in [*studies.FOLDER.glob("*.json"), studies.FOLDER / "contact_sheet.jpg"]:
+        assert f"`{path.name}`" in STUDIES
+    parts = ("start.py", "search_")
+    for path in sorted(studies.FOLDER.rglob("*.py")):
+        name = path.relative_to(studies.FOLDER).as_posix()
+        assert name.startswith(parts) or f"| `{name}` |" in STUDIES, name
 
 
 def test_nothing_is_left_to_fill_in():
-    assert not re.search(r"\b[A-Z]+_TABLE\b|TODO|FIXME", README)
+    assert not re.search(r"\b[A-Z]+_TABLE\b|TODO|FIXME", README + STUDIES)
 
 
 if __name__ == "__main__":

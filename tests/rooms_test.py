@@ -1,6 +1,8 @@
 """Who may import whom, read from the imports in the sources, lazy ones too."""
 
+import ast
 import pathlib
+import re
 import sys
 
 import pytest
@@ -60,7 +62,9 @@ DOORS = {"__init__", "bench", "cli"}
 
 KNOW_THE_PORTS = {"bench", "cli"}
 
-PEERS = ROOT / "astraea_jax/bench/peers"
+STUDIES = ROOT / "notebooks/studies"
+
+PEERS = STUDIES / "peers"
 """Scripts by themselves, each with the library that it times."""
 
 
@@ -176,7 +180,8 @@ def test_ports_do_not_import_the_doors():
 
 @pytest.mark.parametrize("package", ["torch", "diffusers", "transformers", "tensorflow"])
 def test_other_frameworks_are_imported_nowhere(package):
-    ours = sources(ROOT / "astraea_jax") + sources(PORTS) + sources(ROOT / "tests")
+    ours = [*sources(ROOT / "astraea_jax"), *sources(PORTS)]
+    ours += [*sources(ROOT / "tests"), *sources(STUDIES)]
     for path in ours:
         if path.parent != PEERS:
             modules = set(imported_modules(path, path.parent))
@@ -184,11 +189,35 @@ def test_other_frameworks_are_imported_nowhere(package):
 
 
 def test_peers_are_imported_nowhere_and_import_nothing_of_ours():
+    names = {path.stem for path in sources(PEERS)}
+    for path in [*sources(STUDIES), *sources(ROOT / "tests")]:
+        modules = {m.split(".")[0] for m in imported_modules(path, path.parent)}
+        assert not modules & (names | {"peers"}), path
+        assert path.parent != PEERS or not modules & {"astraea_jax", "astraea_ports"}, path
+
+
+def test_the_packages_know_nothing_of_the_studies():
+    names = {path.stem for path in sources(STUDIES)} | {"notebooks", "studies", "tests"}
     for path in sources(ROOT / "astraea_jax") + sources(PORTS):
-        modules = set(imported_modules(path, ROOT))
-        assert not any("bench.peers" in module for module in modules), path
-        ours = {"astraea_jax", "astraea_ports"} & {m.split(".")[0] for m in modules}
-        assert path.parent != PEERS or not ours, path
+        assert not names & {m.split(".")[0] for m in imported_modules(path, ROOT)}, path
+        assert not list(read_outside(path.read_text())), path
+
+
+def read_outside(source):
+    """Texts of a program, its docstrings apart, that name a file of the tests or the notebooks."""
+    tree = ast.parse(source)
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    named = re.compile(r"(^|/)(tests|notebooks|studies)(/|$)")
+    for node in ast.walk(tree):
+        text = node.value if isinstance(node, ast.Constant) and node not in docstrings else None
+        if isinstance(text, str) and named.search(text):
+            yield text
+
+
+def test_planted_reads_outside_are_seen():
+    read = 'ROOT / "tests" / "a.json", open("../notebooks/studies/b.json"), "latests/c"'
+    assert {*read_outside(read)} == {"tests", "../notebooks/studies/b.json"}
+    assert not list(read_outside('"""As in tests/a_test.py."""'))
 
 
 def test_figures_are_made_without_pyplot():

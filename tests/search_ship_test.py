@@ -3,12 +3,13 @@
 import sys
 
 import pytest
+import studies
 
-from astraea_jax.bench import tables
-from astraea_jax.bench.search_ship import chosen
-from astraea_jax.bench.search_study import read_rows
 from astraea_jax.search.recipe import recipes_in
 from astraea_ports import tiny
+
+chosen = studies.study("search_ship").chosen
+read_rows = studies.study("search_study").read_rows
 
 JUDGED = {"solver": "euler", "budget": 0.5, "psnr": 40.0, "ssim": 0.99}
 WHOLE = {"what": "step-level EA", "method": "step-level", "levels": [10, 10, 0, 0]}
@@ -43,7 +44,7 @@ def test_of_another_models_schedules_the_best_on_held_out_prompts_ships():
 
 
 def test_what_the_small_wan_carries_is_what_its_study_chose():
-    found = chosen(read_rows(tables.RESULTS / "search.json"))
+    found = chosen(read_rows(studies.FOLDER / "search.json"))
     carried = {
         (each.solver, each.schedule.budget): (each.method, [*each.schedule.levels])
         for each in recipes_in(tiny.FOLDER / "schedules")

@@ -7,15 +7,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import studies
 
-from astraea_jax.bench.search_runs import Searches
-from astraea_jax.bench.search_study import Options, Study
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluation, Evaluator
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS, Space
+
+Searches = studies.study("search_runs").Searches
+Options = studies.study("search_study").Options
+Study = studies.study("search_study").Study
 
 WEIGHTS = np.random.default_rng(5).uniform(0.2, 3.0, 30)
 

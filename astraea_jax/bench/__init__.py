@@ -1,1 +1,1 @@
-"""Measurements: speed against the operations' own bound, quality against the dense video."""
+"""What times a machine, and says how exact it is: `astraea bench`."""

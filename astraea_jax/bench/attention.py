@@ -28,7 +28,7 @@ from astraea_jax.bench.attention_runs import (
     time_runs,
 )
 from astraea_jax.bench.attention_tuning import tune_shape
-from astraea_jax.bench.shapes import SHAPES, SHARES, Shape, rows
+from astraea_jax.bench.shapes import SHAPES, Shape, rows
 from astraea_jax.kernels import machine, tilings
 
 CHECKED = (  # batch, queries, keys, heads, width, count: what is uneven, empty, short or long
@@ -43,25 +43,16 @@ LIMIT = 1e-6  # of the largest value, for all that is rounded to float32
 LSE_LIMITS = {"bfloat16": 1e-5, "float16": 1e-5, "float32": 1e-6}
 
 
-def command(
+def run(
+    shapes: Sequence[str],
+    shares: Sequence[float],
+    implementations: Sequence[attention.Implementation],
     *,
-    shapes: tuple[str, ...] = (),
-    shares: tuple[float, ...] = SHARES,
-    implementations: tuple[attention.Implementation, ...] = (),
-    rounds: int = 5,
-    tune: bool = False,
-    output: pathlib.Path | None = None,
+    rounds: int,
+    tune: bool,
+    output: pathlib.Path | None,
 ) -> None:
-    """Checks and times query-only attention on the shapes of real models.
-
-    Args:
-      shapes: Names in astraea_jax/bench/shapes.py; all when left out, without a GPU the smallest.
-      shares: Shares of the tokens that are queries, above 0 and at most 1.
-      implementations: Those to run; all that run here when left out.
-      rounds: How often each is timed.
-      tune: Time every tiling of the kernels first, and remember the fastest for this machine.
-      output: A .json file for every number.
-    """
+    """Checks and times query-only attention; arguments as of `cli.bench.attention`."""
     smallest = min(SHAPES, key=lambda name: SHAPES[name].flops(SHAPES[name].tokens))
     shapes = shapes or (tuple(SHAPES) if machine.gpu() else (smallest,))
     names: Sequence[Any] = implementations or get_args(attention.Implementation)

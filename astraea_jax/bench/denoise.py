@@ -4,13 +4,12 @@ Every program is warmed up first, then all are timed in turn, round after round,
 the machine's speed meets all alike; a ratio is the median over rounds of the ratio within a round.
 """
 
-import dataclasses
 import functools
 import math
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -19,10 +18,10 @@ import numpy as np
 
 from astraea_jax import checks, flops, report, solvers
 from astraea_jax import denoise as loop
-from astraea_jax.bench import compile as compiled
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as kernels
-from astraea_jax.cli.options import RESIDENT, Chosen
+from astraea_jax.bench.programs import facts
+from astraea_jax.cli.options import ModelChoice
 from astraea_jax.methods import METHODS, Dense, Method
 from astraea_jax.schedule import LEVELS
 
@@ -58,47 +57,25 @@ class Case(NamedTuple):
     cache: int
 
 
-FAST = dataclasses.replace(RESIDENT, precision="fast")
-"""What is timed unless told."""
-
 LONGEST = 1e7
 """Seconds of all rounds: months; no limit is inf."""
 
 
-def command(
+def run(
+    model: ModelChoice,
+    method: str,
+    levels: Sequence[int],
+    drivers: Sequence[loop.Driver],
     *,
-    model: Chosen = FAST,
-    method: str = "astraea",
-    levels: tuple[int, ...] = (10, 7, 5, 4, 3, 1),
-    drivers: tuple[loop.Driver, ...] = ("static", "dynamic"),
-    steps: int = 10,
-    rounds: int = 15,
-    seconds: float = math.inf,
-    frames: int | None = None,
-    height: int | None = None,
-    width: int | None = None,
-    stages: bool = True,
-    profile: bool = False,
-    output: pathlib.Path | None = None,
+    steps: int,
+    rounds: int,
+    seconds: float,
+    size: tuple[int | None, int | None, int | None],
+    stages: bool,
+    profile: bool,
+    output: pathlib.Path | None,
 ) -> None:
-    """Times a step, dense and at each level, with both drivers, in one run.
-
-    Args:
-      model: Which model.
-      method: A method that computes some of the tokens.
-      levels: Tenths of the tokens, 1..10.
-      drivers: "static", "dynamic" or both.
-      steps: Of a run of the dynamic driver, the first of them dense; its start (text, empty cache)
-        is charged to the others.
-      rounds: How often each is timed.
-      seconds: No round starts after so many, counted from the first warm run; one always runs.
-      frames: Frames of the video, 4k + 1; the model's default when left out.
-      height: Pixels.
-      width: Pixels.
-      stages: Also time text and decoding.
-      profile: Also say, on a GPU, where the time of each program goes.
-      output: A .json file for every number.
-    """
+    """Times a step at each level, with each driver; arguments as of `cli.bench.denoise`."""
     options.check_levels(method, levels)
     options.check_each("drivers", drivers, get_args(loop.Driver))
     # Two at least, as the first one is dense.
@@ -106,20 +83,19 @@ def command(
     options.check_rounds(rounds)
     if seconds != math.inf:
         checks.number("seconds", seconds, 0, LONGEST, above=True)
-    options.check_size(frames, height, width)
     options.check_output(output)
     began = time.perf_counter()
     pipeline = model.open()
     say(f"model ready after {time.perf_counter() - began:.1f} s")
-    size = pipeline.size(frames, height, width)
-    cases = make_cases(pipeline, size, METHODS[method], levels, drivers, steps)
+    shape = pipeline.size(*size)
+    cases = make_cases(pipeline, shape, METHODS[method], levels, drivers, steps)
     timed = time_in_turn([case.run for case in cases], rounds, seconds)
-    rows = summarise(cases, timed, pipeline.workload(*size))
+    rows = summarise(cases, timed, pipeline.workload(*shape))
     if stages:
-        rows += time_stages(pipeline, size, min(rounds, 5), seconds)
+        rows += time_stages(pipeline, shape, min(rounds, 5), seconds)
     print(report.markdown(rows, COLUMNS))
     say(f"most memory held on the device: {device_peak()}")
-    what = {"size": size, "dtype": pipeline.dtype, "precision": model.precision}
+    what = {"size": shape, "dtype": pipeline.dtype, "precision": model.precision}
     what |= {"most memory held": device_peak()}
     content = {"environment": report.environment(), "run": what, "rows": rows}
     if output is not None:
@@ -217,8 +193,8 @@ def _static_case(model, latents, context, solver, settings, level: int, held: di
         held[settings.method] = program(model, prepared, state, *arguments)[0]
         jax.block_until_ready(held[settings.method])
 
-    facts = _facts(program, state.method)
-    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **facts)
+    held_by = facts(program, state.method)
+    return Case("static", settings.method, level, run, 1, compile=compile_seconds, **held_by)
 
 
 def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case:
@@ -233,9 +209,9 @@ def _dynamic_case(model, latents, context, solver, settings, level: int) -> Case
         jax.block_until_ready(program(*arguments))
 
     state = jax.eval_shape(functools.partial(loop.start, model, latents, settings))
-    facts = _facts(program, state.method)
+    held_by = facts(program, state.method)
     steps = solver.steps
-    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **facts)
+    return Case("dynamic", settings.method, level, run, steps, compile=compile_seconds, **held_by)
 
 
 _programs: dict[Any, Any] = {}
@@ -247,21 +223,6 @@ def _dynamic_program(arguments, settings):
         lowered = loop.dynamic_loop.lower(*arguments, settings=settings)
         _programs[settings] = lowered.compile()
     return _programs[settings]
-
-
-def _facts(program, state) -> dict[str, int]:
-    """What a compiled program holds and copies."""
-    memory = program.memory_analysis()
-    held = memory.argument_size_in_bytes + memory.output_size_in_bytes
-    held += memory.temp_size_in_bytes - memory.alias_size_in_bytes
-    leaves = jax.tree.leaves(state)
-    large = [leaf for leaf in leaves if leaf.ndim == 4 and leaf.shape[0] > 1]
-    text = program.as_text() or ""
-    return {
-        "peak": held,
-        "copies": sum(compiled.count_copies(text, leaf) for leaf in large),
-        "cache": sum(leaf.size * leaf.dtype.itemsize for leaf in leaves),
-    }
 
 
 def time_in_turn(runs: list[Callable[[], None]], rounds: int, most: float = math.inf) -> np.ndarray:

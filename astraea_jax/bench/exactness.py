@@ -21,7 +21,7 @@ from astraea_jax import model as core
 from astraea_jax import report, solvers
 from astraea_jax.attention import gather_rows
 from astraea_jax.bench import options
-from astraea_jax.cli.options import Dtype, ModelChoice, Precision
+from astraea_jax.cli.options import Dtype, ModelChoice, Precision, check_size
 from astraea_jax.methods import METHODS
 from astraea_jax.model import Rows
 from astraea_jax.schedule import Schedule
@@ -47,25 +47,16 @@ COLUMNS = {
 }
 
 
-def command(
-    *,
-    model: str = "tiny",
-    revision: str | None = None,
-    methods: tuple[str, ...] = ("astraea", "astraea-published", "step-level"),
-    frames: int | None = None,
-    output: pathlib.Path | None = None,
+def run(
+    model: str,
+    revision: str | None,
+    methods: tuple[str, ...],
+    frames: int | None,
+    output: pathlib.Path | None,
 ) -> None:
-    """Measures how exact this device is: budget 1, selected rows, drivers, batches.
-
-    Args:
-      model: "tiny", a folder, or a hub id.
-      revision: Of a hub id: a branch, a tag or a commit.
-      methods: Those that are held against the dense model.
-      frames: Frames of the videos, 4k + 1; the model's default when left out.
-      output: A .json file for every number.
-    """
+    """Measures how exact this device is; arguments as of `cli.bench.exactness`."""
     options.check_each("methods", methods, METHODS)
-    options.check_size(frames, None, None)
+    check_size(frames, None, None)
     options.check_output(output)
     rows = []
     pool = futures.ThreadPoolExecutor(os.cpu_count())

@@ -21,17 +21,6 @@ def check_rounds(rounds: int) -> None:
     checks.whole("rounds", rounds, 1, MOST_ROUNDS)
 
 
-def check_size(frames: int | None, height: int | None, width: int | None) -> None:
-    """Refuses sizes of a video that no model has; the model's own limits come with the model."""
-    for name, value, most, unit in (
-        ("frames", frames, 10_001, ""),
-        ("height", height, 8192, "pixels"),
-        ("width", width, 8192, "pixels"),
-    ):
-        if value is not None:
-            checks.whole(name, value, 1, most, unit=unit)
-
-
 def check_each(name: str, values: Sequence[Any], allowed: Collection[Any]) -> None:
     """Refuses values that are not of those allowed, each named once, or none at all."""
     _check_number(name, values)

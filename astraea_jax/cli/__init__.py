@@ -44,7 +44,7 @@ class Command(NamedTuple):
         return getattr(importlib.import_module(self.module), self.function)
 
 
-_CLI, _BENCH = "astraea_jax.cli", "astraea_jax.bench"
+_CLI = "astraea_jax.cli"
 
 COMMANDS = {
     "generate": Command(f"{_CLI}.generate", "Makes a video from a text."),
@@ -54,13 +54,13 @@ COMMANDS = {
     "train-tiny": Command(f"{_CLI}.train", "Trains the small model's parts.", "train_tiny"),
     "score-tiny": Command(f"{_CLI}.score", "Scores videos of the small model.", "score_tiny"),
     "info": Command(f"{_CLI}.info", "Says what runs on this machine, and why the rest does not."),
-    "bench": Command(_BENCH, "Times this machine; `astraea bench --help` says what."),
+    "bench": Command(f"{_CLI}.bench", "Times this machine; `astraea bench --help` says what."),
 }
 BENCHES = {
-    "attention": Command(f"{_BENCH}.attention", "Attention of some of the rows."),
-    "denoise": Command(f"{_BENCH}.denoise", "A denoising step at each level."),
-    "exactness": Command(f"{_BENCH}.exactness", "How exact this device is."),
-    "training": Command(f"{_BENCH}.training", "A training step."),
+    "attention": Command(f"{_CLI}.bench", "Attention of some of the rows.", "attention"),
+    "denoise": Command(f"{_CLI}.bench", "A denoising step at each level.", "denoise"),
+    "exactness": Command(f"{_CLI}.bench", "How exact this device is.", "exactness"),
+    "training": Command(f"{_CLI}.bench", "A training step.", "training"),
 }
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 Dtype = Literal["float32", "bfloat16"]
 Precision = Literal["reference", "fast"]
 Size = Literal["1.3B", "14B"]
+Implementation = Literal["xla", "cudnn", "triton", "mosaic"]
 GridName = Literal["diffusers", "original"]
 SolverName = Literal["unipc", "dpm++", "euler"]
 SearchMethod = Literal[

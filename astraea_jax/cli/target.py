@@ -8,9 +8,9 @@ from typing import Any
 import jax
 
 from astraea_jax import checks, files, report
-from astraea_jax.bench.latency import latency_table
 from astraea_jax.checks import Refusal
 from astraea_jax.cli.identity import of_weights
+from astraea_jax.cli.latency import latency_table
 from astraea_jax.cli.subject import Opened, Subject
 from astraea_jax.methods import METHODS
 from astraea_jax.schedule import LEVELS, check_budget

@@ -2,7 +2,7 @@
 
 Queries may be given as all tokens and indices: their rows are then gathered by the kernel itself.
 
-What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1, ptxas
+What `notebooks/studies/compile_report.py` says of the shipped tilings (jax 0.12.0.1, ptxas
 13.5): block_q x block_kv, warps, stages; registers; bytes of shared memory. No tiling spills.
 
     keys   C    sm_80                                  sm_90

@@ -59,7 +59,7 @@ def kernel_module(name: str) -> types.ModuleType:
 
 
 def preferred(here: Gpu | None, num_queries: int, num_keys: int) -> tuple[Implementation, ...]:
-    """Implementations to try where none is named, best first; by astraea_jax/bench/attention.json.
+    """Implementations to try where none is named, best first; by notebooks/studies/attention.json.
 
     On Hopper the order is as measured; on others Triton comes first, without a measurement.
     """

@@ -10,7 +10,7 @@ exponentials, 420 instructions of each warp. No one of them is the limit as long
 softmax hides behind another's products; but a copy that pads the heads took .11 ms of .63 for
 opensora-spatial-15, hence the pieces of `hopper_memory`.
 
-What `python -m astraea_jax.bench.compile_report` says of the shipped tilings (jax 0.12.0.1, ptxas
+What `notebooks/studies/compile_report.py` says of the shipped tilings (jax 0.12.0.1, ptxas
 13.5): one program a processor, no spills, registers at launch (2 warpgroups: 168, then 240 for
 those that compute and 24 for the one that loads; 3 warpgroups: 128, then 160 and 32):
 
@@ -20,8 +20,8 @@ those that compute and 24 for the one that loads; 3 warpgroups: 128, then 160 an
     96   96     128       3       3           yes                    186368         210944
     128  128    192       2       2           no                     231424         231424
 
-Measured on H100s 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; bench/attention.json), K = N,
-against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
+Measured on H100s 80GB (jax 0.11.2, bfloat16, with the log-sum-exp; attention.json in
+notebooks/studies), K = N, against the floor of an H200 (790 TFLOP/s, 4.3 TB/s), milliseconds:
 
     shape                mosaic   cudnn   triton    xla   floor
     wan-33                 1.88    2.16     2.96   16.9    1.53    triton and xla: in another run

@@ -13,6 +13,7 @@ by; so is "random", whose selection is the same in both runs.
 
 import argparse
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ METHODS = {
 
 
 def measure(pipeline, size, steps, names, driver, with_video):
+    """Prints a row for each method: a video alone against the first of a batch."""
     shape = pipeline.latents_shape(*size)
     keys = [jax.random.fold_in(jax.random.key(0), index) for index in range(BATCH)]
     noise = jnp.stack([jax.random.normal(key, shape) for key in keys])
@@ -69,8 +71,8 @@ def measure(pipeline, size, steps, names, driver, with_video):
         apart = np.abs(a - b).max() / np.abs(a).max()
         same = np.array_equal(a, np.asarray(again.latents[0]))
         branches = len(rows)
-        one = np.asarray(alone.trace.computed)  # [T, branches, N]
-        many = np.asarray(together.trace.computed)
+        traces: tuple[Any, Any] = alone.trace, together.trace
+        one, many = (np.asarray(each.computed) for each in traces)  # [T, branches, N]
         many = many.reshape(steps, branches, BATCH, -1)[:, :, 0]
         flips = np.abs(one - many).sum(axis=(1, 2)) / 2  # one in, one out: a flip
         sparse = [i for i, level in enumerate(levels.levels) if 0 < level < 10]
@@ -95,6 +97,7 @@ def measure(pipeline, size, steps, names, driver, with_video):
 
 
 def main():
+    """Says what is run, and runs it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--size", default="", help="frames,height,width")

@@ -1,7 +1,7 @@
-"""`astraea bench tables`: the README's tables, from the results that lie beside this file.
+"""The tables of README.md, from the results that lie beside this file.
 
-Each stands in the README between `<!-- table: NAME -->` and `<!-- end -->`, and is written there
-by this command alone.
+Each stands between `<!-- table: NAME -->` and `<!-- end -->`, and is written there by this script
+alone; the README of the repository may hold some of them too.
 """
 
 import pathlib
@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+import start
 from astraea_jax import files, report
-from astraea_jax.bench.search_ship import chosen
 from astraea_jax.checks import Refusal
+from search_ship import chosen
 
 RESULTS = pathlib.Path(__file__).parent
 
@@ -129,6 +130,38 @@ def _decibels(row: Row, worst: bool) -> str:
     return f"{row['psnr']:.1f}" + (f" ({row['psnr_worst']:.0f})" if worst else "")
 
 
+def transfer(results: Row) -> str:
+    """Schedules found on earlier weights, on prompts that the search's table is made of too."""
+    now = files.read_json(RESULTS / "search.json")["rows"]
+    ships, number = chosen(now), results["options"]["heldout_prompts"]
+
+    def mean(row: Row) -> float:
+        return float(np.mean(row["psnr_each"][:number]))
+
+    def best(rows: Sequence[Row], what: str, solver: str, budget: float) -> float:
+        return max(
+            mean(row)
+            for row in rows
+            if (row["solver"], row["budget"]) == (solver, budget)
+            and row["what"].startswith(what)
+            and "psnr_each" in row
+        )
+
+    lines = []
+    for solver, budget in ships:
+        cells = {
+            "hand": best(now, "hand-made", solver, budget),
+            "earlier": best(results["rows"], "transfer: step-level EA", solver, budget),
+            "again": mean(ships[solver, budget]),
+        }
+        line = {"solver": "UniPC" if solver == "unipc" else "Euler"}
+        line |= {"budget": f"{round(100 * budget)} %"}
+        lines.append(line | {key: f"{value:.1f}" for key, value in cells.items()})
+    columns = {"solver": "solver", "budget": "budget", "hand": "best by hand"}
+    columns |= {"earlier": "found on earlier weights", "again": "searched again"}
+    return _markdown(lines, columns)
+
+
 def denoise(results: Row) -> str:
     """Steps of the small model on a CPU, driver by driver."""
     shown = {"milliseconds": ".1f", "speedup": ".2f", "bound": ".2f", "share": ".2f"}
@@ -206,6 +239,7 @@ def _card(result: Row) -> str:
 
 TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "search": ("search.json", search),
+    "transfer": ("search_transfer.json", transfer),
     "quality": ("quality.json", quality),
     "denoise": ("denoise.json", denoise),
     "attention": ("attention.json", attention),
@@ -222,26 +256,36 @@ def _markdown(lines: Sequence[Row], columns: dict[str, str]) -> str:
 
 
 def made(name: str) -> str:
-    """A table of the README as its results have it."""
+    """A table as its results have it."""
     file, make = TABLES[name]
     return make(files.read_json(RESULTS / file))
 
 
 def command(*, readme: pathlib.Path | None = None) -> None:
-    """Prints the README's tables from the results that the package holds.
+    """Prints the tables of the results, or writes those that a README has a place for.
 
     Args:
-      readme: A README to write them into instead.
+      readme: A README to write them into; a table that it has no place for is left out.
     """
     if readme is None:
         print("\n\n".join(f"{name}\n\n{made(name)}" for name in TABLES))
         return
     text = files.read_text(readme, what="README to write tables into")
     files.check_output(readme, (readme.suffix.lower(),))
-    for name in TABLES:
+    places = re.findall(r"<!-- table: (\w+) -->", text)
+    if not places or set(places) - set(TABLES):
+        raise Refusal(
+            f"expected `<!-- table: NAME -->` in {readme}, NAME of {', '.join(TABLES)}; got "
+            f"{', '.join(places) or 'none'}"
+        )
+    for name in places:
         pattern = re.compile(MARKED.format(name), re.S)
         if not pattern.search(text):
-            raise Refusal(f"expected `<!-- table: {name} -->` and `<!-- end -->` in {readme}")
+            raise Refusal(f"expected `<!-- end -->` after `<!-- table: {name} -->` in {readme}")
         text = pattern.sub(lambda found, name=name: f"{found[1]}\n{made(name)}\n\n{found[3]}", text)
     with files.replacing(readme) as partial:
         partial.write_text(text)
+
+
+if __name__ == "__main__":
+    start.run(command)

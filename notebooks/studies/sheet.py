@@ -1,9 +1,10 @@
-"""`astraea bench sheet`: a contact sheet of the model's own prompts, none left out."""
+"""A contact sheet of the model's own prompts, none left out."""
 
 import pathlib
 
 import numpy as np
 
+import start
 from astraea_jax import checks, metrics, report, video
 from astraea_jax.bench import options
 from astraea_ports import tiny, wan
@@ -40,3 +41,7 @@ def command(
     sheet = video.contact_sheet(videos, captions, columns=columns)
     video.write_image(output, sheet)
     print(f"written: {output}")
+
+
+if __name__ == "__main__":
+    start.run(command)

@@ -1,4 +1,4 @@
-"""`astraea bench scoring`: time and memory of a population, in lanes and one after another."""
+"""Time and memory of a population, in lanes and one after another."""
 
 import concurrent.futures
 import functools
@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import start
 from astraea_jax import checks, report, solvers
 from astraea_jax.bench import options
 from astraea_jax.bench.denoise import time_in_turn
+from astraea_jax.cli.options import check_size
 from astraea_jax.methods import METHODS
 from astraea_jax.population import Scorer
 from astraea_jax.population.lanes import can_run_in_lanes
@@ -76,7 +78,7 @@ def command(
     options.check_each("plans", plans, PLANS)
     checks.whole("lanes", lanes, 1, options.MOST_VIDEOS)
     options.check_rounds(rounds)
-    options.check_size(frames, height, width)
+    check_size(frames, height, width)
     options.check_output(output)
     pipeline = wan.Pipeline.from_pretrained(model, revision=revision, staged=False)
     shape = pipeline.latents_shape(*pipeline.size(frames, height, width))
@@ -130,3 +132,7 @@ COLUMNS = {
     "temporary": "temporary memory",
     "difference": "largest relative difference of an error",
 }
+
+
+if __name__ == "__main__":
+    start.run(command)

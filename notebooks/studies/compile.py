@@ -1,4 +1,4 @@
-"""`astraea bench compile`: a full-size step compiled for a GPU that need not be there.
+"""A full-size step compiled for a GPU that need not be there.
 
 It needs JAX's CUDA plugin and ptxas on the path, no device: XLA compiles for a description of one.
 Set JAX_PLATFORMS=cpu and XLA_FLAGS=--xla_gpu_cuda_data_dir=<folder with bin/ptxas>.
@@ -12,15 +12,16 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
 
+import start
 from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
 from astraea_jax.bench import options
+from astraea_jax.bench.programs import count_copies
 from astraea_jax.checks import Refusal
-from astraea_jax.cli.options import Dtype, Precision, Size
+from astraea_jax.cli.options import Dtype, Precision, Size, check_size
 from astraea_jax.methods import METHODS
 from astraea_jax.timing import GPU_OPTIONS
 from astraea_ports.wan import parts, vae_weights
@@ -81,7 +82,7 @@ def command(
     options.check_levels(method, levels)
     checks.one_of("dtype", dtype, get_args(Dtype))
     checks.one_of("precision", precision, get_args(Precision))
-    options.check_size(frames, height, width)
+    check_size(frames, height, width)
     image = VAEConfig.from_dict(vae_weights.WAN_VAE)
     if (frames - 1) % 4 or height % 16 or width % 16:
         raise Refusal(
@@ -172,14 +173,6 @@ def _compile(inputs, settings, level: int) -> dict[str, Any]:
     }
 
 
-def count_copies(text: str, leaf: jax.ShapeDtypeStruct | jax.Array) -> int:
-    """Copies, in an optimised program, of an array of this shape."""
-    short = {"bfloat16": "bf16", "float32": "f32"}.get(str(np.dtype(leaf.dtype)), "")
-    shape = ",".join(map(str, leaf.shape))
-    found = re.compile(rf"= \(?{short}\[{shape}\].* (copy|copy-start)\(")
-    return sum(bool(found.search(line)) for line in text.splitlines())
-
-
 def custom_calls(text: str) -> str:
     """The kernels that a program calls by name, and how often each is written in it."""
     names = re.findall(r'custom_call_target="([^"]+)"', text)
@@ -188,3 +181,7 @@ def custom_calls(text: str) -> str:
 
 def _bytes(tree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+if __name__ == "__main__":
+    start.run(command)

@@ -1,4 +1,4 @@
-"""`astraea bench gpu`: the whole study of one GPU, part by part, each in a process of its own.
+"""The whole study of one GPU, part by part, each in a process of its own.
 
 Every part is a command that stands by itself; its result goes into one file beside the command,
 the machine and the commit. A part that fails, or for which no time is left, is written down as such
@@ -15,11 +15,13 @@ import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import start
 from astraea_jax import checks, files, report
 from astraea_jax.bench import options
 
 WAN = "bench denoise --random 1.3B --no-stages --frames"
-PEER = pathlib.Path(__file__).parent / "peers" / "diffusers_wan.py"
+HERE = pathlib.Path(__file__).resolve().parent
+PEER = HERE / "peers" / "diffusers_wan.py"
 FIXTURE_TESTS = ("tests/wan_test.py", "tests/vae_test.py", "tests/t5_test.py")
 FIXTURES = (
     "intermediates or velocity or velocities or selected_rows or half_precision or test_text "
@@ -83,7 +85,9 @@ STUDY = {
         " --profile".split(),
     ),
     "peer": Part("the same transformer in Diffusers, torch.compile", 300, ["python", str(PEER)]),
-    "batches": Part("the small model, one to 32 videos at once", 200, ["bench", "batches"]),
+    "batches": Part(
+        "the small model, one to 32 videos at once", 200, ["python", str(HERE / "batches.py")]
+    ),
     "generate-33": Part(
         "prompt to video at 33 frames, half of the tokens, every stage",
         150,
@@ -146,7 +150,7 @@ def run(part: Part, seconds: float) -> dict:
         result = pathlib.Path(folder) / "result.json"
         words = [sys.executable, *words, *(["--output", str(result)] if part.writes else [])]
         shown = " ".join(part.command if python else ["astraea", *part.command])
-        shown = shown.replace(f"{PEER.parents[3]}/", "")  # the same on every machine
+        shown = shown.replace(f"{HERE.parents[1]}/", "")  # the same on every machine
         if seconds < LEAST:
             return {"command": shown, "outcome": "not run, no time left", "seconds": 0.0}
         began = time.monotonic()
@@ -166,3 +170,7 @@ def run(part: Part, seconds: float) -> dict:
             "result": read,
             "said": said.splitlines()[-40:] if read is None else [],
         }
+
+
+if __name__ == "__main__":
+    start.run(command)

@@ -1,4 +1,4 @@
-"""`astraea bench batches`: what keeps a GPU busy with a small model: more prompts at once.
+"""What keeps a GPU busy with a small model: more prompts at once.
 
 Alone, a small model's step is many short kernels with gaps between them. More videos a batch fill
 both; the share of the time in which a kernel runs, and the kernels a step, say how far.
@@ -12,6 +12,7 @@ from typing import get_args
 import jax
 import numpy as np
 
+import start
 from astraea_jax import checks, report, solvers
 from astraea_jax import denoise as loop
 from astraea_jax.bench import options
@@ -118,3 +119,7 @@ def _measure(pipeline, method: str, schedule, driver: loop.Driver, batch: int, r
         "busy": 100 * profile.busy / 1e3 / seconds,
         "launches": profile.launches / steps,
     }
+
+
+if __name__ == "__main__":
+    start.run(command)

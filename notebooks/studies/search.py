@@ -1,4 +1,4 @@
-"""`astraea bench search`: every way to find a schedule, at equal budgets, on held-out prompts."""
+"""Every way to find a schedule, at equal budgets, on held-out prompts."""
 
 import dataclasses
 import os
@@ -9,11 +9,19 @@ from collections.abc import Sequence
 import jax
 
 import astraea_jax
+import start
 from astraea_jax import checks, files, report
 from astraea_jax.bench import options as options_of
-from astraea_jax.bench.search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
-from astraea_jax.bench.search_ship import write_recipes
-from astraea_jax.bench.search_study import (
+from astraea_jax.checks import Refusal
+from astraea_jax.cli.options import check_size
+from astraea_jax.methods import METHODS, StepLevel
+from astraea_jax.model import fingerprint
+from astraea_jax.search import study
+from astraea_jax.search.space import WHOLE_STEPS, Space
+from astraea_ports import wan
+from search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
+from search_ship import write_recipes
+from search_study import (
     RESULTS,
     SHIPPED,
     Options,
@@ -21,12 +29,6 @@ from astraea_jax.bench.search_study import (
     Study,
     read_rows,
 )
-from astraea_jax.checks import Refusal
-from astraea_jax.methods import METHODS, StepLevel
-from astraea_jax.model import fingerprint
-from astraea_jax.search import study
-from astraea_jax.search.space import WHOLE_STEPS, Space
-from astraea_ports import wan
 
 
 def command(
@@ -63,7 +65,7 @@ def command(
     Args:
       output: Folder for the journal and results.json; a run that was stopped goes on from it.
       minutes: After so many no further work is started; 0 only prints what was found, in the
-        folder or (where it holds nothing) on the machine that the README names.
+        folder or (where it holds nothing) in search.json.
       steps: Of the dense videos.
       budgets: Shares of the tokens.
       solver: Solvers to search for.
@@ -93,7 +95,7 @@ def command(
         them for `astraea generate --budget`.
     """
     checks.number("minutes", minutes, 0, 1e6)
-    options_of.check_size(frames, height, width)
+    check_size(frames, height, width)
     options_of.check_budgets(budgets)
     deadline = time.perf_counter() + 60 * minutes
     if set(parts) - set(PARTS):
@@ -172,3 +174,7 @@ COLUMNS = {
     "evaluations": "evaluations",
     "seconds": "s",
 }
+
+
+if __name__ == "__main__":
+    start.run(command)

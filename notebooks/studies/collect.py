@@ -1,7 +1,7 @@
-"""`astraea bench collect`: a study in parts, from several machines or processes, as one file.
+"""A study in parts, from several machines or processes, as one file.
 
-`bench search` and `bench quality` take hours on one device, and their parts need nothing of each
-other; what ships beside this file is such parts together.
+`search.py` and `quality.py` take hours on one device, and their parts need nothing of each other;
+what lies beside this file is such parts together.
 """
 
 import json
@@ -12,8 +12,10 @@ from typing import Any, Literal
 
 from tyro.conf import Positional
 
+import quality
+import search_study
+import start
 from astraea_jax import checks, files
-from astraea_jax.bench import quality, search_study
 from astraea_jax.checks import Refusal
 
 Row = dict[str, Any]
@@ -43,7 +45,7 @@ def command(
     A row's "run" is the place of what made it in the file's "runs".
 
     Args:
-      results: JSON files of `astraea bench search` (results.json in its folder) or `quality`.
+      results: JSON files of `search.py` (results.json in its folder) or `quality`.
       study: Which of the two.
       output: A .json file.
       about: A sentence on what the file holds.
@@ -111,3 +113,7 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(each) for key, each in value.items()}
     return [_rounded(each) for each in value] if isinstance(value, list) else value
+
+
+if __name__ == "__main__":
+    start.run(command)

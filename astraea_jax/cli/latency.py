@@ -43,7 +43,8 @@ def latency_table(
       context: text of one video, conditional row first; None encodes one.
     """
     model = pipeline.transformer
-    latents = jax.random.normal(jax.random.key(0), (1, *pipeline.latents_shape(*size)))
+    shape = (1, *pipeline.latents_shape(*size))
+    latents = jax.random.normal(jax.random.key(0), shape, jnp.float32)
     scale = pipeline.defaults.guidance if guidance is None else guidance
     guided = scale > 1
     if context is None:

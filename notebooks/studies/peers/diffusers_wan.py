@@ -1,6 +1,6 @@
 """The Wan 2.1 1.3B transformer of Diffusers on a GPU, timed as a peer: ms of a step with guidance.
 
-    python astraea_jax/bench/peers/diffusers_wan.py --frames 81 33 --output peer.json
+    python notebooks/studies/peers/diffusers_wan.py --frames 81 33 --output peer.json
 
 A script by itself: it needs torch and diffusers, which astraea_jax does not, and nothing of
 astraea_jax. Random weights in bfloat16, `torch.compile`, both guidance branches as one batch and as

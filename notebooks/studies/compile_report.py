@@ -2,7 +2,7 @@
 
     pip install --no-deps --target PLUGIN jax-cuda13-plugin==$JAX jax-cuda13-pjrt==$JAX
     pip install --target CUDA nvidia-cuda-nvcc
-    PYTHONPATH=PLUGIN python -m astraea_jax.bench.compile_report CUDA/nvidia/cu13
+    PYTHONPATH=PLUGIN python notebooks/studies/compile_report.py CUDA/nvidia/cu13
 
 The plugin must be of the version of JAX. The whole compilation runs, from Pallas to machine code; a
 script in the place of ptxas keeps what it says. The table is in the kernels' docstrings.
@@ -166,7 +166,7 @@ def main(cuda: pathlib.Path) -> int:
             "MOSAIC_GPU_DUMP_TO": f"{folder}/said",
             "MOSAIC_GPU_DUMP_PTXAS": "1",
         }
-        command = [sys.executable, "-m", "astraea_jax.bench.compile_report", "--in", str(folder)]
+        command = [sys.executable, __file__, "--in", str(folder)]
         return subprocess.run(command, env=environment).returncode
 
 

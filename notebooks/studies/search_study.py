@@ -1,4 +1,4 @@
-"""What `astraea bench search` holds schedules against: prompts to search on, prompts to judge on.
+"""What `search.py` holds schedules against: prompts to search on, prompts to judge on.
 
 Schedules are searched by the error of their latents and judged by the decoded videos. Every
 judgement goes into results.json, so that a run that was stopped goes on where it was.
@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from astraea_jax import checks, files, methods, metrics, report, solvers
-from astraea_jax.bench.search_choices import CHOICES
 from astraea_jax.checks import Refusal
 from astraea_jax.denoise import denoise
 from astraea_jax.methods import Astraea, Method
@@ -31,11 +30,12 @@ from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import check_patience
 from astraea_jax.selection import SelectionConfig
 from astraea_ports import tiny
+from search_choices import CHOICES
 
 RESULTS = "results.json"
 
 SHIPPED = pathlib.Path(__file__).with_name("search.json")
-"""Every row of the README's table, with the runs that it comes from."""
+"""Every row of README.md's table, with the runs that it comes from."""
 
 FIRST_JUDGED = 4
 """The captions judged on start here; all that are not judged on may be searched on."""
@@ -61,7 +61,7 @@ class OutOfTime(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What a study is made of; see `astraea_jax.bench.search.command`."""
+    """What a study is made of; see `search.command`."""
 
     steps: int
     budgets: tuple[float, ...]

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import start
 from astraea_jax import checks, files, metrics, report, solvers
 from astraea_jax.bench import options
 from astraea_jax.checks import Refusal
@@ -213,7 +214,7 @@ def command(
       solver: Solvers to measure with.
       only: Rows whose description holds this text, as "step-level" or "random".
       known: A file of an earlier run, of the same model and prompts, whose rows are not measured
-        again (one that was stopped, say); `astraea bench collect` puts both together.
+        again (one that was stopped, say); `collect.py` puts both together.
       model: A model that knows such prompts.
       revision: Of a hub id: a branch, a tag or a commit.
     """
@@ -277,10 +278,10 @@ def read(path: pathlib.Path) -> dict[str, Any]:
     """What a run has written, and all rows that are fit to be read again.
 
     Raises:
-      Refusal: it is no file of this bench.
+      Refusal: it is no file of this study.
     """
-    content = files.read_json(path, what="file of bench quality")
-    advice = "expected a file of bench quality"
+    content = files.read_json(path, what="file of quality.py")
+    advice = "expected a file of quality.py"
     checks.fields(
         content, _RESULTS, name=str(path), required=("model", "rows"), others=True, advice=advice
     )
@@ -330,3 +331,7 @@ COLUMNS = {
     "ssim": "SSIM",
     "overlap": "overlap",
 }
+
+
+if __name__ == "__main__":
+    start.run(command)

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from astraea_jax.bench.search_study import Study, hand_made, name_of
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.scoring import Evaluator
 from astraea_jax.search.space import Space
+from search_study import Study, hand_made, name_of
 
 
 @dataclasses.dataclass

@@ -1,16 +1,16 @@
-"""The work of `astraea bench search`, part by part: searches, and what they are held against."""
+"""The work of `search.py`, part by part: searches, and what they are held against."""
 
 import concurrent.futures
 import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from astraea_jax.bench.search_choices import CHOICES
-from astraea_jax.bench.search_runs import Searches
-from astraea_jax.bench.search_study import METHODS, Study, hand_made
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import study
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS
+from search_choices import CHOICES
+from search_runs import Searches
+from search_study import METHODS, Study, hand_made
 
 BUDGETS = (0.3, 0.4, 0.5, 0.7)
 
