@@ -55,12 +55,12 @@ def special(tmp_path_factory):
 
 @pytest.mark.slow
 def test_words_of_every_command(tmp_path):
-    held(commands.word_trials(), tmp_path, least=60)
+    held(commands.word_trials(), tmp_path, least=40)
 
 
 @pytest.mark.slow
 def test_options_of_every_command(tmp_path, special):
-    held(commands.option_trials(special), tmp_path, least=800)
+    held(commands.option_trials(special), tmp_path, least=600)
 
 
 @pytest.mark.slow
