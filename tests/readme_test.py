@@ -5,10 +5,16 @@ import pathlib
 import re
 import sys
 
+import jax
+import jax.numpy as jnp
 import pytest
 import studies
+from helpers import small_inputs, small_model
 
 from astraea_jax.checks import Refusal
+from astraea_jax.denoise import denoise
+from astraea_jax.methods import Astraea
+from astraea_jax.solvers import unipc
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -36,7 +42,7 @@ def test_start_holds_exactly_two_commands_of_one_line():
 
 
 def test_the_notebook_runs_the_readmes_python():
-    (code,) = blocks(section("Fifteen lines of Python"))
+    code, _ = blocks(section("Python"))
     lines = [line for line in code.splitlines() if line]
     assert 10 <= len(lines) <= 15
     notebook = json.loads((ROOT / "notebooks" / "01_first_video.ipynb").read_text())
@@ -46,8 +52,18 @@ def test_the_notebook_runs_the_readmes_python():
     assert not any(cell.get("outputs") for cell in notebook["cells"])
 
 
+def test_the_loop_may_be_called_from_jitted_code():
+    _, code = blocks(section("Python"))
+    names = {"jax": jax, "denoise": denoise, "unipc": unipc, "Astraea": Astraea}
+    exec(code, names)
+    latents, context = small_inputs()
+    levels = jnp.asarray([10] + [5] * 29, jnp.int8)
+    shape = jax.eval_shape(names["sample"], small_model(), latents, context[:1], levels)
+    assert shape.shape == latents.shape
+
+
 def test_the_rooms_are_there():
-    tree = section("Rooms")
+    tree = section("Layout")
     for folder, names in re.findall(r"^    (\S+)/ +(?:.*)\n((?:^      .*\n)*)", tree, re.M):
         assert (ROOT / folder).is_dir()
         for line in names.splitlines():
@@ -61,6 +77,17 @@ def test_pictures_are_there():
         assert (ROOT / path).is_file(), path
 
 
+def test_links_lead_somewhere():
+    for path in re.findall(r"\]\((?!https?:)([^)#]+)", README):
+        assert (ROOT / path).is_file(), path
+    for heading in re.findall(r"\]\(#([^)]+)\)", README):
+        assert re.search(rf"^## {heading.replace('-', ' ')}$", README, re.M | re.I), heading
+
+
+def test_it_is_read_in_a_few_minutes():
+    assert len(README.splitlines()) <= 200
+
+
 def test_links_to_the_studies_lead_to_a_section():
     headings = re.findall(r"^#+ (.*)$", STUDIES, re.M)
     sections = {heading.lower().replace(" ", "-").replace(".", "") for heading in headings}
@@ -70,11 +97,10 @@ def test_links_to_the_studies_lead_to_a_section():
 
 @pytest.mark.parametrize("name", tables.TABLES)
 def test_the_tables_are_those_of_the_results(name):
-    (found,) = re.findall(tables.MARKED.format(name), STUDIES, re.S)
-    assert found[1].strip() == tables.made(name)
-    assert len(found[1].splitlines()) > 6
-    for short in re.findall(tables.MARKED.format(name), README, re.S):
-        assert short[1] == found[1]
+    places = re.findall(tables.MARKED.format(name), STUDIES + README, re.S)
+    assert places
+    for _, table, _ in places:
+        assert table.strip() == tables.made(name)
 
 
 def test_tables_go_where_they_are_marked(tmp_path, capsys):

@@ -221,6 +221,30 @@ def wan(results: Row) -> str:
     return _markdown(lines, columns | more)
 
 
+def reference(results: Row) -> str:
+    """Steps of Wan 1.3B with the residual stream in float32, which the command's videos have."""
+    result = results["parts"]["reference-81"]["result"]
+    lines = [
+        _step(result, row)
+        for row in result["rows"]
+        if row["method"] == "dense" or row["level"] < 10
+    ]
+    columns = {"card": "card", "what": "tokens", "step": "ms a step", "video": "s for 50 steps"}
+    return _markdown(lines, columns | {"speedup": "speed-up", "share": "of what is possible"})
+
+
+def short(results: Row) -> str:
+    """The same of the small model on a CPU, one driver alone."""
+    lines = []
+    for row in results["rows"]:
+        if row["driver"] == "static" and (row["method"] == "dense" or row["level"] < 10):
+            what = "dense" if row["method"] == "dense" else f"{10 * row['level']} %"
+            line = {"what": what, "step": f"{row['milliseconds']:.0f}"}
+            lines.append(line | {key: f"{row[key]:.2f}" for key in ("speedup", "bound")})
+    columns = {"what": "tokens", "step": "ms a step", "speedup": "speed-up", "bound": "possible"}
+    return _markdown(lines, columns)
+
+
 def _step(result: Row, row: Row) -> Row:
     return {
         "card": _card(result),
@@ -244,6 +268,8 @@ TABLES: dict[str, tuple[str, Callable[[Row], str]]] = {
     "denoise": ("denoise.json", denoise),
     "attention": ("attention.json", attention),
     "wan": ("gpu.json", wan),
+    "reference": ("gpu.json", reference),
+    "cores": ("denoise.json", short),
 }
 
 
