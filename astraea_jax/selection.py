@@ -33,7 +33,7 @@ class SelectionConfig:
     """Every choice of the selection; static and hashable.
 
     The defaults are the best of each choice, tried alone on the small Wan, or within the noise of
-    the best; the figures are in `notebooks/studies/README.md`.
+    the best; the studies have the figures.
 
     Attributes:
       scope: "block": every block selects for itself, as the paper. "step": one selection a step,
