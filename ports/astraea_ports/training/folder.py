@@ -140,6 +140,20 @@ def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     _refuse_other(folder, _flat(found), _flat(asked))
 
 
+def check_some(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Holds some settings against those of the run in a folder, where there is one.
+
+    Before a model is loaded, of which `check_settings` compares the weights too.
+
+    Raises:
+      Refusal: as `saved_settings`, or one of these is another one there.
+    """
+    found = saved_settings(folder)
+    if found is not None:
+        there = {name: found[name] for name in settings if name in found}
+        _refuse_other(folder, _flat(there), _flat(json.loads(json.dumps(settings))))
+
+
 def _refuse_other(folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuses a folder whose run is not the one that is asked for; settings by one name each."""
     other = [

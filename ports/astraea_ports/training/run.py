@@ -185,7 +185,7 @@ class _Loop:
 
     def __init__(self, trainee, folder, checkpoints, state, losses, say):
         self.trainee, self.folder, self.checkpoints = trainee, folder, checkpoints
-        self.state, self.losses, self.say = state, list(losses), say
+        self.state, self.losses, self.say = state, losses.tolist(), say
         self.pending: list[jax.Array] = []
         self.saved = checkpoints.latest()
         # When the first step was done, which compiles, and how many losses there were then.
