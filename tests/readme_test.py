@@ -42,7 +42,6 @@ def test_the_notebook_runs_the_readmes_python():
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
     assert code.rstrip() in cells
     assert "assert " in cells[-1] and "except ImportError" in cells[0]
-    assert not any(cell.get("outputs") for cell in notebook["cells"])
 
 
 def test_the_rooms_are_there():
