@@ -39,7 +39,7 @@ def stream(captions=("a",), shape=(1, 5, 32, 32, 3), kind=training.Examples):
     return lambda first, count: kind(lambda: np.zeros(shape, np.float32), captions)
 
 
-@pytest.mark.usefixtures("no_weights")
+@pytest.mark.usefixtures("as_a_user", "no_weights")
 @pytest.mark.parametrize(
     ("options", "words"),
     [

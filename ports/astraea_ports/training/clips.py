@@ -30,7 +30,9 @@ Source = Callable[[int, int], Examples]
 A finite set of clips is such a stream too: it starts again."""
 
 
-def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[str]) -> Source:
+def finite(
+    videos: Float[np.ndarray | Array, "P F height width 3"], captions: Sequence[str]
+) -> Source:
     """A stream that goes through given clips again and again: for fine-tuning on one's own.
 
     Args:
@@ -95,7 +97,9 @@ def first_of(source: Source) -> Float[Array, "1 F height width 3"]:
     return jnp.asarray(video)
 
 
-def about(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[str]) -> Mapping:
+def about(
+    videos: Float[np.ndarray | Array, "P F height width 3"], captions: Sequence[str]
+) -> Mapping:
     """What stands for clips in a run's settings: other clips or captions have another."""
     digest = hashlib.sha256()
     for clip, caption in zip(videos, captions, strict=True):

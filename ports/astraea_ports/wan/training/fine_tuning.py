@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 
 from astraea_jax import checks, files
 from astraea_jax.checks import Refusal
@@ -29,7 +29,7 @@ from astraea_ports.wan.training.measures import HeldOut
 from astraea_ports.wan.training.settings import check_memory, check_model, gentle, plan_for
 from astraea_ports.wan.training.transformer import PoolPlan, Sheet, TransformerTraining
 
-Clips = Float[np.ndarray, "P F height width 3"]
+Clips = Float[np.ndarray | Array, "P F height width 3"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,7 +38,7 @@ class HeldOut(NamedTuple):
 
 def held_out_loss(
     model: str | os.PathLike[str],
-    clips: Float[np.ndarray, "P F height width 3"],
+    clips: Float[np.ndarray | Array, "P F height width 3"],
     captions: Sequence[str],
     *,
     recipe: Recipe | None = None,

@@ -90,9 +90,9 @@ def check_memory(found: Found) -> None:
     held = memory_bytes()
     if held is not None and needed > held:
         raise Refusal(
-            f"training this model takes {report.human_bytes(needed)} for weights, their average, "
-            f"moments and gradients in float32, and a device has {report.human_bytes(held)}: take "
-            "a smaller model or a larger device"
+            f"training this model takes {report.human_bytes(needed)} for weights (the text "
+            "encoder's too), their average, moments and gradients in float32, and a device has "
+            f"{report.human_bytes(held)}: take a smaller model or a larger device"
         )
 
 
