@@ -1,6 +1,7 @@
 """Training's own work, without a network's: rates, runs in folders, and all that is refused."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -20,10 +21,13 @@ from helpers import SMALL
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
+from astraea_jax.cli import score as score_command
+from astraea_jax.cli import train
 from astraea_ports import pipeline
 from astraea_ports.text import t5
 from astraea_ports.tiny import score
 from astraea_ports.tiny import training as tiny_training
+from astraea_ports.tiny.scene_captions import HELD_OUT
 from astraea_ports.training import run as runs
 from astraea_ports.training.clips import finite
 from astraea_ports.training.folder import Checkpoints, check_settings, owned
@@ -172,6 +176,14 @@ def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
 
 TRAIN = ["train-tiny", "--steps", "3"]
 HUGE = "1000000000"
+
+
+def test_what_the_commands_say_is_what_they_do():
+    options = {*inspect.signature(train.train_tiny).parameters}
+    fields = {field.name for field in dataclasses.fields(tiny_training.Order)}
+    of_the_run = {"from_", "minutes", "sitting", "output", "steps", "checkpoint_every"}
+    assert options == fields - {"model"} | of_the_run
+    assert inspect.signature(score_command.score_tiny).parameters["count"].default == HELD_OUT
 
 
 def no_memory(*_, **__):
