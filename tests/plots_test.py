@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from astraea_jax.search import plots
-from astraea_ports.training.run import draw_losses
+from astraea_ports.training.losses import draw_losses
 
 NAMES = [
     r"$\frac{1}{$",

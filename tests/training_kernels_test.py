@@ -13,18 +13,16 @@ from helpers import slow_but
 
 from astraea_ports.wan.block import Rope
 from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.training import forward as training_forward
-from astraea_ports.wan.training import kernels as training_kernels
-from astraea_ports.wan.training import passes
+from astraea_ports.wan.training import forward, kernels, passes
 from astraea_ports.wan.transformer import Transformer
 
 EPS = 1e-6
 SHAPES = [(2, 50, 16), (1, 5, 48)]
 """Several programs with unlike numbers of tokens; a width that is no power of two."""
 
-kernels = types.SimpleNamespace(
+interpreted = types.SimpleNamespace(
     **{
-        name: functools.partial(getattr(training_kernels, name), interpret=True)
+        name: functools.partial(getattr(kernels, name), interpret=True)
         for name in ("enter", "add", "heads")
     }
 )
@@ -43,7 +41,7 @@ def rope_of(num_tokens, half):
 def compare(call, arguments, limit=1e-5):
     """What `call` makes with either, and its gradients, each to so much of its largest."""
     results = []
-    for between in (kernels, passes):
+    for between in (interpreted, passes):
         value, pull = jax.vjp(lambda *given, b=between: call(b, *given), *arguments)
         along = draw(*(leaf.shape for leaf in jax.tree.leaves(value)))
         along = [a.astype(v.dtype) for a, v in zip(along, jax.tree.leaves(value), strict=True)]
@@ -113,13 +111,13 @@ def test_a_model_trained_by_kernels_is_the_same(monkeypatch):
     model = jax.tree.unflatten(tree, [x + 0.1 * y for x, y in zip(leaves, more, strict=True)])
     latents, context = draw((1, 2, 4, 4, 16), (1, 3, 8))
     time = jnp.array([300.0])
-    monkeypatch.setattr(training_forward, "training_kernels", kernels)
+    monkeypatch.setattr(forward, "kernels", interpreted)
     results = []
     for between in ("xla", "triton"):
-        layout = training_forward.Layout(passes=between)
+        layout = forward.Layout(passes=between)
 
         def loss(model, layout=layout):
-            out = training_forward.velocity(model, latents, time, context, layout)
+            out = forward.velocity(model, latents, time, context, layout)
             return jnp.square(out).sum()
 
         results.append(jax.jit(jax.value_and_grad(loss))(model))

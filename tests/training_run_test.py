@@ -1,6 +1,7 @@
 """Training's own work, without a network's: rates, runs in folders, and all that is refused."""
 
 import dataclasses
+import inspect
 import itertools
 import json
 import math
@@ -20,18 +21,21 @@ from helpers import SMALL
 from safetensors.numpy import load_file, save_file
 
 from astraea_jax import cli
+from astraea_jax.cli import score as score_command
 from astraea_jax.cli import train
-from astraea_ports import wan
+from astraea_ports import pipeline
 from astraea_ports.text import t5
 from astraea_ports.tiny import score
-from astraea_ports.training import folder as training_folder
-from astraea_ports.training import recipe as training_recipe
-from astraea_ports.training import run as training_run
-from astraea_ports.training.pool import finite
-from astraea_ports.training.recipe import Networks, Recipe
+from astraea_ports.tiny import training as tiny_training
+from astraea_ports.tiny.scene_captions import HELD_OUT
+from astraea_ports.training import run as runs
+from astraea_ports.training.clips import finite
+from astraea_ports.training.folder import Checkpoints, check_settings, owned
+from astraea_ports.training.recipe import Recipe, rate_factor
 from astraea_ports.wan import vae_weights
-from astraea_ports.wan.training import step as training
 from astraea_ports.wan.training.forward import Layout
+from astraea_ports.wan.training.networks import Networks
+from astraea_ports.wan.training.step import Batch, loss
 from astraea_ports.wan.transformer import Transformer
 
 
@@ -42,7 +46,7 @@ def quiet(_):
 def test_rates_rise_hold_and_fall():
     fractions = jnp.array([0.0, 0.01, 0.02, 0.2, 0.3, 0.65, 1.0])
     np.testing.assert_allclose(
-        jax.vmap(training_recipe.rate_factor)(fractions),
+        jax.vmap(rate_factor)(fractions),
         [0.01, 0.5, 1, 1, 1, 0.505, 0.01],
         atol=0.01,
     )
@@ -102,69 +106,69 @@ class Counting:
 def test_a_sitting_ends_with_a_checkpoint(tmp_path, monkeypatch):
     ticks = itertools.count()  # a hundredth of a second each time that someone looks
     clock = types.SimpleNamespace(monotonic=lambda: next(ticks) / 100)
-    monkeypatch.setattr(training_run, "time", clock)
-    outcome = training_run.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
+    monkeypatch.setattr(runs, "time", clock)
+    outcome = runs.run(Counting(steps=10**6), tmp_path, sitting=0.005, say=quiet)
     assert 5 < outcome.step < 100
-    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     assert checkpoints.latest() == outcome.step
     checkpoints.close()
 
 
 def test_minutes_become_steps(tmp_path):
     trainee, said = Counting(steps=1), []
-    training_run.set_minutes(trainee, 0.01, said.append)
+    runs.set_minutes(trainee, 0.01, said.append)
     assert trainee.steps > 10 and f"{trainee.steps} steps in 0.01 min" in said[0]
     trainee.renewing = 0.2  # seconds a step beside it: a minute holds fewer than 300
-    training_run.set_minutes(trainee, 1, said.append)
+    runs.set_minutes(trainee, 1, said.append)
     assert 100 < trainee.steps <= 300
 
 
 def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(tmp_path):
     trainee = Counting(fail_at=4)
     with pytest.raises(ValueError, match=r"loss at step 3 is not a number.*step 3 is kept"):
-        training_run.run(trainee, tmp_path, checkpoint_every=1e-6, say=quiet)
+        runs.run(trainee, tmp_path, checkpoint_every=1e-6, say=quiet)
     # The one before the loss went wrong: no state after it was written.
-    assert training_run.run(Counting(), tmp_path, say=quiet).step == 5
+    assert runs.run(Counting(), tmp_path, say=quiet).step == 5
     assert (tmp_path / "model" / "total.txt").read_text() == "15.0"
 
 
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
-    training_run.run(Counting(steps=5), tmp_path, sitting=1e-9, say=quiet)
-    training_run.run(Counting(steps=5), tmp_path, say=quiet)
+    runs.run(Counting(steps=5), tmp_path, sitting=1e-9, say=quiet)
+    runs.run(Counting(steps=5), tmp_path, say=quiet)
     full = shutil.disk_usage(tmp_path)._replace(free=1)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: full)
-        checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+        checkpoints = Checkpoints(tmp_path / "checkpoints")
         with pytest.raises(ValueError, match=r"No space left.*that of step 5 is kept: make room"):
             checkpoints.save(6, Counting().start())
         checkpoints.close()
-    assert training_run.run(Counting(steps=5), tmp_path, say=quiet).step == 5
+    assert runs.run(Counting(steps=5), tmp_path, say=quiet).step == 5
 
 
 def test_a_folder_in_use_is_refused(tmp_path):
     with (
-        training_folder.owned(tmp_path),
+        owned(tmp_path),
         pytest.raises(ValueError, match="in use by another run"),
-        training_folder.owned(tmp_path),
+        owned(tmp_path),
     ):
         pass
-    with training_folder.owned(tmp_path):
+    with owned(tmp_path):
         pass
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="choose another --output"), \
-            training_folder.owned(tmp_path / "file"):  # fmt: skip
+    with pytest.raises(ValueError, match="choose another folder"), \
+            owned(tmp_path / "file"):  # fmt: skip
         pass
 
 
 def test_a_run_of_another_kind_is_refused(tmp_path):
-    training_run.run(Counting(width=3), tmp_path, say=quiet)
+    runs.run(Counting(width=3), tmp_path, say=quiet)
     with pytest.raises(ValueError, match=r"another kind \(width: expected 3, got 4\)"):
-        training_run.run(Counting(width=4), tmp_path, say=quiet)
+        runs.run(Counting(width=4), tmp_path, say=quiet)
 
 
 def test_a_checkpoint_of_other_arrays_is_refused(tmp_path):
-    training_run.run(Counting(), tmp_path, say=quiet)
-    checkpoints = training_folder.Checkpoints(tmp_path / "checkpoints")
+    runs.run(Counting(), tmp_path, say=quiet)
+    checkpoints = Checkpoints(tmp_path / "checkpoints")
     with pytest.raises(ValueError, match="does not fit this run or is broken"):
         checkpoints.restore({"total": jnp.zeros(4), "step": jnp.int32(0)})
     checkpoints.close()
@@ -174,6 +178,14 @@ TRAIN = ["train-tiny", "--steps", "3"]
 HUGE = "1000000000"
 
 
+def test_what_the_commands_say_is_what_they_do():
+    options = {*inspect.signature(train.train_tiny).parameters}
+    fields = {field.name for field in dataclasses.fields(tiny_training.Order)}
+    of_the_run = {"from_", "minutes", "sitting", "output", "steps", "checkpoint_every"}
+    assert options == fields - {"model"} | of_the_run
+    assert inspect.signature(score_command.score_tiny).parameters["count"].default == HELD_OUT
+
+
 def no_memory(*_, **__):
     raise MemoryError
 
@@ -181,9 +193,9 @@ def no_memory(*_, **__):
 @pytest.fixture
 def no_weights(monkeypatch):
     """Reading any weight within a test is a fault."""
-    monkeypatch.setattr(wan.Pipeline, "from_pretrained", no_memory)
+    monkeypatch.setattr(pipeline.Pipeline, "from_pretrained", no_memory)
     monkeypatch.setattr(vae_weights, "load_vae", no_memory)
-    monkeypatch.setattr(train, "load_vae", no_memory)
+    monkeypatch.setattr(tiny_training, "load_vae", no_memory)
 
 
 @pytest.mark.usefixtures("in_an_empty_folder", "no_weights")
@@ -312,15 +324,15 @@ def test_a_runs_settings_are_a_regular_file(capsys):
 def test_every_setting_is_held_against_what_is_asked_for(tmp_path, wrong):
     trainee = Counting(width=1, sizes=[1, 2], within={"height": 1})
     settings = {**trainee.settings, "recipe": {"steps": 5, "batch": 1}}
-    training_folder.check_settings(tmp_path, settings)
-    training_folder.check_settings(tmp_path, settings)  # the same is taken up
+    check_settings(tmp_path, settings)
+    check_settings(tmp_path, settings)  # the same is taken up
     for place in ("width", "within.height", "sizes", "recipe.batch", "recipe", "more\nlines"):
         first, _, second = place.partition(".")
         other = {**settings, first: {**settings[first], second: wrong} if second else wrong}
         (tmp_path / "run.json").write_text(json.dumps(other).replace("Infinity", "1e999"))
         with pytest.raises(ValueError) as found:
-            training_folder.check_settings(tmp_path, settings)
-        assert first.split("\n")[0] in str(found.value) and "another --output" in str(found.value)
+            check_settings(tmp_path, settings)
+        assert first.split("\n")[0] in str(found.value) and "another folder" in str(found.value)
         assert len(str(found.value)) < 1000 and "\n" not in str(found.value)
 
 
@@ -404,13 +416,13 @@ def test_a_steps_loss_and_gradients_are_finite_float32(as_a_user):
     networks = jax.tree.map(draw, jax.eval_shape(made))
     clean, noise = rng.normal(size=(2, 1, 2, 4, 4, 4)).astype(np.float32)
     ids = np.array([[3, 7, 2, 0]], np.int32)
-    batch = training.Batch(clean, noise, np.array([0.6], np.float32), ids, np.sign(ids))
+    batch = Batch(clean, noise, np.array([0.6], np.float32), ids, np.sign(ids))
     batch = jax.tree.map(jnp.asarray, batch)
 
     def step(dtype):
         recipe = Recipe(steps=1, batch=1, dtype=dtype)
         layout = Layout(recompute=False, unroll=True)
-        return jax.value_and_grad(lambda nets: training.loss(nets, batch, recipe, layout))
+        return jax.value_and_grad(lambda nets: loss(nets, batch, recipe, layout))
 
     # Compiling is all of this test.
     quick = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}

@@ -26,23 +26,25 @@ from astraea_ports import tiny, wan
 from astraea_ports.checkpoints import export
 from astraea_ports.text import t5
 from astraea_ports.tiny import lessons, scenes
-from astraea_ports.training import folder as training_folder
-from astraea_ports.training import recipe as training_recipe
-from astraea_ports.training import run as training_run
+from astraea_ports.tiny import training as tiny_training
+from astraea_ports.training.folder import owned, saved_settings
 from astraea_ports.training.pool import LatentPool, Latents, source_block
+from astraea_ports.training.recipe import Recipe
+from astraea_ports.training.run import run
 from astraea_ports.wan import transformer_weights, vae_weights
-from astraea_ports.wan.training import step as training
-from astraea_ports.wan.training import transformer as transformer_training
-from astraea_ports.wan.training import vae as vae_training
+from astraea_ports.wan.training import vae_step
 from astraea_ports.wan.training.forward import Layout, velocity
+from astraea_ports.wan.training.step import EmptyText, draw_batch, draw_times
+from astraea_ports.wan.training.transformer import PoolPlan, Sheet, TransformerTraining
+from astraea_ports.wan.training.vae import VAETraining
 
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 FIXTURES = ROOT / "tests" / "fixtures" / "wan"
-PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
+PLAN = PoolPlan(size=4, block=2, refresh_every=2)
 LESSONS = lessons.Lessons(two=0.5, frames=5, side=32)
-RECIPE = training_recipe.Recipe(steps=6, batch=2, dtype="float32")
+RECIPE = Recipe(steps=6, batch=2, dtype="float32")
 
 
 def make_model(folder: pathlib.Path) -> pathlib.Path:
@@ -104,7 +106,7 @@ def model(tmp_path_factory):
 
 
 def make_training(model, recipe=RECIPE, **changes):
-    return transformer_training.TransformerTraining(model, LESSONS, recipe, plan=PLAN, **changes)
+    return TransformerTraining(model, LESSONS, recipe, plan=PLAN, **changes)
 
 
 def quiet(_):
@@ -115,8 +117,8 @@ def quiet(_):
 def uninterrupted(model, tmp_path_factory):
     """The folder of a run that went through without a stop."""
     folder = tmp_path_factory.mktemp("whole")
-    sheet = transformer_training.Sheet(tiny.captions()[:2], steps=2)
-    outcome = training_run.run(make_training(model, sheet=sheet), folder, say=quiet)
+    sheet = Sheet(tiny.captions()[:2], steps=2)
+    outcome = run(make_training(model, sheet=sheet), folder, say=quiet)
     assert outcome.step == outcome.steps == 6
     return folder
 
@@ -166,11 +168,11 @@ def test_the_training_gradients_are_the_plain_models(model, layout):
 
 def test_times_are_the_two_distributions_shifted():
     recipe = dataclasses.replace(RECIPE, batch=20000, time_even=0.0)
-    logits = jax.scipy.special.logit(training.draw_times(jax.random.key(0), recipe))
+    logits = jax.scipy.special.logit(draw_times(jax.random.key(0), recipe))
     assert abs(float(logits.mean()) - math.log(3)) < 0.03
     assert abs(float(logits.std()) - 1.1) < 0.03
     recipe = dataclasses.replace(recipe, time_even=1.0)
-    time = training.draw_times(jax.random.key(0), recipe)
+    time = draw_times(jax.random.key(0), recipe)
     even = time / (3 - 2 * time)
     assert abs(float(even.mean()) - 0.5) < 0.01 and even.min() >= 0 and even.max() <= 1
     # What the even part is for: a solver of 30 steps spends five of them beyond 0.95.
@@ -185,12 +187,12 @@ def test_some_clips_get_no_caption_and_some_another_clips():
         numbers[:, None],
         jnp.ones((count, 1), jnp.int32),
     )
-    empty = training.EmptyText(jnp.array([-1]), jnp.array([0]))
+    empty = EmptyText(jnp.array([-1]), jnp.array([0]))
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("batch",))
     plain = dataclasses.replace(RECIPE, batch=4096, text_dropout=0.2)
     noisy = dataclasses.replace(plain, wrong_text=0.25)
     before, after = (
-        jax.device_get(training.draw_batch(jax.random.key(1), pool, empty, recipe, mesh))
+        jax.device_get(draw_batch(jax.random.key(1), pool, empty, recipe, mesh))
         for recipe in (plain, noisy)
     )
     for batch, wrong in ((before, 0.0), (after, 0.25)):
@@ -227,24 +229,25 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
     script = f"""
         import os, pathlib, signal
         import training_test as t
-        from astraea_ports import training_folder, training_run
+        from astraea_ports.training.folder import owned
+        from astraea_ports.training.run import run
 
         def say(line):
             if line.startswith("checkpoint of step 3"):
                 os.kill(os.getpid(), signal.SIGKILL)
 
         folder = pathlib.Path({str(tmp_path / "run")!r})
-        with training_folder.owned(folder):
-            training = t.make_training(pathlib.Path({str(model)!r}))
-            training_run.run(training, folder, say=say, checkpoint_every=1e-6)
+        with owned(folder):
+            trainee = t.make_training(pathlib.Path({str(model)!r}))
+            run(trainee, folder, say=say, checkpoint_every=1e-6)
         """
     died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(compiled))
     assert died.returncode == -signal.SIGKILL
     # As a kill in the middle of a write leaves it.
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
     said = []
-    with training_folder.owned(tmp_path / "run"):
-        outcome = training_run.run(make_training(model), tmp_path / "run", say=said.append)
+    with owned(tmp_path / "run"):
+        outcome = run(make_training(model), tmp_path / "run", say=said.append)
     assert said[0] == "taken up at step 3 of 6" and outcome.step == 6
     whole, taken_up = (np.load(f / "losses.npy") for f in (uninterrupted, tmp_path / "run"))
     np.testing.assert_array_equal(taken_up, whole)
@@ -294,13 +297,14 @@ def test_devices_share_the_batch_and_the_encoding(uninterrupted, model):
         import pathlib
         import jax
         import training_test as t
+        from astraea_ports.wan.training.step import train_step
 
         assert jax.device_count() == 2
         model = pathlib.Path({str(model)!r})
         trainee = t.make_training(model)
         losses = t.first_losses(trainee, 2)
         arrays, static = trainee._arguments()
-        step = t.training.train_step.lower(trainee.start(), *arrays, **static)
+        step = train_step.lower(trainee.start(), *arrays, **static)
         pool = trainee.pool
         video = pool._drawn(pool._make(0)[0])
         programs = step, pool._encode.lower(pool._vae, video)
@@ -333,7 +337,7 @@ def run_script(script, check=False, **environment):
 
 
 def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(lessons, "Lessons", lambda **_: LESSONS)
+    monkeypatch.setattr(tiny_training, "Lessons", lambda **_: LESSONS)
     arguments = [
         "train-tiny",
         "--from",
@@ -345,7 +349,7 @@ def test_the_command_trains_and_goes_on(model, tmp_path, monkeypatch, capsys):
     ]
     arguments += ["--pool", "4", "--batch", "2", "--sheet", "0", "--wrong-text", "0.5"]
     assert cli.main([*arguments, "--sitting", "1e-6"]) == 0
-    settings = training_folder.saved_settings(tmp_path / "r")
+    settings = saved_settings(tmp_path / "r")
     assert settings is not None and settings["recipe"]["wrong_text"] == 0.5
     assert "the same command goes on" in capsys.readouterr().out
     assert cli.main(arguments) == 0
@@ -406,13 +410,13 @@ def test_the_pool_is_a_function_of_the_step(model):
 
 def draw_small(key, count):
     clips = scenes.make_clips(jax.random.split(key, count), frames=5, side=32)
-    return vae_training.Drawn(clips.video, clips.cover)
+    return vae_step.Drawn(clips.video, clips.cover)
 
 
 def test_the_vae_learns_and_writes_its_statistics(tmp_path):
-    recipe = vae_training.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
-    trainee = vae_training.VAETraining("tiny", draw_small, recipe, from_nothing=True)
-    training_run.run(trainee, tmp_path, say=quiet)
+    recipe = vae_step.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
+    trainee = VAETraining("tiny", draw_small, recipe, from_nothing=True)
+    run(trainee, tmp_path, say=quiet)
     losses = np.load(tmp_path / "losses.npy")
     assert len(losses) == 4 and losses[-1] < losses[0]
     trained = wan.load_vae(tmp_path / "model" / "vae")
@@ -428,17 +432,18 @@ def test_devices_share_the_vaes_clips():
         import json
         import jax
         import training_test as t
-        from astraea_ports.wan import vae_training
-        from astraea_ports.wan.training_recipe import loss_and_gradients
+        from astraea_ports.training.recipe import loss_and_gradients
+        from astraea_ports.wan.training import vae_step
+        from astraea_ports.wan.training.vae import VAETraining
 
         assert jax.device_count() == 2
-        recipe = vae_training.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
-        trainee = vae_training.VAETraining("tiny", t.draw_small, recipe)
+        recipe = vae_step.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
+        trainee = VAETraining("tiny", t.draw_small, recipe)
         vae = trainee.start().vae
         drawn = jax.eval_shape(lambda: t.draw_small(jax.random.key(0), 2))
-        shape = vae_training.latents_shape(vae, drawn)
+        shape = vae_step.latents_shape(vae, drawn)
         noise = jax.ShapeDtypeStruct(shape, "float32")
-        share = functools.partial(vae_training.loss, recipe=recipe)
+        share = functools.partial(vae_step.loss, recipe=recipe)
         gradients = functools.partial(loss_and_gradients, share, mesh=trainee.mesh)
         program = jax.jit(gradients).lower(vae, (noise, drawn)).compile()
         print(json.dumps(t.what_travels(program)))

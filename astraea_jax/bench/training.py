@@ -6,16 +6,21 @@ the device reaches on one large product. The profile says where the rest goes, k
 
 import pathlib
 import time
+from collections.abc import Sequence
 
 import jax
 
 from astraea_jax import checks, report
 from astraea_jax.bench import options
 from astraea_jax.bench import profile as profiles
-from astraea_ports.tiny import lessons
-from astraea_ports.training.recipe import MOST_CLIPS, Recipe
-from astraea_ports.wan.training.forward import Layout
-from astraea_ports.wan.training.transformer import PoolPlan, TransformerTraining
+from astraea_ports.tiny.training import (
+    CPU_LAYOUTS,
+    GPU_LAYOUTS,
+    Layout,
+    TransformerTraining,
+    to_time,
+)
+from astraea_ports.training.recipe import MOST_CLIPS
 
 COLUMNS = {
     "attention": "attention",
@@ -29,16 +34,6 @@ COLUMNS = {
     "loss": "loss in the end",
     "why": "not run because",
 }
-CPU_LAYOUTS = (Layout(), Layout(recompute=False))
-GPU_LAYOUTS = (
-    Layout("cudnn", "xla", recompute=False, unroll=True),
-    Layout("cudnn", "triton", recompute=True, unroll=True),
-    Layout("cudnn", "triton", recompute=False, unroll=True),
-)
-"""They differ by rounding alone, as their losses after equal steps show. Left out on a GPU: XLA's
-attention, which writes every score, and a loop over the blocks, which copies what every block keeps
-for the backward pass."""
-
 KERNELS = {"name": "kernel", "milliseconds": "ms a step", "share": "of the step, %"}
 
 
@@ -69,30 +64,14 @@ def command(
     dtype = "bfloat16" if gpu else "float32"
     peak = product_rate(dtype, 8192 if gpu else 1024)
     block = 32 * jax.device_count() if gpu else 2
-    plan = PoolPlan(size=8 * block if gpu else 2, block=block, refresh_every=0)
-    trainee = TransformerTraining(
-        model,
-        lessons.Lessons(),
-        Recipe(steps=10**6, batch=batch, dtype=dtype),
-        plan=plan,
-        revision=revision,
-    )
+    trainee = to_time(model, batch=batch, block=block, dtype=dtype, revision=revision)
     trainee.pool.bring_to(0)  # `prepare` would compile a step too
     encoded = encode_rate(trainee)
     print(
         f"large products: {peak / 1e12:.1f} TFLOP/s; clips encoded: {encoded:.0f} a second",
         flush=True,
     )
-    rows: list[dict] = []
-    kernels, best = [], 0.0
-    for layout in GPU_LAYOUTS if gpu else CPU_LAYOUTS:
-        row = layout._asdict() | _time(trainee, layout, steps, peak)
-        rows.append(row)
-        print("\n" + report.markdown([row], COLUMNS), flush=True)
-        if row.get("rate", 0.0) > best:
-            best, kernels = row["rate"], profile(trainee)
-            print("\n" + report.markdown(kernels[:40], KERNELS), flush=True)
-    print("\n" + report.markdown(rows, COLUMNS))
+    rows, kernels = _time_all(trainee, GPU_LAYOUTS if gpu else CPU_LAYOUTS, steps, peak)
     if output is not None:
         report.write_json(
             output,
@@ -131,6 +110,23 @@ def encode_rate(trainee: TransformerTraining) -> float:
     jax.block_until_ready(trainee.pool.arrays)
     trainee.pool.refresh_every = 0
     return count * trainee.pool.block / (time.perf_counter() - began)
+
+
+def _time_all(
+    trainee: TransformerTraining, layouts: Sequence[Layout], steps: int, peak: float
+) -> tuple[list[dict], list[dict]]:
+    """A row for each layout, and the kernels of the fastest; printed as they come."""
+    rows: list[dict] = []
+    kernels, best = [], 0.0
+    for layout in layouts:
+        row = layout._asdict() | _time(trainee, layout, steps, peak)
+        rows.append(row)
+        print("\n" + report.markdown([row], COLUMNS), flush=True)
+        if row.get("rate", 0.0) > best:
+            best, kernels = row["rate"], profile(trainee)
+            print("\n" + report.markdown(kernels[:40], KERNELS), flush=True)
+    print("\n" + report.markdown(rows, COLUMNS))
+    return rows, kernels
 
 
 def _time(trainee: TransformerTraining, layout: Layout, steps: int, peak: float) -> dict:

@@ -1,18 +1,13 @@
 """`astraea score-tiny`: videos of the small model, read back and held against their captions."""
 
 import pathlib
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import jax
-import jax.numpy as jnp
+from astraea_jax import checks, files
 
-from astraea_jax import checks, files, report, timing
-from astraea_jax.schedule import check_steps
-from astraea_ports import wan
-from astraea_ports.tiny import reader_training, scene_captions, scenes, score
-from astraea_ports.tiny.scene_captions import Asked
+if TYPE_CHECKING:
+    from astraea_ports.tiny.scoring import Scored, Scoring
 
-CAPTIONS = {"held-out": scene_captions.held_out, "choice": scene_captions.for_choosing}
 SHOWN = 12
 """Mistakes that are printed of each set of captions; the file holds all."""
 
@@ -31,7 +26,7 @@ def score_tiny(
     model: str = "tiny",
     revision: str | None = None,
     captions: Literal["held-out", "choice"] = "held-out",
-    count: int = scene_captions.HELD_OUT,
+    count: int = 256,
     batch: int = 16,
     steps: int | None = None,
     guidance: float | None = None,
@@ -52,48 +47,24 @@ def score_tiny(
       reader: Weights of another reader than the one that ships.
       output: A .json file for every number.
     """
-    checks.one_of("captions", captions, tuple(CAPTIONS))
-    most = scene_captions.HELD_OUT if captions == "held-out" else scene_captions.CHOICE
-    checks.whole("count", count, 1, most)
+    from astraea_jax import report
+    from astraea_ports.tiny.scoring import Scoring
+
     checks.whole("batch", batch, 1, 1024)
-    if steps is not None:
-        check_steps(steps)
-    if guidance is not None:
-        checks.number("guidance", guidance, -1000, 1000)
-    network = score.reader() if reader is None else score.load_reader(reader)
     if output is not None:
         files.check_output(output, (".json",))
         files.check_apart(output, reader)
-    gpu = jax.default_backend() != "cpu"
-    pipeline = wan.Pipeline.from_pretrained(
-        model, revision=revision, dtype=jnp.bfloat16 if gpu else jnp.float32
-    )
-    # Of another size no video can be read, which would be said after the first are made.
-    score.check_size(pipeline.size(None, None, None))
-    found: dict[str, Any] = {
-        "environment": report.environment(),
+    asked: dict[str, Any] = {
         "model": model,
         "captions": captions,
         "count": count,
         "steps": steps,
         "guidance": guidance,
-        "rows": [],
-        "mistakes": [],
     }
-    for two in (False, True):
-        asked = CAPTIONS[captions](two)
-        name = "two objects" if two else "one object"
-        batches, mistakes = [], []
-        with report.Progress() as progress, progress.stage(name, count) as bar:
-            for first in range(0, count, batch):
-                chosen = slice(first, min(first + batch, count))
-                shares, wrong = _score(pipeline, network, asked, chosen, steps, guidance)
-                batches.append(shares)
-                mistakes += wrong
-                for _ in range(first, chosen.stop):
-                    bar.advance()
-        totals = [score.add(column) for column in zip(*batches, strict=True)]
-        rows = [_score_row(name, attribute, totals) for attribute in totals[0]]
+    scoring = Scoring(**asked, revision=revision, reader=reader)
+    found = {"environment": report.environment(), **asked, "rows": [], "mistakes": []}
+    for objects, two in (("one object", False), ("two objects", True)):
+        rows, mistakes = _rows(objects, _scored(scoring, objects, two, count, batch))
         _show(rows, mistakes, output)
         found["rows"] += rows
         found["mistakes"] += mistakes
@@ -101,62 +72,44 @@ def score_tiny(
             report.write_json(output, found)
 
 
-def _score(
-    pipeline: wan.Pipeline,
-    network: score.Reader,
-    asked: Asked,
-    chosen: slice,
-    steps: int | None,
-    guidance: float | None,
-) -> tuple[list[dict[str, score.Share]], list[dict[str, Any]]]:
-    """What is right of some captions' videos, of their truth, and of that through the VAE."""
-    truth, keys = jax.tree.map(lambda leaf: leaf[chosen], (asked.scenes, asked.keys))
-    captions, noise = asked.captions[chosen], _noise(pipeline, chosen)
-    made = pipeline(captions, latents=noise, steps=steps, guidance=guidance).video
-    drawn = scenes.render_clips(keys, truth, jnp.array(scenes.COLOUR_RGB))[0]
-    passed = _through_vae(pipeline.vae, drawn)
-    readings = [score.read(video, network) for video in (made, drawn, passed)]
-    mistakes = [
-        {"seed": chosen.start + each.video, "caption": captions[each.video], **each._asdict()}
-        for each in score.mistakes(readings[0], truth)
+def _scored(scoring: "Scoring", objects: str, two: bool, count: int, batch: int) -> "list[Scored]":
+    """Scores a set of captions and says how far it is."""
+    from astraea_jax import report
+
+    parts = []
+    with report.Progress() as progress, progress.stage(objects, count) as bar:
+        for chosen, scored in scoring.batches(two, batch):
+            parts.append(scored)
+            for _ in range(chosen.start, chosen.stop):
+                bar.advance()
+    return parts
+
+
+def _rows(objects: str, parts: "list[Scored]") -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """A set's table, a row an attribute, and all that was wrong."""
+    from astraea_ports.tiny import score
+
+    totals = {
+        name: score.add([getattr(part, name) for part in parts])
+        for name in ("made", "drawn", "passed")
+    }
+    rows = [
+        {"objects": objects, "attribute": attribute, "total": made.total}
+        | {name: round(shares[attribute].percent, 1) for name, shares in totals.items()}
+        for attribute, made in totals["made"].items()
     ]
-    return [score.compare(reading, truth) for reading in readings], mistakes
+    return rows, [dict(mistake) for part in parts for mistake in part.mistakes]
 
 
 def _show(
     rows: list[dict[str, Any]], mistakes: list[dict[str, Any]], output: pathlib.Path | None
 ) -> None:
     """Prints a set's table, and what was wrong."""
+    from astraea_jax import report
+
     print(report.markdown(rows, SCORE_COLUMNS))
     for each in mistakes[:SHOWN]:
         print(f"seed {each['seed']}, {each['caption']!r}: {each['read']}, not {each['asked']}")
     if len(mistakes) > SHOWN:
         print(f"and {len(mistakes) - SHOWN} more" + (f" in {output}" if output else ""))
     print(flush=True)
-
-
-def _score_row(objects: str, attribute: str, totals) -> dict[str, Any]:
-    made, drawn, passed = (total[attribute] for total in totals)
-    return {
-        "objects": objects,
-        "attribute": attribute,
-        "total": made.total,
-        **{
-            name: round(share.percent, 1)
-            for name, share in (("made", made), ("drawn", drawn), ("passed", passed))
-        },
-    }
-
-
-def _noise(pipeline: wan.Pipeline, chosen: slice) -> jax.Array:
-    """Caption i starts from the noise that seed i gives it alone."""
-    shape = pipeline.latents_shape(*pipeline.size(None, None, None))
-    keys = [
-        jax.random.fold_in(jax.random.key(seed), 0) for seed in range(chosen.start, chosen.stop)
-    ]
-    return jnp.stack([jax.random.normal(key, shape, jnp.float32) for key in keys])
-
-
-@timing.timed_jit()
-def _through_vae(vae: wan.VAE, video: jax.Array) -> jax.Array:
-    return reader_training.through_vae(vae, video)

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from astraea_jax.checks import ListOf, Number, Text, Whole
 from astraea_ports.tiny import scenes
 from astraea_ports.tiny.scene_captions import HELD_OUT_SEED, held_out_captions, make_captions
-from astraea_ports.training.pool import Examples
+from astraea_ports.training.clips import Examples
 from astraea_ports.training.recipe import SHARE, check_fields
 
 
 @dataclasses.dataclass(frozen=True)
 class Lessons:
-    """A `latent_pool.Source` of scenes; clip `i` is a function of the seed and `i` alone.
+    """A `training.clips.Source` of scenes; clip `i` is a function of the seed and `i` alone.
 
     Attributes:
       seed: of the scenes; never HELD_OUT_SEED.

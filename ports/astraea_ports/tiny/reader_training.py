@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from astraea_jax.checks import Whole
+from astraea_ports.pipeline.tiles import VAE
 from astraea_ports.tiny import scenes, score
 from astraea_ports.tiny.scenes import Scene
 from astraea_ports.tiny.score import Reader
@@ -27,7 +28,6 @@ from astraea_ports.training.recipe import (
     descend,
     rate_factor,
 )
-from astraea_ports.wan.vae import VAE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ def through_vae(
 
 
 class ReaderTraining:
-    """A `training_run.Trainee`; what it exports is one file, `score.safetensors`."""
+    """A `training.run.Trainee`; what it exports is one file, `score.safetensors`."""
 
     def __init__(self, vae: VAE, recipe: ReaderRecipe):
         """A reader from nothing; the VAE computes in the dtype of its weights."""

@@ -31,7 +31,7 @@ def owned(folder: pathlib.Path) -> Iterator[None]:
     made = [each for each in (folder, *folder.parents) if not os.path.exists(each)]
     before = {name for name in _OWN if os.path.exists(folder / name)}
     try:
-        with files.held(folder / "run.lock", choose="another --output"):
+        with files.held(folder / "run.lock"):
             try:
                 yield
             except BaseException:
@@ -79,7 +79,7 @@ def saved_settings(folder: pathlib.Path) -> dict[str, Any] | None:
     try:
         content = files.read_json(path, what="run.json of a training")
     except Refusal as error:
-        raise Refusal(f"{error}; or choose another --output") from error
+        raise Refusal(f"{error}; or choose another folder") from error
     rules = {"part": Text(100), "recipe": ByName(Anything())}
     checks.fields(
         content, rules, name=str(path), required=("part",), others=True, advice=_OTHER_RUN
@@ -123,7 +123,7 @@ def saved_steps(folder: pathlib.Path, part: str) -> int | None:
     return recipe["steps"]
 
 
-_OTHER_RUN = "choose another --output"
+_OTHER_RUN = "choose another folder"
 
 
 def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
@@ -140,6 +140,20 @@ def check_settings(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
     _refuse_other(folder, _flat(found), _flat(asked))
 
 
+def check_some(folder: pathlib.Path, settings: Mapping[str, Any]) -> None:
+    """Holds some settings against those of the run in a folder, where there is one.
+
+    Before a model is loaded, of which `check_settings` compares the weights too.
+
+    Raises:
+      Refusal: as `saved_settings`, or one of these is another one there.
+    """
+    found = saved_settings(folder)
+    if found is not None:
+        there = {name: found[name] for name in settings if name in found}
+        _refuse_other(folder, _flat(there), _flat(json.loads(json.dumps(settings))))
+
+
 def _refuse_other(folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[str, Any]) -> None:
     """Refuses a folder whose run is not the one that is asked for; settings by one name each."""
     other = [
@@ -151,7 +165,7 @@ def _refuse_other(folder: pathlib.Path, there: Mapping[str, Any], here: Mapping[
     if other:
         raise Refusal(
             f"{folder} holds a run of another kind ({'; '.join(other[: checks.PROBLEMS])}): ask "
-            "for the same to take it up again, or choose another --output"
+            "for the same to take it up again, or choose another folder"
         )
 
 
@@ -217,7 +231,7 @@ class Checkpoints:
                 f"({files.reason(error)}; it takes {report.human_bytes(needed)}, "
                 f"{report.human_bytes(free)} are free); "
                 + (f"that of step {kept} is kept" if kept is not None else "there is none before")
-                + ": make room and run the same command again"
+                + ": make room and start the same run again"
             ) from error
 
     def restore(self, template: Any) -> Any:

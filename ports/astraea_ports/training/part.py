@@ -17,7 +17,7 @@ from astraea_ports.checkpoints import Entry, export
 
 
 class PartTraining:
-    """The common half of a `training_run.Trainee` for parts of a model in the Diffusers layout."""
+    """The common half of a `training.run.Trainee` for parts of a model in the Diffusers layout."""
 
     period = 1
 

@@ -21,24 +21,7 @@ from astraea_jax import checks, report
 from astraea_jax.checks import Refusal
 from astraea_ports.pipeline.tiles import VAE
 from astraea_ports.text.tokenizer import TokenIds, Tokenizer
-
-
-class Examples(NamedTuple):
-    """Clips and what they show.
-
-    Attributes:
-      video: makes the clips, in [0, 1]; called once, on the training device.
-      captions: one a clip.
-    """
-
-    video: Callable[[], Float[Array, "B F height width 3"]]
-    captions: Sequence[str]
-
-
-Source = Callable[[int, int], Examples]
-"""`source(first, count)`: clips number first..first+count-1 of an endless stream, a pure function.
-
-A finite set of clips is such a stream too: it starts again."""
+from astraea_ports.training.clips import Examples, Source
 
 
 class Latents(NamedTuple):
@@ -242,26 +225,3 @@ def memory_bytes() -> int | None:
     if limit is None and hasattr(os, "sysconf"):
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return limit
-
-
-def finite(videos: Float[np.ndarray, "P F height width 3"], captions: Sequence[str]) -> Source:
-    """A stream that goes through given clips again and again: for fine-tuning on one's own.
-
-    Args:
-      videos: in [0, 1].
-      captions: one a clip.
-
-    Raises:
-      Refusal: another number of captions, or no clip.
-    """
-    if not len(videos) or len(videos) != len(captions):
-        raise Refusal(
-            f"expected a caption for each clip, and at least one; got {len(videos)} clips and "
-            f"{len(captions)} captions"
-        )
-
-    def source(first: int, count: int) -> Examples:
-        chosen = np.arange(first, first + count) % len(videos)
-        return Examples(lambda: jnp.asarray(videos[chosen]), [captions[int(i)] for i in chosen])
-
-    return source

@@ -1,8 +1,8 @@
-"""How a Wan transformer is trained: the numbers, and the optimisers that follow from them."""
+"""How a video transformer is trained: the numbers, and the optimisers that follow from them."""
 
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from astraea_jax.checks import ListOf, Number, OneOf, Refusal, Rule, Whole
-from astraea_ports.text.t5 import T5Encoder
 
 MOST_STEPS = 10**8
 """Of a run: two weeks of the fastest steps. The loss of each is kept."""
@@ -124,13 +123,6 @@ _RULES: Mapping[str, Rule] = {
 }
 
 
-class Networks(NamedTuple):
-    """What is trained."""
-
-    transformer: Any
-    text_encoder: T5Encoder
-
-
 def loss_and_gradients[M](
     loss: Callable[[M, Any], Array], weights: M, batch: Any, mesh: Mesh
 ) -> tuple[Float[Array, ""], M]:
@@ -186,12 +178,20 @@ def rate_factor(fraction: Float[Array, ""]) -> Float[Array, ""]:
     return jnp.clip(jnp.minimum(fraction / 0.02, down), 0.01, 1.0)
 
 
-def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTransformation:
+Label = Literal["matrix", "text", "rest"]
+"""Muon on stacks of matrices, Adam at the text encoder's rate, Adam."""
+
+
+def optimiser(
+    recipe: Recipe, steps: int | Int[Array, ""], labels: Callable[[Any], Any]
+) -> optax.GradientTransformation:
     """Clipping, then Muon on the block matrices and Adam on the rest.
 
     Args:
       recipe: the step sizes, at their largest.
       steps: of the run; traced, so that a run of another length is the same program.
+      labels: gives a `Label` for each of the weights, in the same pytree. A "matrix" is a stack of
+        them, [L, in, out].
     """
     first, last = recipe.span
     warm_up = jnp.clip(steps // 50, 1, 200)
@@ -219,20 +219,7 @@ def optimiser(recipe: Recipe, steps: int | Int[Array, ""]) -> optax.GradientTran
         "text": adam(recipe.adam_rate * recipe.text_rate),
         "rest": adam(recipe.adam_rate),
     }
-    return optax.chain(
-        optax.clip_by_global_norm(recipe.clip), optax.partition(by_label, cast(Any, _labels))
-    )
-
-
-def _labels(networks: Networks) -> Networks:
-    """Which optimiser a weight goes by."""
-    labels = jax.tree.map(lambda _: "rest", networks.transformer)
-    labels.blocks = jax.tree.map(
-        # Stacked over blocks: a matrix has three axes. The modulation tables are no matrices.
-        lambda leaf: "matrix" if leaf.ndim == 3 and leaf.shape[1] > 6 else "rest",
-        networks.transformer.blocks,
-    )
-    return Networks(labels, jax.tree.map(lambda _: "text", networks.text_encoder))
+    return optax.chain(optax.clip_by_global_norm(recipe.clip), optax.partition(by_label, labels))
 
 
 def by_shape(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -26,6 +26,7 @@ import numpy as np
 from astraea_jax import checks, files, video
 from astraea_jax.checks import Refusal
 from astraea_ports.training.folder import Checkpoints, check_settings, whole_folder
+from astraea_ports.training.losses import draw_losses, read_losses, write_losses
 
 LONGEST_MINUTES = 60 * 24 * 14
 _IN_FLIGHT = 4  # steps whose loss is not waited for
@@ -170,7 +171,7 @@ def run(
         last = checkpoints.latest()
         if last is not None:
             state = checkpoints.restore(state)
-            losses = _read_losses(folder, last)
+            losses = read_losses(folder, last)
             say(f"taken up at step {last} of {trainee.steps}")
         return _Loop(trainee, folder, checkpoints, state, losses, say).go(
             began, sitting, checkpoint_every
@@ -179,22 +180,12 @@ def run(
         checkpoints.close()
 
 
-def _read_losses(folder: pathlib.Path, steps: int) -> np.ndarray:
-    try:
-        losses = np.load(files.check_input(folder / "losses.npy"), allow_pickle=False)
-        losses = losses.astype(np.float32, casting="same_kind").reshape(len(losses))
-    except (OSError, ValueError, TypeError, EOFError, MemoryError):  # none, or no such file
-        losses = np.zeros(0, np.float32)
-    # A picture without its beginning is no reason not to go on.
-    return np.pad(losses[:steps], (max(0, steps - len(losses)), 0), constant_values=math.nan)
-
-
 class _Loop:
     """The state of a sitting."""
 
     def __init__(self, trainee, folder, checkpoints, state, losses, say):
         self.trainee, self.folder, self.checkpoints = trainee, folder, checkpoints
-        self.state, self.losses, self.say = state, list(losses), say
+        self.state, self.losses, self.say = state, losses.tolist(), say
         self.pending: list[jax.Array] = []
         self.saved = checkpoints.latest()
         # When the first step was done, which compiles, and how many losses there were then.
@@ -241,7 +232,7 @@ class _Loop:
                 raise Refusal(
                     f"the loss at step {len(self.losses)} is not a number; "
                     + (f"the checkpoint of step {kept} is kept" if kept else "nothing was saved")
-                    + ": start another run with lower rates (--rate), from its model/ if it has one"
+                    + ": start another run with a lower rate, from its model/ if it has one"
                 )
             self.losses.append(value)
 
@@ -266,8 +257,7 @@ class _Loop:
         """A checkpoint, the curve, the model and a sheet of what it makes."""
         self.collect(0)
         began = time.monotonic()
-        with files.replacing(self.folder / "losses.npy") as partial:
-            np.save(partial, np.asarray(self.losses, np.float32))
+        write_losses(self.folder, self.losses)
         self.checkpoints.save(self.step, self.state)
         self.saved, self.written = self.step, False
         self.write()
@@ -282,31 +272,10 @@ class _Loop:
         except (OSError, Refusal) as error:
             raise Refusal(
                 f"the model of step {self.step} could not be written ({files.reason(error)}); its "
-                "checkpoint is kept: make room and run the same command again"
+                "checkpoint is kept: make room and start the same run again"
             ) from error
         draw_losses(self.folder / "loss.png", np.asarray(self.losses))
         sheet = self.trainee.sheet(self.state)
         if sheet is not None:
             video.write_image(self.folder / "sheet.png", sheet)
         self.written = True
-
-
-def draw_losses(path: pathlib.Path, losses: np.ndarray) -> None:
-    """The loss of every step and its running mean, as a picture."""
-    # Without pyplot, whose backend is the user's. Slow to import.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot(losses, color="0.8", linewidth=0.5)
-    window = max(1, len(losses) // 100)
-    if len(losses):
-        mean = np.convolve(losses, np.ones(window) / window, "valid")
-        axes.plot(np.arange(window - 1, len(losses)), mean, color="C0")
-        shown = losses[np.isfinite(losses)]
-        if len(shown):
-            axes.set_ylim(*np.quantile(shown, (0.0, 0.995)) * (0.95, 1.05))
-    axes.set_xlabel("step")
-    axes.set_ylabel("loss")
-    with files.replacing(path) as partial:
-        figure.savefig(partial, dpi=120)

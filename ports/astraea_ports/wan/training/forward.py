@@ -15,8 +15,7 @@ from jaxtyping import Array, Float
 
 from astraea_ports.wan.block import Attention, Block, RMSNorm, rope_tables
 from astraea_ports.wan.config import TransformerConfig
-from astraea_ports.wan.training import kernels as training_kernels
-from astraea_ports.wan.training import passes
+from astraea_ports.wan.training import kernels, passes
 from astraea_ports.wan.transformer import Transformer
 
 AttentionKernel = Literal["xla", "cudnn"]
@@ -103,7 +102,7 @@ def _kept(primitive, *avals, **params) -> bool:
 
 def _block(block: Block, tokens, text, rope, modulation, layout: Layout) -> Array:
     """One block, as transformer.BoundBlock has it: attention, attention to the text, MLP."""
-    between = training_kernels if layout.passes == "triton" else passes
+    between = kernels if layout.passes == "triton" else passes
     table = block.scale_shift_table[...].astype(jnp.float32) + modulation
     shift, scale, gate, mlp_shift, mlp_scale, mlp_gate = (table[:, i, None] for i in range(6))
 

@@ -1,4 +1,4 @@
-"""Passes of `training_passes`, each as one kernel that reads what it needs once. Pallas Triton.
+"""Passes of `passes`, each as one kernel that reads what it needs once. Pallas Triton.
 
 A program takes some tokens of one clip, one after another; a row's statistics are worked out while
 it is in registers. Backwards a program also adds up what is summed over tokens, and writes its sums
@@ -38,7 +38,7 @@ def enter(
     eps: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
-    """Tokens as they are, and normed; as `training_passes.enter`."""
+    """Tokens as they are, and normed; as `passes.enter`."""
     return tokens, _norm(tokens, None, scale, shift, eps, interpret)[-1]
 
 
@@ -66,7 +66,7 @@ def add(
     eps: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], Float[Array, "B N H"]]:
-    """`tokens + gate * (out + bias)`, and that normed; as `training_passes.add`."""
+    """`tokens + gate * (out + bias)`, and that normed; as `passes.add`."""
     total, normed = _norm(tokens, (gate, out, bias), scale, shift, eps, interpret)
     return total, normed
 
@@ -96,7 +96,7 @@ def heads(
     eps: float,
     interpret: bool = False,
 ) -> tuple[Float[Array, "B N H"], ...]:
-    """What attention takes, part by part; as `training_passes.heads`."""
+    """What attention takes, part by part; as `passes.heads`."""
     width = weights.shape[-1]
     results = [(*projected.shape[:2], width)] * (projected.shape[-1] // width)
     body = functools.partial(programs.heads, len(weights), rope is not None, eps)

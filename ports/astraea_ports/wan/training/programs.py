@@ -1,4 +1,4 @@
-"""What the kernels of `training_kernels` do with a row: one program each, forwards or backwards."""
+"""What the kernels of `kernels` do with a row: one program each, forwards or backwards."""
 
 from collections.abc import Callable
 

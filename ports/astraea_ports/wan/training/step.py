@@ -22,7 +22,6 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 from astraea_ports.text.t5 import T5Encoder
 from astraea_ports.training.pool import Latents
 from astraea_ports.training.recipe import (
-    Networks,
     Recipe,
     descend,
     loss_and_gradients,
@@ -31,6 +30,7 @@ from astraea_ports.training.recipe import (
 )
 from astraea_ports.wan.config import TransformerConfig
 from astraea_ports.wan.training.forward import Layout, velocity
+from astraea_ports.wan.training.networks import Networks, labels
 
 
 class State(NamedTuple):
@@ -49,11 +49,11 @@ class State(NamedTuple):
     moments: Any
 
 
-def start(networks: Networks, recipe: Recipe) -> State:
+def first_state(networks: Networks, recipe: Recipe) -> State:
     """A run's first state; the arrays of `networks` are copied."""
     networks = jax.tree.map(lambda x: jnp.array(x, jnp.float32), networks)
     copy = jax.tree.map(jnp.copy, networks)
-    moments = optimiser(recipe, recipe.steps).init(cast(Any, networks))
+    moments = optimiser(recipe, recipe.steps, labels).init(cast(Any, networks))
     return State(jnp.int32(0), networks, copy, moments)
 
 
@@ -187,7 +187,7 @@ def train_step(
     share = functools.partial(loss, recipe=recipe, layout=layout, axis=axis)
     value, gradients = loss_and_gradients(share, state.networks, batch, mesh)
     finite = jnp.isfinite(optax.tree.norm(gradients))
-    rule = optimiser(recipe, steps)
+    rule = optimiser(recipe, steps, labels)
     networks, moments = descend(rule, gradients, state.moments, state.networks)
     average = moving_average(state.average, networks, state.step, recipe.average, warm=20)
     following = State(state.step + 1, networks, average, moments)

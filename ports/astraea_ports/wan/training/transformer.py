@@ -1,4 +1,4 @@
-"""A transformer and its text encoder as something that `training_run` trains."""
+"""A transformer and its text encoder as something that `training.run` trains."""
 
 import concurrent.futures
 import dataclasses
@@ -16,13 +16,22 @@ from astraea_jax.checks import ListOf, Text
 from astraea_jax.schedule import check_steps
 from astraea_ports.checkpoints import Entry
 from astraea_ports.text import t5
+from astraea_ports.training.clips import Source
 from astraea_ports.training.part import PartTraining, fingerprint
-from astraea_ports.training.pool import LatentPool, Source, check_plan
-from astraea_ports.training.recipe import Networks, Recipe, check_fields
+from astraea_ports.training.pool import LatentPool, check_plan
+from astraea_ports.training.recipe import Recipe, check_fields
 from astraea_ports.wan import transformer_weights
 from astraea_ports.wan.pipeline import Pipeline
-from astraea_ports.wan.training import step as training
 from astraea_ports.wan.training.forward import Layout, kept_bytes
+from astraea_ports.wan.training.networks import Networks
+from astraea_ports.wan.training.step import (
+    EmptyText,
+    State,
+    first_state,
+    num_tokens,
+    step_flops,
+    train_step,
+)
 from astraea_ports.wan.transformer import Transformer
 
 
@@ -64,7 +73,7 @@ class Sheet:
 
 
 class TransformerTraining(PartTraining):
-    """A `training_run.Trainee`; any Wan in the Diffusers layout."""
+    """A `training.run.Trainee`; any Wan in the Diffusers layout."""
 
     def __init__(
         self,
@@ -103,7 +112,7 @@ class TransformerTraining(PartTraining):
         self.pipeline = Pipeline.from_pretrained(self.folder, dtype="float32", staged=False)
         self.check_source(self._written(self.pipeline))
         empty = self.pipeline.tokenizer([""])
-        self._empty = training.EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
+        self._empty = EmptyText(jnp.asarray(empty.ids[0]), jnp.asarray(empty.mask[0]))
         self.pool = LatentPool(
             jax.tree.map(lambda x: x.astype(recipe.dtype), self.pipeline.vae),
             self.pipeline.tokenizer,
@@ -131,9 +140,9 @@ class TransformerTraining(PartTraining):
             encoder = t5.T5Encoder(encoder.config, rngs)
         return Networks(transformer, encoder)
 
-    def start(self) -> training.State:
+    def start(self) -> State:
         """The first state, a copy on every device."""
-        return jax.device_put(training.start(self._networks(), self.recipe), self.copied)
+        return jax.device_put(first_state(self._networks(), self.recipe), self.copied)
 
     def prepare(self, step: int, say: Callable[[str], None]) -> None:
         """Fills the pool, or replaces a block of it; before the first, the step is compiled."""
@@ -158,23 +167,23 @@ class TransformerTraining(PartTraining):
 
     def _compile(self) -> None:
         """Compiles the step that `advance` takes; JAX keeps it."""
-        state = jax.eval_shape(lambda: training.start(self._networks(), self.recipe))
+        state = jax.eval_shape(lambda: first_state(self._networks(), self.recipe))
         state = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self.copied), state
         )
         arrays, static = self._arguments()
-        training.train_step.lower(state, *arrays, **static).compile()
+        train_step.lower(state, *arrays, **static).compile()
 
-    def advance(self, state: training.State) -> tuple[training.State, jax.Array]:
+    def advance(self, state: State) -> tuple[State, jax.Array]:
         """One step."""
         arrays, static = self._arguments()
-        return training.train_step(state, *arrays, **static)
+        return train_step(state, *arrays, **static)
 
     def _arguments(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """What a step takes beside the state: arrays, and what is compiled in."""
         if self.layout is None:
             config = self.pipeline.transformer.config
-            tokens = training.num_tokens(config, self.pool.arrays.latents.shape[1:])
+            tokens = num_tokens(config, self.pool.arrays.latents.shape[1:])
             kept = kept_bytes(config, tokens * self.batch // self.mesh.size)
             self.layout = Layout.for_device(self.recipe.dtype, kept)
         # Its length is no part of the program.
@@ -186,9 +195,9 @@ class TransformerTraining(PartTraining):
         """Operations of a step's products."""
         networks = Networks(self.pipeline.transformer, self.pipeline.text_encoder)
         shape = self.pool.arrays.latents.shape[1:]
-        return training.step_flops(networks, self.recipe, shape, self.pipeline.tokenizer.length)
+        return step_flops(networks, self.recipe, shape, self.pipeline.tokenizer.length)
 
-    def export(self, state: training.State, folder: pathlib.Path) -> None:
+    def export(self, state: State, folder: pathlib.Path) -> None:
         """The average weights in bfloat16, the rest of the model as it was, and how far it came."""
         self.leave(folder, int(state.step), self._written(state.average))
 
@@ -197,7 +206,7 @@ class TransformerTraining(PartTraining):
         tables = {"transformer": transformer_weights.TABLE, "text_encoder": t5.TABLE}
         return {name: (getattr(parts, name), table) for name, table in tables.items()}
 
-    def sheet(self, state: training.State) -> np.ndarray | None:
+    def sheet(self, state: State) -> np.ndarray | None:
         """Videos of the sheet's prompts with the average weights, seeds 0, 1, ..."""
         if not self._sheet.prompts:
             return None
