@@ -37,23 +37,14 @@ COLUMNS = {
 KERNELS = {"name": "kernel", "milliseconds": "ms a step", "share": "of the step, %"}
 
 
-def command(
-    *,
-    model: str = "tiny",
-    revision: str | None = None,
-    batch: int | None = None,
-    steps: int = 20,
-    output: pathlib.Path | None = None,
+def run(
+    model: str,
+    revision: str | None,
+    batch: int | None,
+    steps: int,
+    output: pathlib.Path | None,
 ) -> None:
-    """Times a training step in the layouts that may win, the encoding of clips, and profiles it.
-
-    Args:
-      model: "tiny", or a folder or hub id of a model for the same clips.
-      revision: Of a hub id: a branch, a tag or a commit.
-      batch: Clips a step; 128 for each GPU, or 2 without one.
-      steps: Timed steps of each layout.
-      output: A .json file for every number.
-    """
+    """Times training steps and profiles the fastest; arguments as of `cli.bench.training`."""
     checks.whole("steps", steps, 1, 100_000)
     if batch is not None:
         checks.whole("batch", batch, 1, MOST_CLIPS)
