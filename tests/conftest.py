@@ -13,6 +13,33 @@ if not os.environ.get("ASTRAEA_NO_TYPECHECK"):
     jaxtyping.install_import_hook(["astraea_jax", "astraea_ports"], "type_check.checked")
 
 
+QUICK = "jax_disable_most_optimizations"
+
+
+@pytest.fixture
+def fully_optimised():
+    """For slow tests of bits, of compiled programs or of their seconds: compiled as for a user."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Compiles slow tests with few passes, twice as fast, where numbers are held to a tolerance.
+
+    A hook, since a module's fixtures are made before a test's own; what a test starts inherits it.
+    """
+    marks = {mark.name for mark in item.iter_markers()}
+    quick = "slow" in marks and not ("core" in marks or "fully_optimised" in item.fixturenames)
+    before = jax.config.read(QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setenv(QUICK.upper(), "1")
+            jax.config.update(QUICK, True)
+        try:
+            return (yield)
+        finally:
+            jax.config.update(QUICK, before)
+
+
 @pytest.fixture
 def as_a_user():
     """Turns the type check off within a test: a wrong array must then meet our own message."""

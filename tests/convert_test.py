@@ -221,7 +221,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path, empty_weights, monke
 TERMINATED = """
 import os, signal, sys
 from astraea_jax import cli
-from astraea_ports import converted
+from astraea_ports.checkpoints import converted
 save = converted.save
 def stopped(module, folder):
     save(module, folder)

@@ -8,7 +8,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from small_wan import write_small_wan
 
 from astraea_jax import cli
 from astraea_ports import tiny, wan
@@ -39,44 +39,9 @@ from astraea_ports.wan.training.forward import Layout, velocity
 pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = ROOT / "tests" / "fixtures" / "wan"
 PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
 LESSONS = lessons.Lessons(two=0.5, frames=5, side=32)
 RECIPE = training_recipe.Recipe(steps=6, batch=2, dtype="float32")
-
-
-def make_model(folder: pathlib.Path) -> pathlib.Path:
-    """A very small Wan in the Diffusers layout, from the recorded fixtures' weights."""
-    for part in ("scheduler", "tokenizer"):
-        shutil.copytree(tiny.FOLDER / part, folder / part)
-    shutil.copy(tiny.FOLDER / "model_index.json", folder)
-    encoder = load_file(FIXTURES / "umt5_diffusers.safetensors")
-    words = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
-    encoder = {k: words if v.shape[0] == 97 else v for k, v in encoder.items()}
-    weights = {
-        "transformer/diffusion_pytorch_model": load_file(
-            FIXTURES / "transformer_diffusers.safetensors"
-        ),
-        "vae/diffusion_pytorch_model": load_file(FIXTURES / "vae_diffusers.safetensors"),
-        "text_encoder/model": encoder,
-    }
-    configs = {
-        "transformer": {
-            "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 128,
-            "text_dim": 32, "freq_dim": 64,
-        },
-        "vae": {"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 2},
-        "text_encoder": {"d_model": 32, "d_kv": 8, "d_ff": 64},
-    }  # fmt: skip
-    for part, changes in configs.items():
-        (folder / part).mkdir()
-        config = json.loads((tiny.FOLDER / part / "config.json").read_text())
-        (folder / part / "config.json").write_text(json.dumps(config | changes))
-    for name, tensors in weights.items():
-        save_file(tensors, folder / f"{name}.safetensors")
-    sizes = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance": 2.0}
-    (folder / "astraea.json").write_text(json.dumps(sizes))
-    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -86,8 +51,6 @@ def compiled(tmp_path_factory):
     changes = {
         "jax_compilation_cache_dir": str(folder),
         "jax_persistent_cache_min_compile_time_secs": 0.5,
-        # Compiling is most of these tests; no other module has programs of these shapes.
-        "jax_disable_most_optimizations": True,
     }
     before = {name: jax.config.values[name] for name in changes}
     for values in (changes, before):
@@ -100,7 +63,7 @@ def compiled(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("small"))
+    return write_small_wan(tmp_path_factory.mktemp("small"))
 
 
 def make_training(model, recipe=RECIPE, **changes):
@@ -227,7 +190,7 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
     script = f"""
         import os, pathlib, signal
         import training_test as t
-        from astraea_ports import training_folder, training_run
+        from astraea_ports.training import folder as training_folder, run as training_run
 
         def say(line):
             if line.startswith("checkpoint of step 3"):
@@ -323,7 +286,6 @@ def run_script(script, check=False, **environment):
         env={
             **os.environ,
             "PYTHONPATH": where,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             **environment,
         },
         check=check,
@@ -428,8 +390,8 @@ def test_devices_share_the_vaes_clips():
         import json
         import jax
         import training_test as t
-        from astraea_ports.wan import vae_training
-        from astraea_ports.wan.training_recipe import loss_and_gradients
+        from astraea_ports.training.recipe import loss_and_gradients
+        from astraea_ports.wan.training import vae as vae_training
 
         assert jax.device_count() == 2
         recipe = vae_training.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
