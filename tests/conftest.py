@@ -7,6 +7,7 @@ import warnings
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # ASTRAEA_NO_TYPECHECK=1 turns it off, to see the library as a user has it.
 if not os.environ.get("ASTRAEA_NO_TYPECHECK"):
@@ -18,7 +19,7 @@ QUICK = "jax_disable_most_optimizations"
 
 @pytest.fixture
 def fully_optimised():
-    """For slow tests of bits, of compiled programs or of their seconds: compiled as for a user."""
+    """For slow tests of bits, of compiled programs or of much computing: compiled as for a user."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -38,6 +39,23 @@ def pytest_runtest_protocol(item):
             return (yield)
         finally:
             jax.config.update(QUICK, before)
+
+
+@pytest.fixture(scope="module")
+def kept_programs(tmp_path_factory):
+    """A folder of compiled programs, so that another process need not compile them again."""
+    folder = tmp_path_factory.mktemp("compiled")
+    changes = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changes:
+            yield folder
 
 
 @pytest.fixture

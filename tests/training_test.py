@@ -1,6 +1,7 @@
 """Training: the step against the plain model, runs that stop and go on, and what they leave."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -17,7 +18,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from safetensors.numpy import load_file
 from small_wan import write_small_wan
 
@@ -36,29 +36,12 @@ from astraea_ports.wan.training import transformer as transformer_training
 from astraea_ports.wan.training import vae as vae_training
 from astraea_ports.wan.training.forward import Layout, velocity
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_programs")]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 PLAN = transformer_training.PoolPlan(size=4, block=2, refresh_every=2)
 LESSONS = lessons.Lessons(two=0.5, frames=5, side=32)
 RECIPE = training_recipe.Recipe(steps=6, batch=2, dtype="float32")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """A folder of compiled programs, so that another process need not compile them again."""
-    folder = tmp_path_factory.mktemp("compiled")
-    changes = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for values in (changes, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is changes:
-            yield folder
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +57,55 @@ def quiet(_):
     pass
 
 
+class Listening(transformer_training.TransformerTraining):
+    """A training that notes what each of its calls compiles."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compiled = []
+
+    def prepare(self, step, say):
+        with compilations() as self.prepared:
+            super().prepare(step, say)
+
+    def advance(self, state):
+        with compilations() as compiled:
+            made = super().advance(state)
+        self.compiled.append((len(self.prepared), len(compiled)))
+        return made
+
+
+@contextlib.contextmanager
+def compilations():
+    """What JAX compiles meanwhile."""
+    compiled = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory):
-    """The folder of a run that went through without a stop."""
+def uninterrupted_run(model, tmp_path_factory):
+    """The folder of a run that went through without a stop, and what it compiled."""
     folder = tmp_path_factory.mktemp("whole")
     sheet = transformer_training.Sheet(tiny.captions()[:2], steps=2)
-    outcome = training_run.run(make_training(model, sheet=sheet), folder, say=quiet)
+    # Nothing has compiled its step before: tests that take the same step ask for this run first.
+    trainee = Listening(model, LESSONS, RECIPE, plan=PLAN, sheet=sheet)
+    outcome = training_run.run(trainee, folder, say=quiet)
     assert outcome.step == outcome.steps == 6
-    return folder
+    return folder, trainee.compiled
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_run):
+    return uninterrupted_run[0]
 
 
 @pytest.mark.core
@@ -185,7 +209,7 @@ def test_a_run_lowers_the_loss_and_leaves_a_model(uninterrupted, model):
 
 
 def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
-    uninterrupted, model, compiled, tmp_path
+    uninterrupted, model, kept_programs, tmp_path
 ):
     script = f"""
         import os, pathlib, signal
@@ -201,7 +225,7 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
             training = t.make_training(pathlib.Path({str(model)!r}))
             training_run.run(training, folder, say=say, checkpoint_every=1e-6)
         """
-    died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(compiled))
+    died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(kept_programs))
     assert died.returncode == -signal.SIGKILL
     # As a kill in the middle of a write leaves it.
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
@@ -216,23 +240,10 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(tensor, load_file(tmp_path / "run" / name)[key])
 
 
-def test_the_step_is_compiled_before_the_pool_is_full(model):
-    recipe = dataclasses.replace(RECIPE, seed=9)  # a step of its own, that no test has compiled
-    trainee, compiled = make_training(model, recipe), []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        state = trainee.start()
-        trainee.prepare(0, quiet)
-        before = len(compiled)
-        trainee.advance(state)
-        assert before and len(compiled) == before, "another step than the one compiled ahead"
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def test_the_step_is_compiled_before_the_pool_is_full(uninterrupted_run):
+    _, compiled = uninterrupted_run
+    before, at_first = compiled[0]
+    assert before and not at_first, "another step than the one compiled ahead"
 
 
 def first_losses(trainee, count):
@@ -371,9 +382,9 @@ def draw_small(key, count):
     return vae_training.Drawn(clips.video, clips.cover)
 
 
-def test_the_vae_learns_and_writes_its_statistics(tmp_path):
+def test_the_vae_learns_and_writes_its_statistics(model, tmp_path):
     recipe = vae_training.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
-    trainee = vae_training.VAETraining("tiny", draw_small, recipe, from_nothing=True)
+    trainee = vae_training.VAETraining(model, draw_small, recipe, from_nothing=True)
     training_run.run(trainee, tmp_path, say=quiet)
     losses = np.load(tmp_path / "losses.npy")
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -384,8 +395,8 @@ def test_the_vae_learns_and_writes_its_statistics(tmp_path):
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
 
 
-def test_devices_share_the_vaes_clips():
-    script = """
+def test_devices_share_the_vaes_clips(model):
+    script = f"""
         import functools
         import json
         import jax
@@ -395,7 +406,7 @@ def test_devices_share_the_vaes_clips():
 
         assert jax.device_count() == 2
         recipe = vae_training.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
-        trainee = vae_training.VAETraining("tiny", t.draw_small, recipe)
+        trainee = vae_training.VAETraining({str(model)!r}, t.draw_small, recipe)
         vae = trainee.start().vae
         drawn = jax.eval_shape(lambda: t.draw_small(jax.random.key(0), 2))
         shape = vae_training.latents_shape(vae, drawn)
