@@ -50,7 +50,9 @@ def test_a_copy_carries_all_that_the_folder_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_copy_makes_the_same_video_at_half_the_tokens(tmp_path, monkeypatch, capsys):
+def test_a_copy_makes_the_same_video_at_half_the_tokens(
+    fully_optimised, tmp_path, monkeypatch, capsys
+):
     """By the schedule that was searched for the model, not one that is spread evenly."""
     convert.convert_model("tiny", tmp_path / "copy", dtype="float32")
     compared, psnr = [], metrics.psnr
