@@ -7,10 +7,55 @@ import warnings
 import jax
 import jaxtyping
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 # ASTRAEA_NO_TYPECHECK=1 turns it off, to see the library as a user has it.
 if not os.environ.get("ASTRAEA_NO_TYPECHECK"):
     jaxtyping.install_import_hook(["astraea_jax", "astraea_ports"], "type_check.checked")
+
+
+QUICK = "jax_disable_most_optimizations"
+
+
+@pytest.fixture
+def fully_optimised():
+    """For slow tests of bits, of compiled programs or of much computing: compiled as for a user."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Compiles slow tests with few passes, twice as fast, where numbers are held to a tolerance.
+
+    A hook, since a module's fixtures are made before a test's own; what a test starts inherits it.
+    """
+    marks = {mark.name for mark in item.iter_markers()}
+    quick = "slow" in marks and not ("core" in marks or "fully_optimised" in item.fixturenames)
+    before = jax.config.read(QUICK)
+    with pytest.MonkeyPatch.context() as patch:
+        if quick:
+            patch.setenv(QUICK.upper(), "1")
+            jax.config.update(QUICK, True)
+        try:
+            return (yield)
+        finally:
+            jax.config.update(QUICK, before)
+
+
+@pytest.fixture(scope="module")
+def kept_programs(tmp_path_factory):
+    """A folder of compiled programs, so that another process need not compile them again."""
+    folder = tmp_path_factory.mktemp("compiled")
+    changes = {
+        "jax_compilation_cache_dir": str(folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+    }
+    before = {name: jax.config.values[name] for name in changes}
+    for values in (changes, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is changes:
+            yield folder
 
 
 @pytest.fixture

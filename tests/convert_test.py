@@ -50,7 +50,9 @@ def test_a_copy_carries_all_that_the_folder_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_copy_makes_the_same_video_at_half_the_tokens(tmp_path, monkeypatch, capsys):
+def test_a_copy_makes_the_same_video_at_half_the_tokens(
+    fully_optimised, tmp_path, monkeypatch, capsys
+):
     """By the schedule that was searched for the model, not one that is spread evenly."""
     convert.convert_model("tiny", tmp_path / "copy", dtype="float32")
     compared, psnr = [], metrics.psnr
@@ -221,7 +223,7 @@ def test_what_a_killed_conversion_left_is_removed(tmp_path, empty_weights, monke
 TERMINATED = """
 import os, signal, sys
 from astraea_jax import cli
-from astraea_ports import converted
+from astraea_ports.checkpoints import converted
 save = converted.save
 def stopped(module, folder):
     save(module, folder)

@@ -47,11 +47,6 @@ CONFIGS = {
 }
 
 
-@pytest.fixture
-def fully_optimised():
-    """For tests of bits or of compiled programs: compiled as for a user."""
-
-
 @pytest.fixture(autouse=True)
 def quickly_compiled(request):
     """Compiles with few passes, twice as fast, where numbers are held to a tolerance."""

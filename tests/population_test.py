@@ -314,7 +314,7 @@ def python(code, *arguments, **environment):
 
 
 @pytest.mark.slow
-def test_eight_devices_give_the_same_bits_as_one():
+def test_eight_devices_give_the_same_bits_as_one(fully_optimised):
     code = DEVICES.format(tests=str(ROOT / "tests"))
     process = python(code, XLA_FLAGS="--xla_force_host_platform_device_count=8")
     assert process.communicate(timeout=300)[0] == "alike\n" and process.returncode == 0

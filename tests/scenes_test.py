@@ -253,7 +253,7 @@ def test_scores_count_what_was_asked_for():
     assert [each.attribute for each in one] == ["colour"] and one[0].asked != one[0].read
 
 
-def test_the_command_scores_videos_and_keeps_what_was_wrong(tmp_path, capsys):
+def test_the_command_scores_videos_and_keeps_what_was_wrong(fully_optimised, tmp_path, capsys):
     output = tmp_path / "score.json"
     words = ("--captions", "choice", "--count", "2", "--steps", "1", "--output", str(output))
     assert cli.main(["score-tiny", *words]) == 0
@@ -279,7 +279,7 @@ def test_the_command_scores_videos_and_keeps_what_was_wrong(tmp_path, capsys):
     assert "count must be an integer in 1..256" in capsys.readouterr().err
 
 
-def test_the_shipped_reader_reads_the_truth():
+def test_the_shipped_reader_reads_the_truth(fully_optimised):
     vae = wan.load_vae(tiny.FOLDER / "vae")
 
     def shares(count, frames, change=lambda video: video):

@@ -77,7 +77,7 @@ def test_what_cannot_be_is_refused(as_a_user, make, words):
 
 
 @pytest.mark.slow
-def test_invariants_over_a_hundred_thousand_children():
+def test_invariants_over_a_hundred_thousand_children(fully_optimised):
     config = SearchConfig(population=2000, parents=10, p0=0.1, p_final=0.1)
     spaces = [
         Space.for_budget(30, 0.5),

@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import small_inputs, small_model
+from small_wan import write_small_wan
 
 from astraea_jax import solvers
 from astraea_jax.denoise import denoise
@@ -152,7 +154,7 @@ SETTINGS = {
     "leaks": {"jax_check_tracer_leaks": True},
     "no jit": {"jax_disable_jit": True},
 }
-"""What the small model is run under, each in a process of its own."""
+"""What a small model is run under, each in a process of its own."""
 
 CASES = [(driver, levels) for driver in ("static", "dynamic") for levels in ((10, 10), (10, 5))]
 ONE_STEP = [("static", (10,))]
@@ -160,14 +162,14 @@ ONE_STEP = [("static", (10,))]
 PROGRAM = """
 import json, sys
 import jax, numpy as np
-settings, cases, target = json.loads(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+model, target, settings, cases = *sys.argv[1:3], *map(json.loads, sys.argv[3:])
 for name, value in settings.items():
     jax.config.update(name, value)
 from astraea_jax.methods import Astraea
 from astraea_jax.schedule import Schedule
 from astraea_ports import wan
 
-pipeline, results = wan.Pipeline.from_pretrained(), {}
+pipeline, results = wan.Pipeline.from_pretrained(model), {}
 for driver, levels in cases:
     made = pipeline(
         "a red circle moving left over a blue background", frames=5, height=32, width=32,
@@ -181,26 +183,39 @@ np.savez(target, **results)
 """
 
 
-def in_a_process(folder, settings, cases):
-    """Latents and videos of the small model, made in a process where JAX is set so."""
-    target = folder / "made.npz"
-    command = [sys.executable, "-c", PROGRAM, json.dumps(settings), json.dumps(cases), str(target)]
-    done = subprocess.run(command, capture_output=True, text=True)
+def in_a_process(model, target, settings, cases):
+    """Latents and videos of a model, made in a process where JAX is set so."""
+    command = [sys.executable, "-c", PROGRAM, str(model), str(target)]
+    command += [json.dumps(settings), json.dumps(cases)]
+    # A program that no setting changes is compiled once.
+    kept = {
+        "JAX_COMPILATION_CACHE_DIR": str(model.parent / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | kept)
     assert done.returncode == 0, done.stderr[-3000:]
     return dict(np.load(target))
 
 
 @pytest.fixture(scope="module")
-def as_jax_comes(tmp_path_factory):
-    return in_a_process(tmp_path_factory.mktemp("plain"), {}, CASES + ONE_STEP)
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("settings") / "model"
+    folder.mkdir()
+    return write_small_wan(folder)
+
+
+@pytest.fixture(scope="module")
+def as_jax_comes(model):
+    return in_a_process(model, model.parent / "plain.npz", {}, CASES + ONE_STEP)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
-def test_the_small_model_makes_the_same_under_every_setting(name, as_jax_comes, tmp_path):
+def test_a_small_model_makes_the_same_under_every_setting(name, model, as_jax_comes, tmp_path):
     # Without jit every operation compiles by itself: a step will do; and nothing is fused.
     jitted = name != "no jit"
-    made = in_a_process(tmp_path, SETTINGS[name], CASES if jitted else ONE_STEP)
+    cases = CASES if jitted else ONE_STEP
+    made = in_a_process(model, tmp_path / "made.npz", SETTINGS[name], cases)
     assert len(made) == (8 if jitted else 2)
     for which, value in made.items():
         expected = as_jax_comes[which]

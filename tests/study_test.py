@@ -53,7 +53,7 @@ def lines(folder):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, kept_programs):
     """An uninterrupted search: its folder and result."""
     folder = tmp_path_factory.mktemp("whole")
     return folder, run(folder)
@@ -76,11 +76,14 @@ study_test.run(pathlib.Path({folder!r}), score=score)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGKILL, 6), (signal.SIGTERM, 2)])
-def test_killed_at_any_instant_and_run_again_it_ends_the_same(tmp_path, whole, number, at):
+def test_killed_at_any_instant_and_run_again_it_ends_the_same(
+    kept_programs, tmp_path, whole, number, at
+):
     code = KILLED.format(tests=str(ROOT / "tests"), folder=str(tmp_path), at=at, signal=int(number))
     path = os.pathsep.join(str(ROOT / part) for part in ("", "ports"))
+    environment = {"PYTHONPATH": path, "JAX_COMPILATION_CACHE_DIR": str(kept_programs)}
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, check=False
+        [sys.executable, "-c", code], env={**os.environ, **environment}, check=False
     )
     assert done.returncode == -number
     before = len(lines(tmp_path))

@@ -1,6 +1,7 @@
 """Training: the step against the plain model, runs that stop and go on, and what they leave."""
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import json
@@ -8,7 +9,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
+from small_wan import write_small_wan
 
 from astraea_jax import cli
 from astraea_ports import tiny, wan
@@ -38,71 +38,17 @@ from astraea_ports.wan.training.step import EmptyText, draw_batch, draw_times
 from astraea_ports.wan.training.transformer import PoolPlan, Sheet, TransformerTraining
 from astraea_ports.wan.training.vae import VAETraining
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("kept_programs")]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FIXTURES = ROOT / "tests" / "fixtures" / "wan"
 PLAN = PoolPlan(size=4, block=2, refresh_every=2)
 LESSONS = lessons.Lessons(two=0.5, frames=5, side=32)
 RECIPE = Recipe(steps=6, batch=2, dtype="float32")
 
 
-def make_model(folder: pathlib.Path) -> pathlib.Path:
-    """A very small Wan in the Diffusers layout, from the recorded fixtures' weights."""
-    for part in ("scheduler", "tokenizer"):
-        shutil.copytree(tiny.FOLDER / part, folder / part)
-    shutil.copy(tiny.FOLDER / "model_index.json", folder)
-    encoder = load_file(FIXTURES / "umt5_diffusers.safetensors")
-    words = np.random.default_rng(0).normal(size=(512, 32)).astype(np.float32)
-    encoder = {k: words if v.shape[0] == 97 else v for k, v in encoder.items()}
-    weights = {
-        "transformer/diffusion_pytorch_model": load_file(
-            FIXTURES / "transformer_diffusers.safetensors"
-        ),
-        "vae/diffusion_pytorch_model": load_file(FIXTURES / "vae_diffusers.safetensors"),
-        "text_encoder/model": encoder,
-    }
-    configs = {
-        "transformer": {
-            "num_attention_heads": 3, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 128,
-            "text_dim": 32, "freq_dim": 64,
-        },
-        "vae": {"base_dim": 4, "dim_mult": [1, 2, 2, 2], "num_res_blocks": 2},
-        "text_encoder": {"d_model": 32, "d_kv": 8, "d_ff": 64},
-    }  # fmt: skip
-    for part, changes in configs.items():
-        (folder / part).mkdir()
-        config = json.loads((tiny.FOLDER / part / "config.json").read_text())
-        (folder / part / "config.json").write_text(json.dumps(config | changes))
-    for name, tensors in weights.items():
-        save_file(tensors, folder / f"{name}.safetensors")
-    sizes = {"frames": 5, "height": 32, "width": 32, "steps": 2, "guidance": 2.0}
-    (folder / "astraea.json").write_text(json.dumps(sizes))
-    return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """A folder of compiled programs, so that another process need not compile them again."""
-    folder = tmp_path_factory.mktemp("compiled")
-    changes = {
-        "jax_compilation_cache_dir": str(folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.5,
-        # Compiling is most of these tests; no other module has programs of these shapes.
-        "jax_disable_most_optimizations": True,
-    }
-    before = {name: jax.config.values[name] for name in changes}
-    for values in (changes, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is changes:
-            yield folder
-
-
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return make_model(tmp_path_factory.mktemp("small"))
+    return write_small_wan(tmp_path_factory.mktemp("small"))
 
 
 def make_training(model, recipe=RECIPE, **changes):
@@ -113,14 +59,55 @@ def quiet(_):
     pass
 
 
+class Listening(TransformerTraining):
+    """A training that notes what each of its calls compiles."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.compiled = []
+
+    def prepare(self, step, say):
+        with compilations() as self.prepared:
+            super().prepare(step, say)
+
+    def advance(self, state):
+        with compilations() as compiled:
+            made = super().advance(state)
+        self.compiled.append((len(self.prepared), len(compiled)))
+        return made
+
+
+@contextlib.contextmanager
+def compilations():
+    """What JAX compiles meanwhile."""
+    compiled = []
+
+    def listen(event, duration_secs, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield compiled
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listen)
+
+
 @pytest.fixture(scope="module")
-def uninterrupted(model, tmp_path_factory):
-    """The folder of a run that went through without a stop."""
+def uninterrupted_run(model, tmp_path_factory):
+    """The folder of a run that went through without a stop, and what it compiled."""
     folder = tmp_path_factory.mktemp("whole")
     sheet = Sheet(tiny.captions()[:2], steps=2)
-    outcome = run(make_training(model, sheet=sheet), folder, say=quiet)
+    # Nothing has compiled its step before: tests that take the same step ask for this run first.
+    trainee = Listening(model, LESSONS, RECIPE, plan=PLAN, sheet=sheet)
+    outcome = run(trainee, folder, say=quiet)
     assert outcome.step == outcome.steps == 6
-    return folder
+    return folder, trainee.compiled
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(uninterrupted_run):
+    return uninterrupted_run[0]
 
 
 @pytest.mark.core
@@ -224,7 +211,7 @@ def test_a_run_lowers_the_loss_and_leaves_a_model(uninterrupted, model):
 
 
 def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
-    uninterrupted, model, compiled, tmp_path
+    uninterrupted, model, kept_programs, tmp_path
 ):
     script = f"""
         import os, pathlib, signal
@@ -241,7 +228,7 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
             trainee = t.make_training(pathlib.Path({str(model)!r}))
             run(trainee, folder, say=say, checkpoint_every=1e-6)
         """
-    died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(compiled))
+    died = run_script(script, JAX_COMPILATION_CACHE_DIR=str(kept_programs))
     assert died.returncode == -signal.SIGKILL
     # As a kill in the middle of a write leaves it.
     (tmp_path / "run" / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
@@ -256,23 +243,10 @@ def test_killed_and_taken_up_again_it_goes_on_as_if_nothing_had_happened(
         np.testing.assert_array_equal(tensor, load_file(tmp_path / "run" / name)[key])
 
 
-def test_the_step_is_compiled_before_the_pool_is_full(model):
-    recipe = dataclasses.replace(RECIPE, seed=9)  # a step of its own, that no test has compiled
-    trainee, compiled = make_training(model, recipe), []
-
-    def listen(event, duration_secs, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        state = trainee.start()
-        trainee.prepare(0, quiet)
-        before = len(compiled)
-        trainee.advance(state)
-        assert before and len(compiled) == before, "another step than the one compiled ahead"
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listen)
+def test_the_step_is_compiled_before_the_pool_is_full(uninterrupted_run):
+    _, compiled = uninterrupted_run
+    before, at_first = compiled[0]
+    assert before and not at_first, "another step than the one compiled ahead"
 
 
 def first_losses(trainee, count):
@@ -327,7 +301,6 @@ def run_script(script, check=False, **environment):
         env={
             **os.environ,
             "PYTHONPATH": where,
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             **environment,
         },
         check=check,
@@ -413,9 +386,9 @@ def draw_small(key, count):
     return vae_step.Drawn(clips.video, clips.cover)
 
 
-def test_the_vae_learns_and_writes_its_statistics(tmp_path):
+def test_the_vae_learns_and_writes_its_statistics(model, tmp_path):
     recipe = vae_step.VAERecipe(steps=4, clips=2, crops=1, dtype="float32")
-    trainee = VAETraining("tiny", draw_small, recipe, from_nothing=True)
+    trainee = VAETraining(model, draw_small, recipe, from_nothing=True)
     run(trainee, tmp_path, say=quiet)
     losses = np.load(tmp_path / "losses.npy")
     assert len(losses) == 4 and losses[-1] < losses[0]
@@ -426,8 +399,8 @@ def test_the_vae_learns_and_writes_its_statistics(tmp_path):
     np.testing.assert_allclose(latents.std((0, 1, 2, 3)), 1, atol=0.05)
 
 
-def test_devices_share_the_vaes_clips():
-    script = """
+def test_devices_share_the_vaes_clips(model):
+    script = f"""
         import functools
         import json
         import jax
@@ -438,7 +411,7 @@ def test_devices_share_the_vaes_clips():
 
         assert jax.device_count() == 2
         recipe = vae_step.VAERecipe(steps=1, clips=2, crops=1, dtype="float32")
-        trainee = VAETraining("tiny", t.draw_small, recipe)
+        trainee = VAETraining({str(model)!r}, t.draw_small, recipe)
         vae = trainee.start().vae
         drawn = jax.eval_shape(lambda: t.draw_small(jax.random.key(0), 2))
         shape = vae_step.latents_shape(vae, drawn)

@@ -83,7 +83,7 @@ def test_the_recorded_run(recorded, layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["reference", "fast"])
-def test_half_precision_keeps_the_ladder(precision):
+def test_half_precision_keeps_the_ladder(fully_optimised, precision):
     model = load_transformer(
         WAN / "transformer_original.safetensors",
         config=SIZES,

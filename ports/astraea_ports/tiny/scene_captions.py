@@ -4,7 +4,7 @@ Pure functions of the clips' keys, as the clips themselves; words are the host's
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -59,7 +59,7 @@ def make_captions(
     while waiting:
         draws = _word_draws(keys, attempt)
         for index in waiting:
-            captions[index] = _caption(labels[index], iter(draws[index].tolist()))
+            captions[index] = _caption(labels[index], _Draws(draws[index].tolist()))
         waiting = [index for index in waiting if captions[index] in avoid]
         attempt += 1
     return captions
@@ -72,37 +72,51 @@ def _word_draws(keys: Key[Array, "B"], salt: int) -> np.ndarray:
     return np.asarray(jax.vmap(draw)(keys))
 
 
-def _caption(scene: Scene, draws: Iterator[float]) -> str:
-    """Words for one scene; every choice takes one of the draws in [0, 1)."""
+class _Draws:
+    """Draws in [0, 1), each used for one choice."""
 
-    def choose(options: Sequence[str]) -> str:
-        return options[int(next(draws) * len(options))]
+    def __init__(self, values: Iterable[float]):
+        self._values = iter(values)
 
-    def chance(share: float) -> bool:
-        return next(draws) < share
+    def whole(self, count: int) -> int:
+        """One of 0..count-1."""
+        return int(next(self._values) * count)
 
-    def name(index: int) -> str:
-        sizes = SIZE_WORDS[scene.size[index]]
-        words = [choose(sizes)] if sizes else []
-        if chance(0.08):
-            words.append(choose(FILLERS))
-        if chance(0.03):
-            words.append("".join(choose(LETTERS) for _ in range(3 + int(next(draws) * 5))))
-        words += [COLOURS[scene.colour[index]], choose(SHAPE_WORDS[scene.shape[index]])]
-        motion = choose(MOTION_WORDS[scene.motion[index]])
-        if scene.speed[index] == 2:
-            after = chance(0.6)
-            adverb = choose(("quickly", "fast")) if after else "quickly"
-            motion = f"{motion} {adverb}" if after else f"{adverb} {motion}"
-        if scene.speed[index] == 0:
-            motion = f"{motion} slowly" if chance(0.6) else f"slowly {motion}"
-        return f"{_article(words[0])} {' '.join(words)} {motion}"
+    def choose(self, options: Sequence[str]) -> str:
+        """One of the options."""
+        return options[self.whole(len(options))]
 
-    objects = " and ".join(name(index) for index in range(scene.count))
-    plain = scene.texture == 0 and chance(0.7)
+    def chance(self, share: float) -> bool:
+        """True for so large a share of the draws."""
+        return next(self._values) < share
+
+
+def _caption(scene: Scene, draws: _Draws) -> str:
+    """Words for one scene."""
+    objects = " and ".join([_object(scene, index, draws) for index in range(scene.count)])
+    plain = scene.texture == 0 and draws.chance(0.7)
     wall = GROUNDS[scene.ground] if plain else f"{TEXTURES[scene.texture]} {GROUNDS[scene.ground]}"
-    place = f"{choose(PLACES)} {_article(wall)} {wall} {choose(WALLS)}"
-    return f"{choose(OPENINGS)}{objects} {place}"
+    place = f"{draws.choose(PLACES)} {_article(wall)} {wall} {draws.choose(WALLS)}"
+    return f"{draws.choose(OPENINGS)}{objects} {place}"
+
+
+def _object(scene: Scene, index: int, draws: _Draws) -> str:
+    """Words for one of the objects."""
+    sizes = SIZE_WORDS[scene.size[index]]
+    words = [draws.choose(sizes)] if sizes else []
+    if draws.chance(0.08):
+        words.append(draws.choose(FILLERS))
+    if draws.chance(0.03):
+        words.append("".join([draws.choose(LETTERS) for _ in range(3 + draws.whole(5))]))
+    words += [COLOURS[scene.colour[index]], draws.choose(SHAPE_WORDS[scene.shape[index]])]
+    motion = draws.choose(MOTION_WORDS[scene.motion[index]])
+    if scene.speed[index] == 2:
+        after = draws.chance(0.6)
+        adverb = draws.choose(("quickly", "fast")) if after else "quickly"
+        motion = f"{motion} {adverb}" if after else f"{adverb} {motion}"
+    if scene.speed[index] == 0:
+        motion = f"{motion} slowly" if draws.chance(0.6) else f"slowly {motion}"
+    return f"{_article(words[0])} {' '.join(words)} {motion}"
 
 
 def _article(word: str) -> str:
