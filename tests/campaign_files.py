@@ -11,7 +11,7 @@ from campaign import BROKEN, OTHER, UNREAD, Trial, field_values
 
 from astraea_jax import cli, video
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny
 from astraea_ports.training import folder as training_folder
@@ -163,10 +163,10 @@ EVALUATION = {
 
 def journal_trials(folder: pathlib.Path, special: dict[str, pathlib.Path]) -> Iterator[Trial]:
     """Every field of a line of a search's journal, and what is none."""
-    path = folder / study.JOURNAL
+    path = folder / journals.JOURNAL
 
     def read():
-        with study.open_journal(folder, HEADER, steps=4, prompts=2):
+        with journals.open_journal(folder, HEADER, steps=4, prompts=2):
             pass
 
     lines = [json.dumps({"header": HEADER}), json.dumps(EVALUATION)]

@@ -28,6 +28,7 @@ from astraea_jax import denoise, flops, methods, metrics, query_sparse_attention
 from astraea_jax.methods import PAB, Astraea, FixedToken, StepLevel, TeaCache
 from astraea_jax.population import Scorer
 from astraea_jax.schedule import Schedule
+from astraea_jax.search import journal as journals
 from astraea_jax.search import plots, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
@@ -268,7 +269,7 @@ def search_trials(special: dict[str, pathlib.Path]) -> Iterator[Trial]:
     yield from by_name("Evaluator", Evaluator, right, wrong, {"patience": (None,)})
 
     def journal(folder: Any = "made", header: Any = types.MappingProxyType({}), **numbers: Any):
-        with study.open_journal(folder, dict(header) if header == {} else header, **numbers):
+        with journals.open_journal(folder, dict(header) if header == {} else header, **numbers):
             pass
 
     wrong = {

@@ -20,7 +20,7 @@ from astraea_jax.cli.request import Choice, Request
 from astraea_jax.methods import METHODS
 from astraea_jax.model import fingerprint
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.recipe import Recipe, recipes_in
 from astraea_ports import tiny, wan
 from astraea_ports.pipeline import tiles
@@ -53,11 +53,11 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
     assert (recipe.guidance, recipe.shift, recipe.negative_prompt) == (3.0, 2.5, "noise")
     assert (recipe.dtype, recipe.precision, recipe.lora) == ("float32", "reference", ())
     assert os.path.getsize("out_search/pareto.png") > 1000
-    journal = pathlib.Path("out_search", study.JOURNAL).read_text()
+    journal = pathlib.Path("out_search", journals.JOURNAL).read_text()
 
     assert cli.main(arguments) == 0
     assert "0 computed now" in capsys.readouterr().out
-    assert pathlib.Path("out_search", study.JOURNAL).read_text() == journal
+    assert pathlib.Path("out_search", journals.JOURNAL).read_text() == journal
     assert Recipe.load("out.json") == recipe
 
     # What was found is there before whole videos are decoded, which may take all memory.

@@ -11,6 +11,7 @@ import studies
 
 from astraea_jax.schedule import Schedule
 from astraea_jax.search import evolution, sensitivity, study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.patterns import step_patterns
 from astraea_jax.search.scoring import Evaluation, Evaluator
@@ -279,7 +280,7 @@ class FewSteps(Study):
 
 
 def test_swaps_are_not_ended_by_what_another_search_has_found(tmp_path):
-    with study.open_journal(tmp_path / "study", {"of": "a test"}) as journal:
+    with journals.open_journal(tmp_path / "study", {"of": "a test"}) as journal:
         searches = Searches(FewSteps(), journal, "step-level", "euler")
         # Cheaper ones, of no error: next to them every schedule is hopeless.
         for place in range(1, 6):

@@ -12,7 +12,7 @@ import studies
 
 from astraea_jax.checks import Refusal
 from astraea_jax.cli import BENCHES, COMMANDS
-from astraea_jax.search import study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.recipe import recipes_in
 from astraea_ports.pipeline import Defaults
 
@@ -126,14 +126,14 @@ def test_a_search_judges_what_it_finds_goes_on_and_ships(capsys):
     assert sum(best["levels"]) == 30 and "best of " in printed
     (recipe,) = recipes_in("schedules")
     assert recipe.schedule.levels == tuple(best["levels"]) and recipe.quality["prompts"] == 2
-    journal = pathlib.Path("out_study", study.JOURNAL).read_text()
+    journal = pathlib.Path("out_study", journals.JOURNAL).read_text()
     assert searched("out_study") == found
-    assert pathlib.Path("out_study", study.JOURNAL).read_text() == journal
+    assert pathlib.Path("out_study", journals.JOURNAL).read_text() == journal
     # A study of its own that begins at what this one found is no worse where both search.
     rows = searched("out_other", starts=pathlib.Path("out_study/results.json"))
     (other,) = [row for row in rows if row["what"] == "step-level EA"]
     assert float(other["fitness"]) <= float(best["fitness"])
-    evaluated = pathlib.Path("out_other", study.JOURNAL).read_text()
+    evaluated = pathlib.Path("out_other", journals.JOURNAL).read_text()
     assert json.dumps(best["levels"], separators=(",", ":")) in evaluated.replace(" ", "")
     with pytest.raises(Refusal, match="no file"):
         searched("out_other", starts=pathlib.Path("nowhere.json"))

@@ -15,6 +15,7 @@ import pytest
 
 from astraea_jax.checks import Refusal
 from astraea_jax.schedule import Schedule
+from astraea_jax.search import journal as journals
 from astraea_jax.search import study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.recipe import Recipe, is_recipe, recipes_in
@@ -35,7 +36,7 @@ def score(levels):
 
 def run(folder, *, score=score, config=CONFIG):
     """A whole search in a folder."""
-    with study.open_journal(folder, HEADER) as journal:
+    with journals.open_journal(folder, HEADER) as journal:
         evaluator = Evaluator(
             [score],
             batch=2,
@@ -48,7 +49,7 @@ def run(folder, *, score=score, config=CONFIG):
 
 def lines(folder):
     """The journal without what differs from run to run."""
-    read = [json.loads(line) for line in (folder / study.JOURNAL).read_text().splitlines()]
+    read = [json.loads(line) for line in (folder / journals.JOURNAL).read_text().splitlines()]
     return [{key: value for key, value in line.items() if key != "seconds"} for line in read]
 
 
@@ -121,14 +122,14 @@ def test_more_generations_go_on_from_the_state(tmp_path):
 
 
 def test_a_truncated_last_line_is_repaired_and_reported(tmp_path):
-    with study.open_journal(tmp_path, HEADER) as journal:
+    with journals.open_journal(tmp_path, HEADER) as journal:
         journal.append(Evaluation((10, 0), (0.5, float("nan")), 0.1))
-    path = tmp_path / study.JOURNAL
+    path = tmp_path / journals.JOURNAL
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"levels": [10, ')
     with (
         pytest.warns(UserWarning, match=r"was cut off \(16 bytes\).*2 lines are intact"),
-        study.open_journal(tmp_path, HEADER) as journal,
+        journals.open_journal(tmp_path, HEADER) as journal,
     ):
         (kept,) = journal.evaluations
     assert kept.levels == (10, 0) and np.isnan(kept.errors[1])
@@ -139,11 +140,11 @@ def test_a_truncated_last_line_is_repaired_and_reported(tmp_path):
     "content", [b"no line of a journal", b'{"header": 3}\n', b"[]\n", b"\n", b"[" * 10_000 + b"\n{"]
 )
 def test_what_is_no_journal_is_left_as_it_was(tmp_path, content):
-    path = tmp_path / study.JOURNAL
+    path = tmp_path / journals.JOURNAL
     path.write_bytes(content)
     with (
         pytest.raises(Refusal, match="no search journal"),
-        study.open_journal(tmp_path, HEADER),
+        journals.open_journal(tmp_path, HEADER),
     ):
         pass
     assert path.read_bytes() == content
@@ -173,26 +174,26 @@ def test_what_is_no_journal_is_left_as_it_was(tmp_path, content):
 )
 def test_a_line_of_a_journal_is_checked_by_field(tmp_path, changes):
     known = {"steps": 2, "prompts": 2}
-    with study.open_journal(tmp_path, HEADER, **known) as journal:
+    with journals.open_journal(tmp_path, HEADER, **known) as journal:
         journal.append(Evaluation((10, 0), (0.5, float("inf")), 0.1))
         journal.append(Evaluation((10, 0), (0.5,), 0.1, stopped=True))
-    with study.open_journal(tmp_path, HEADER, **known) as journal:
+    with journals.open_journal(tmp_path, HEADER, **known) as journal:
         assert len(journal.evaluations) == 2
-    path = tmp_path / study.JOURNAL
+    path = tmp_path / journals.JOURNAL
     first, line, _ = path.read_text().splitlines()
     path.write_text(f"{first}\n{json.dumps(json.loads(line) | changes)}\n")
     with (
         pytest.raises(Refusal, match=r"no search journal \(line 2"),
-        study.open_journal(tmp_path, HEADER, **known),
+        journals.open_journal(tmp_path, HEADER, **known),
     ):
         pass
 
 
 def test_a_journal_that_is_no_regular_file_is_refused(tmp_path):
-    os.mkfifo(tmp_path / study.JOURNAL)
+    os.mkfifo(tmp_path / journals.JOURNAL)
     with (
         pytest.raises(Refusal, match="no regular file"),
-        study.open_journal(tmp_path, HEADER),
+        journals.open_journal(tmp_path, HEADER),
     ):
         pass
 
@@ -204,7 +205,7 @@ def test_what_one_search_gave_up_another_sees_for_itself(tmp_path):
     rows[0, 7], rows[1, 6], rows[2, 5] = 5, 7, 5
     fitness = {}
     for name, patience in (("strict", 1.0), ("lax", 1000.0), ("none", None)):
-        with study.open_journal(tmp_path, HEADER) as journal:
+        with journals.open_journal(tmp_path, HEADER) as journal:
             known = known_to(name, journal.evaluations)
             assert sum(each.stopped for each in known.values()) == 0
             evaluator = Evaluator(
@@ -221,49 +222,49 @@ def test_what_one_search_gave_up_another_sees_for_itself(tmp_path):
 
 def test_two_processes_cannot_write_one_journal(tmp_path):
     with (
-        study.open_journal(tmp_path, HEADER),
+        journals.open_journal(tmp_path, HEADER),
         pytest.raises(ValueError, match="in use by another run"),
-        study.open_journal(tmp_path, HEADER),
+        journals.open_journal(tmp_path, HEADER),
     ):
         pass
-    with study.open_journal(tmp_path, HEADER):  # free again
+    with journals.open_journal(tmp_path, HEADER):  # free again
         pass
 
 
 def test_the_journal_of_another_search_is_refused_and_says_why(tmp_path):
-    with study.open_journal(tmp_path, HEADER):
+    with journals.open_journal(tmp_path, HEADER):
         pass
-    before = (tmp_path / study.JOURNAL).read_bytes()
+    before = (tmp_path / journals.JOURNAL).read_bytes()
     with (
         pytest.raises(ValueError, match="model: a there, b asked for"),
-        study.open_journal(tmp_path, {**HEADER, "model": "b"}),
+        journals.open_journal(tmp_path, {**HEADER, "model": "b"}),
     ):
         pass
     (tmp_path / "other").mkdir()
-    (tmp_path / "other" / study.JOURNAL).write_text("not a journal\n")
+    (tmp_path / "other" / journals.JOURNAL).write_text("not a journal\n")
     with (
         pytest.raises(ValueError, match="no search journal"),
-        study.open_journal(tmp_path / "other", HEADER),
+        journals.open_journal(tmp_path / "other", HEADER),
     ):
         pass
-    assert (tmp_path / study.JOURNAL).read_bytes() == before
+    assert (tmp_path / journals.JOURNAL).read_bytes() == before
 
 
 def test_a_full_disk_leaves_the_journal_as_it_was(tmp_path, monkeypatch):
-    with study.open_journal(tmp_path, HEADER) as journal:
-        before = (tmp_path / study.JOURNAL).read_bytes()
+    with journals.open_journal(tmp_path, HEADER) as journal:
+        before = (tmp_path / journals.JOURNAL).read_bytes()
         full = OSError(28, "No space left on device")
         monkeypatch.setattr(os, "fsync", lambda number: (_ for _ in ()).throw(full))
         with pytest.raises(ValueError, match=r"No space left on device.*intact"):
             journal.append(Evaluation((10, 0), (0.5,), 0.1))
-    assert (tmp_path / study.JOURNAL).read_bytes() == before
+    assert (tmp_path / journals.JOURNAL).read_bytes() == before
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ValueError, match="can't write"),
-        study.open_journal(tmp_path / "file" / "folder", HEADER),
+        journals.open_journal(tmp_path / "file" / "folder", HEADER),
     ):
         pass
 
@@ -279,7 +280,7 @@ def test_pareto_keeps_what_nothing_beats():
 @pytest.mark.slow
 def test_the_search_stops_at_its_deadline_and_says_how_long_is_left(tmp_path):
     seen = []
-    with study.open_journal(tmp_path, HEADER) as journal:
+    with journals.open_journal(tmp_path, HEADER) as journal:
         evaluator = Evaluator([score], record=journal.append)
         result = study.evolve(
             SPACE, CONFIG, evaluator, jax.random.key(0), progress=seen.append,

@@ -25,6 +25,7 @@ from astraea_jax.cli.target import (
     timed_space,
 )
 from astraea_jax.schedule import Schedule
+from astraea_jax.search import journal as journals
 from astraea_jax.search import plots, processes, sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.recipe import Recipe
@@ -178,7 +179,7 @@ def _find(
         header, space, search.config, reduce=search.reduce, patience=search.patience,
         batch=search.batch, seed=search.seed, sensitivities=search.sensitivities,
     )  # fmt: skip
-    with study.open_journal(search.folder, header, steps=steps, prompts=search.count) as journal:
+    with journals.open_journal(search.folder, header, steps=steps, prompts=search.count) as journal:
         if keep is not None:
             keep()
         parts = _parts(search, subject)
@@ -198,7 +199,7 @@ def _find(
 def _check_files(output, folder: pathlib.Path, prompts: pathlib.Path | None) -> None:
     """Refuses files that can't be written, or that would be written over; leaves none behind."""
     files.check_output(output, (".json",))
-    kept = [folder / name for name in (study.JOURNAL, PICTURE, LATENCY)]
+    kept = [folder / name for name in (journals.JOURNAL, PICTURE, LATENCY)]
     files.check_apart(output, prompts, *kept)
     for path in kept:
         files.check_apart(path, prompts)

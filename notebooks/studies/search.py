@@ -16,7 +16,7 @@ from astraea_jax.checks import Refusal
 from astraea_jax.cli.options import check_size
 from astraea_jax.methods import METHODS, StepLevel
 from astraea_jax.model import fingerprint
-from astraea_jax.search import study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.space import WHOLE_STEPS, Space
 from astraea_ports import wan
 from search_parts import BUDGETS, ONLY_ASKED_FOR, PARTS, run
@@ -127,7 +127,7 @@ def command(
         header["backend"] = jax.default_backend()
         header["sampling"] = [pipeline.shift, pipeline.grid, pipeline.defaults.guidance]
         header["text"], header["version"] = pipeline.text_name, astraea_jax.__version__
-        with study.open_journal(output, header) as journal:
+        with journals.open_journal(output, header) as journal:
             it = Study(pipeline, options, output, deadline, rows_before, elsewhere)
             try:
                 run(it, journal, parts, reuses)

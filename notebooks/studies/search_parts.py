@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 from astraea_jax.schedule import Schedule
-from astraea_jax.search import study
+from astraea_jax.search import journal as journals
 from astraea_jax.search.space import ALL_LEVELS, WHOLE_STEPS
 from search_choices import CHOICES
 from search_runs import Searches
@@ -22,7 +22,7 @@ class Plan:
     """The study's work, part by part."""
 
     it: Study
-    journal: study.Journal
+    journal: journals.Journal
     reuses: Sequence[str]
 
     def __post_init__(self):
@@ -192,7 +192,7 @@ PARTS: dict[str, Callable[[Plan], None]] = {
 ONLY_ASKED_FOR = {"again", "transfer"}
 
 
-def run(it: Study, journal: study.Journal, parts: Sequence[str], reuses: Sequence[str]) -> None:
+def run(it: Study, journal: journals.Journal, parts: Sequence[str], reuses: Sequence[str]) -> None:
     """Some parts of the study in order; raises OutOfTime where the minutes end."""
     plan = Plan(it, journal, reuses)
     with concurrent.futures.ThreadPoolExecutor(1) as compilers:

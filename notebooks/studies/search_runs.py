@@ -8,6 +8,7 @@ import jax
 import numpy as np
 
 from astraea_jax.schedule import Schedule
+from astraea_jax.search import journal as journals
 from astraea_jax.search import sensitivity, study
 from astraea_jax.search.evolution import SearchConfig
 from astraea_jax.search.scoring import Evaluator
@@ -23,7 +24,7 @@ class Searches:
     """
 
     it: Study
-    journal: study.Journal
+    journal: journals.Journal
     method: str
     solver: str
 

@@ -1,9 +1,8 @@
 """What the JSON files of a whole Wan model say, checked before any weight is looked at."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from astraea_jax import checks, solvers
 from astraea_jax.checks import Flag, ListOf, Number, OneOf, OrNone, Refusal, Text, Whole
@@ -11,6 +10,7 @@ from astraea_ports import checkpoints
 from astraea_ports.checkpoints import configs
 from astraea_ports.pipeline import plan
 from astraea_ports.pipeline.parts import Defaults
+from astraea_ports.pipeline.settings import read as settings_of
 from astraea_ports.text import t5
 from astraea_ports.text.tokenizer import stated_length
 from astraea_ports.wan import family, vae_weights
@@ -66,10 +66,10 @@ def read(folder: Path) -> Contents:
         image = VAEConfig.from_dict(vae_weights.WAN_VAE)
         tokenizer, grid, shift = folder / "google/umt5-xxl", "original", ORIGINAL_SHIFT
         length = checkpoints.read_config(folder).get("text_len")
-        settings = _settings(folder)
+        settings = settings_of(folder)
     else:
         check_index(folder)
-        shift, settings = _shift(folder / "scheduler"), _settings(folder)
+        shift, settings = _shift(folder / "scheduler"), settings_of(folder)
         grid = settings.get("grid", "diffusers")
         transformer = _transformer(folder / "transformer")
         encoder, image = _encoder(folder / "text_encoder"), _image(folder / "vae")
@@ -220,26 +220,6 @@ def _shift(folder: Path) -> float:
             f"and {values['shift']}; take one of them out"
         )
     return float(given.pop()) if given else 1.0
-
-
-_SETTINGS = {
-    "frames": Whole(1, 1 << 16),
-    "height": Whole(1, 1 << 16, "pixels"),
-    "width": Whole(1, 1 << 16, "pixels"),
-    "steps": Whole(1, 1000),
-    "guidance": Number(0, 1000),
-    "grid": OneOf(("diffusers", "original")),
-    "dtype": OneOf(("float32", "bfloat16")),
-}
-"""The fields of astraea.json."""
-
-
-def _settings(folder: Path) -> Mapping[str, Any]:
-    """What a folder's astraea.json says, if it is there."""
-    path = folder / "astraea.json"
-    if not os.path.lexists(path):
-        return {}
-    return configs.read(checkpoints.read_config(folder, path.name), _SETTINGS, name=str(path))
 
 
 def _transformer(folder: Path) -> TransformerConfig:
