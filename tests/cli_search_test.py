@@ -13,7 +13,7 @@ from command_line import refused
 
 from astraea_jax import cli
 from astraea_jax.checks import Refusal
-from astraea_jax.cli import search, subject, target
+from astraea_jax.cli import searching, subject, target
 from astraea_jax.cli.latency import latency_table
 from astraea_jax.cli.options import ModelChoice, Sampling, VideoSize
 from astraea_jax.cli.request import Choice, Request
@@ -63,7 +63,7 @@ def test_a_search_writes_a_schedule_that_generate_runs_and_goes_on_where_it_was(
     # What was found is there before whole videos are decoded, which may take all memory.
     os.remove("out.json")
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(search, "measure", no_memory)
+        patch.setattr(searching, "measure", no_memory)
         cli.main(arguments)
     assert Recipe.load("out.json") == dataclasses.replace(recipe, quality={})
 

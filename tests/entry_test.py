@@ -205,6 +205,7 @@ def test_a_step_with_the_kernel_is_a_step_without(request):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fully_optimised")
 def test_gradients_with_the_kernel(with_the_kernel):
     left, indices, norm = case(new_seed(), jnp.float32, 11)
     places = indices, entry.slots_of(indices, TOKENS), jnp.int32(2)

@@ -54,7 +54,7 @@ class Plan(NamedTuple):
 
 
 class Options(TypedDict, total=False):
-    """What a call may say beside its prompts; what is left out, or None, is the model's default.
+    """What a call may say beside its prompts; left out, or None, is the model's default.
 
     Attributes:
       frames: of each video; of Wan 4k + 1.
@@ -63,12 +63,12 @@ class Options(TypedDict, total=False):
       steps: denoising steps; a schedule's length where one is given.
       guidance: scale of classifier-free guidance, 0..1000; 1 or less runs no second branch.
       negative_prompt: what the unconditional branch reads; empty as in Diffusers, or None.
-      seed: of the noise; video i draws from (seed, i), whatever else is in the batch. Of a
+      seed: of the noise, 0 unless told; video i draws from (seed, i), whatever else is in the batch. Of a
         seed for each, video i draws as if made alone; a method that draws uses the first.
       latents: noise [P, f, h, w, C] to start from instead.
       method: how steps are computed; the plain model where it is left out.
       schedule: a level for each step; dense where it is left out.
-      solver: "unipc", "dpm++" or "euler".
+      solver: "unipc" unless told, "dpm++" or "euler"; like the seed, never None.
       shift: flow shift, above 0 and at most 1000.
       grid: "diffusers" or "original" noise levels; left out, the model's layout's.
     """
@@ -88,8 +88,8 @@ class Options(TypedDict, total=False):
     grid: solvers.Grid | None
 
 
-_UNLESS_SAID = {"negative_prompt": "", "seed": 0, "solver": "unipc"}
-"""Of the options that are no model's own."""
+_UNLESS_SAID = {"seed": 0, "solver": "unipc"}
+"""Of the options that are no model's own; None is none of their values."""
 
 
 class Model(NamedTuple):
@@ -131,7 +131,11 @@ def make(prompts: str | Sequence[str], model: Model, options: Options) -> Plan:
       Refusal: anything out of range.
     """
     said: dict[str, Any] = dict(_UNLESS_SAID)
-    said |= {key: value for key, value in options.items() if value is not None}
+    said |= {
+        key: value
+        for key, value in options.items()
+        if value is not None or key in _UNLESS_SAID
+    }
     prompts = [prompts] if isinstance(prompts, str) else prompts
     check_prompts(prompts, model.tokenizer)
     seeds = check_seeds(said["seed"], len(prompts))
@@ -142,7 +146,7 @@ def make(prompts: str | Sequence[str], model: Model, options: Options) -> Plan:
         raise Refusal(f"schedule must be a Schedule; got {shown(schedule)}")
     if steps is None:
         steps = model.steps if schedule is None else schedule.steps
-    negative_prompt = _check_negative(said["negative_prompt"], guidance)
+    negative_prompt = _check_negative(said.get("negative_prompt", ""), guidance)
     table = solvers.make(
         said["solver"], steps, shift=float(shift), grid=said.get("grid", model.grid)
     )
