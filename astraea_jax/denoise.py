@@ -120,15 +120,15 @@ def dynamic_loop(
 ):
     """The whole loop as one program; levels, solver, guidance, key and listener are data."""
     prepared = model.prepare(conditions, settings.geometry)
-    it = settings.evaluation(model, prepared, jnp.int32(solver.steps))
-    step = loop_step(it, guidance, key, settings=settings, listener=listener)
+    evaluation = settings.evaluation(model, prepared, jnp.int32(solver.steps))
+    step = loop_step(evaluation, guidance, key, settings=settings, listener=listener)
     indices = jnp.arange(solver.steps, dtype=jnp.int32)
     state = start(model, latents, settings, (prepared, solver, levels, guidance, key))
     state, traces = lax.scan(step, state, (solver, jnp.asarray(levels), indices))
     return Denoised(state.latents, traces)
 
 
-def loop_step(it: Evaluation, guidance, key, *, settings: Settings, listener=None):
+def loop_step(evaluation: Evaluation, guidance, key, *, settings: Settings, listener=None):
     """The body of a scan over (solver row, level, index of the step), level being data.
 
     `listener` is the number under which `progress.listening` keeps whom to tell; None tells nobody.
@@ -137,8 +137,8 @@ def loop_step(it: Evaluation, guidance, key, *, settings: Settings, listener=Non
     def step(state: LoopState, xs):
         solver_row, level, index = xs
         inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
-        forward = decided(it, inputs, state, settings)
-        state = advance(it.model, state, forward, solver_row, guidance, settings)
+        forward = decided(evaluation, inputs, state, settings)
+        state = advance(evaluation.model, state, forward, solver_row, guidance, settings)
         if listener is not None:
             jax.debug.callback(tell_step, listener, index + 1, ordered=False)
         return state, forward.trace if settings.trace else ()
@@ -190,12 +190,12 @@ def static_step(
 
     Its mode is static, or None: the method decides as it runs.
     """
-    it = settings.evaluation(model, prepared, steps)
+    evaluation = settings.evaluation(model, prepared, steps)
     inputs = step_inputs(state.latents, solver_row, level, index, key, settings)
     if mode is None:
-        forward = decided(it, inputs, state, settings)
+        forward = decided(evaluation, inputs, state, settings)
     else:
-        forward = forward_in(it, mode, settings, inputs, state.method)
+        forward = forward_in(evaluation, mode, settings, inputs, state.method)
     state = advance(model, state, forward, solver_row, guidance, settings)
     return state, forward.trace if settings.trace else ()
 

@@ -69,9 +69,9 @@ def step_inputs(latents, solver_row, level, index, key, settings: Settings) -> S
     return StepInputs(repeated, timestep, level, index, fold(key, index))
 
 
-def forward_in(it: Evaluation, mode: Mode, settings: Settings, inputs, state):
+def forward_in(evaluation: Evaluation, mode: Mode, settings: Settings, inputs, state):
     """The method's forward pass in a mode that is known."""
-    return settings.method.forward(mode, it, inputs, state)
+    return settings.method.forward(mode, evaluation, inputs, state)
 
 
 def _nothing(forward, *operands):
@@ -115,11 +115,11 @@ def _fresh(model, forward, settings: Settings):
     return branches if settings.apart else branches[:1]
 
 
-def decided(it: Evaluation, inputs: StepInputs, state: LoopState, settings: Settings):
+def decided(evaluation: Evaluation, inputs: StepInputs, state: LoopState, settings: Settings):
     """The forward pass in the mode that the method decides on as it runs."""
     method = settings.method
-    choice, method_state = method.decide(it, inputs, state.method)
-    runs = [functools.partial(forward_in, it, mode, settings) for mode in method.modes]
+    choice, method_state = method.decide(evaluation, inputs, state.method)
+    runs = [functools.partial(forward_in, evaluation, mode, settings) for mode in method.modes]
     if len(runs) == 1:
         # Every step is a branch of a conditional, also where there is no choice: XLA would fuse
         # a bare forward pass with the loop, and its last bits would not be those of a branch.

@@ -164,8 +164,8 @@ def sparse_step(level):
         given = base.StepInputs(
             latents, jnp.full(2, 500.0), *map(jnp.int32, (mode.level, 1)), jax.random.key(0)
         )
-        it = base.Evaluation(model, prepared, geometry, 2, jnp.int32(2))
-        return method.forward(mode, it, given, state)
+        evaluation = base.Evaluation(model, prepared, geometry, 2, jnp.int32(2))
+        return method.forward(mode, evaluation, given, state)
 
     @jax.jit
     def both(latents):

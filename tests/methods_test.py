@@ -53,7 +53,7 @@ def test_a_method_is_called_as_the_registry_calls_it():
 @pytest.mark.parametrize("name", BY_LEVEL)
 def test_static_modes_agree_with_the_dynamic_choice(name):
     method = METHODS[name]
-    it = base.Evaluation(small_model(), (), GEOMETRY, 2, jnp.int32(4))
+    evaluation = base.Evaluation(small_model(), (), GEOMETRY, 2, jnp.int32(4))
     state = method.init(GEOMETRY, 2, jnp.dtype(jnp.float32))
     levels = (0, 10) if isinstance(method, StepLevel) else range(11)
     for level in levels:
@@ -63,7 +63,7 @@ def test_static_modes_agree_with_the_dynamic_choice(name):
             *map(jnp.int32, (level, 0)),
             jax.random.key(0),
         )
-        mode = method.modes[int(method.decide(it, inputs, state)[0])]
+        mode = method.modes[int(method.decide(evaluation, inputs, state)[0])]
         static = method.static_mode(level)
         assert mode.kind == static.kind
         assert static.level in (level, 10 if isinstance(method, Dense) else level)

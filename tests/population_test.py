@@ -153,7 +153,7 @@ def test_levels_are_checked_as_everywhere_and_no_row_gives_none(as_a_user):
 class Eager(StepLevel):
     """Whole steps, of which it skips none."""
 
-    def decide(self, it, inputs, state):
+    def decide(self, evaluation, inputs, state):
         return jnp.int32(1), state
 
 

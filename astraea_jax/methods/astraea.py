@@ -94,18 +94,22 @@ class Astraea(base.ByLevel):
         return AstraeaState(cache, jnp.zeros(shape, jnp.float32))
 
     def forward(
-        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: AstraeaState
+        self,
+        mode: base.Mode,
+        evaluation: base.Evaluation,
+        inputs: base.StepInputs,
+        state: AstraeaState,
     ) -> base.Forward:
         """The model on the selected tokens, on all, or nothing but the last velocity."""
         if mode == base.SKIP:
-            return self._skip(it.geometry, inputs, state)
-        modulation = it.model.modulation(inputs.timestep, it.prepared)
-        run = Run(self.selection, it, modulation, inputs)
+            return self._skip(evaluation.geometry, inputs, state)
+        modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+        run = Run(self.selection, evaluation, modulation, inputs)
         if mode == base.DENSE:
             return run.dense(state)
         if mode.level is not None:
             return run.sparse(state, mode.level)
-        if self._in_branches(it.geometry):
+        if self._in_branches(evaluation.geometry):
             levels = range(1, selection.LEVELS)
             runs = [functools.partial(run.sparse, level=level) for level in levels]
             return lax.switch(inputs.level - 1, runs, state)

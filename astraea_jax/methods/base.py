@@ -150,7 +150,9 @@ class Method(Protocol):
         """The mode of each step, or None where it is decided as they run."""
         ...
 
-    def decide(self, it: Evaluation, inputs: StepInputs, state: Any) -> tuple[Int[Array, ""], Any]:
+    def decide(
+        self, evaluation: Evaluation, inputs: StepInputs, state: Any
+    ) -> tuple[Int[Array, ""], Any]:
         """Index into `modes` for this step, and the state, in which it may keep count."""
         ...
 
@@ -158,7 +160,9 @@ class Method(Protocol):
         """The state before the first step: a pytree of zeros."""
         ...
 
-    def forward(self, mode: Mode, it: Evaluation, inputs: StepInputs, state: Any) -> Forward:
+    def forward(
+        self, mode: Mode, evaluation: Evaluation, inputs: StepInputs, state: Any
+    ) -> Forward:
         """One evaluation of the model, or what stands in for it."""
         ...
 
@@ -187,9 +191,11 @@ class ByLevel:
         """Whether a step's level alone says what it computes: unless a subclass decides itself."""
         return type(self).decide is ByLevel.decide
 
-    def decide(self, it: Evaluation, inputs: StepInputs, state: Any) -> tuple[Int[Array, ""], Any]:
+    def decide(
+        self, evaluation: Evaluation, inputs: StepInputs, state: Any
+    ) -> tuple[Int[Array, ""], Any]:
         """The mode of the level's kind; a level that the method can't do is skipped."""
-        del it
+        del evaluation
         kinds = [mode.kind for mode in self.modes]
         places = np.zeros(LEVELS + 1, np.int32)
         for level in range(LEVELS + 1):

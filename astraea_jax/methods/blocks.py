@@ -31,7 +31,7 @@ Body = Callable[[Any, core.Block, Place], Any]
 
 
 def run_blocks(
-    it: Evaluation,
+    evaluation: Evaluation,
     modulation: Modulation,
     body: Body,
     carry: Any,
@@ -42,7 +42,7 @@ def run_blocks(
     """Runs `carry = body(carry, block, place)` over the blocks in order.
 
     Args:
-      it: the evaluation.
+      evaluation: what the steps of the run share.
       modulation: of the step.
       body: of every block.
       carry: a pytree of fixed shapes.
@@ -50,11 +50,11 @@ def run_blocks(
       last: layer to end before; None runs to the end.
     """
     layers = before = 0
-    for number, stack in enumerate(it.geometry.stacks):
+    for number, stack in enumerate(evaluation.geometry.stacks):
         end = stack.layers if last is None else min(max(last - layers, 0), stack.layers)
         begin = min(max(first - layers, 0), end)
         if begin < end:
-            run = _Stack(it, modulation, body, number, before)
+            run = _Stack(evaluation, modulation, body, number, before)
             carry = run.layers(carry, begin, end)
         layers += stack.layers
         before += stack.layers * len(stack.kinds)
@@ -64,7 +64,7 @@ def run_blocks(
 class _Stack(NamedTuple):
     """A stack of which some layers are run; `before` counts the blocks of the stacks before."""
 
-    it: Evaluation
+    evaluation: Evaluation
     modulation: Modulation
     body: Body
     number: int
@@ -72,9 +72,9 @@ class _Stack(NamedTuple):
 
     def layers(self, carry, begin: int, end: int):
         """Layers `begin` to `end`; of fewer than all each is looked up, or they would be copied."""
-        stacked = self.it.model.layers(self.number, self.it.prepared)
+        stacked = self.evaluation.model.layers(self.number, self.evaluation.prepared)
         places = jnp.arange(begin, end, dtype=jnp.int32)
-        if end - begin == self.it.geometry.stacks[self.number].layers:
+        if end - begin == self.evaluation.geometry.stacks[self.number].layers:
             return lax.scan(self.layer, carry, (stacked, places))[0]
 
         def look_up(carry, place):
@@ -88,8 +88,10 @@ class _Stack(NamedTuple):
     def layer(self, carry, xs):
         """One layer of a scan."""
         layer, place = xs
-        kinds = self.it.geometry.stacks[self.number].kinds
-        blocks = self.it.model.bind(self.number, layer, self.it.prepared, self.modulation)
+        kinds = self.evaluation.geometry.stacks[self.number].kinds
+        blocks = self.evaluation.model.bind(
+            self.number, layer, self.evaluation.prepared, self.modulation
+        )
         for position, (kind, block) in enumerate(zip(kinds, blocks, strict=True)):
             index = self.before + place * len(kinds) + position
             carry = self.body(carry, block, Place(index, self.number, kind))
@@ -131,7 +133,7 @@ def dense_block(
 
 
 def dense_tokens(
-    it: Evaluation, modulation: Modulation, tokens: Float[Array, "B N H"], side: Side
+    evaluation: Evaluation, modulation: Modulation, tokens: Float[Array, "B N H"], side: Side
 ) -> Float[Array, "B N H"]:
     """Every block on every token, with no cache."""
 
@@ -140,7 +142,7 @@ def dense_tokens(
         out = dense_block(block, *carry)
         return out.tokens, out.side
 
-    return run_blocks(it, modulation, body, (tokens, side))[0]
+    return run_blocks(evaluation, modulation, body, (tokens, side))[0]
 
 
 def shared_for(
@@ -157,23 +159,23 @@ def shared_for(
 
 
 def run_residual(
-    it: Evaluation, inputs: StepInputs, residual: Float[Array, "B N H"]
+    evaluation: Evaluation, inputs: StepInputs, residual: Float[Array, "B N H"]
 ) -> tuple[Float[Array, "B N P"], Float[Array, "B N H"]]:
     """The model's velocity, and what all blocks together added to the tokens."""
-    modulation = it.model.modulation(inputs.timestep, it.prepared)
-    tokens, side = it.model.embed(inputs.latents, it.prepared)
-    leaving = dense_tokens(it, modulation, tokens, side)
-    velocity = it.model.head(leaving, modulation)
+    modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+    tokens, side = evaluation.model.embed(inputs.latents, evaluation.prepared)
+    leaving = dense_tokens(evaluation, modulation, tokens, side)
+    velocity = evaluation.model.head(leaving, modulation)
     return velocity, (leaving - tokens).astype(residual.dtype)
 
 
 def reuse_residual(
-    it: Evaluation, inputs: StepInputs, residual: Float[Array, "B N H"]
+    evaluation: Evaluation, inputs: StepInputs, residual: Float[Array, "B N H"]
 ) -> tuple[Float[Array, "B N P"], Float[Array, "B N H"]]:
     """The velocity as if the blocks added what they did when they last ran; head and time now."""
-    modulation = it.model.modulation(inputs.timestep, it.prepared)
-    tokens, _ = it.model.embed(inputs.latents, it.prepared)
-    return it.model.head(tokens + residual, modulation), residual
+    modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+    tokens, _ = evaluation.model.embed(inputs.latents, evaluation.prepared)
+    return evaluation.model.head(tokens + residual, modulation), residual
 
 
 def full_trace(geometry: Geometry, batch: int) -> Trace:

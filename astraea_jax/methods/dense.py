@@ -33,11 +33,17 @@ class Dense(base.ByLevel):
         return ()
 
     def forward(
-        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: tuple[()]
+        self,
+        mode: base.Mode,
+        evaluation: base.Evaluation,
+        inputs: base.StepInputs,
+        state: tuple[()],
     ) -> base.Forward:
         """The model."""
         del mode
-        modulation = it.model.modulation(inputs.timestep, it.prepared)
-        tokens = blocks.dense_tokens(it, modulation, *it.model.embed(inputs.latents, it.prepared))
-        trace = blocks.full_trace(it.geometry, len(inputs.latents))
-        return base.Forward(it.model.head(tokens, modulation), state, trace)
+        modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+        tokens = blocks.dense_tokens(
+            evaluation, modulation, *evaluation.model.embed(inputs.latents, evaluation.prepared)
+        )
+        trace = blocks.full_trace(evaluation.geometry, len(inputs.latents))
+        return base.Forward(evaluation.model.head(tokens, modulation), state, trace)

@@ -80,14 +80,17 @@ class PAB(base.OwnPlan):
 
     @property
     def _sets(self) -> list[tuple[str, ...]]:
+        """The sets of parts that are reused together at some step; the first is of none."""
         turns = [self._reused(step) for step in range(self._cycle)]
         return list(dict.fromkeys([(), *turns]))
 
     @property
     def _cycle(self) -> int:
+        """Steps after which the same sets come again."""
         return math.lcm(*(period for _, period in self.periods))
 
     def _reused(self, step: int) -> tuple[str, ...]:
+        """The parts that their periods let a step reuse."""
         return tuple(part for part, period in self.periods if step % period)
 
     def check(self, geometry: Geometry) -> None:
@@ -111,11 +114,11 @@ class PAB(base.OwnPlan):
         ]
 
     def decide(
-        self, it: base.Evaluation, inputs: base.StepInputs, state: PabState
+        self, evaluation: base.Evaluation, inputs: base.StepInputs, state: PabState
     ) -> tuple[Int[Array, ""], PabState]:
         """The same, of a step that is data."""
         places = np.array([self._sets.index(self._reused(s)) for s in range(self._cycle)], np.int32)
-        inside = self._inside(inputs.index, it.steps, inputs.timestep[0])
+        inside = self._inside(inputs.index, evaluation.steps, inputs.timestep[0])
         return jnp.where(inside, jnp.asarray(places)[inputs.index % self._cycle], 0), state
 
     def _inside(self, step, steps, timestep) -> Bool[Array, "*T"] | np.ndarray:
@@ -135,11 +138,11 @@ class PAB(base.OwnPlan):
         return PabState({part: jnp.zeros(shape, dtype) for part in parts})
 
     def forward(
-        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: PabState
+        self, mode: base.Mode, evaluation: base.Evaluation, inputs: base.StepInputs, state: PabState
     ) -> base.Forward:
         """The model, but for the parts that are reused."""
-        modulation = it.model.modulation(inputs.timestep, it.prepared)
-        tokens, side = it.model.embed(inputs.latents, it.prepared)
+        modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+        tokens, side = evaluation.model.embed(inputs.latents, evaluation.prepared)
 
         def body(carry, block: core.Block, place: Place):
             tokens, side, outs = carry
@@ -159,10 +162,12 @@ class PAB(base.OwnPlan):
             }
             return leaving, side, outs | written
 
-        tokens, _, outs = blocks.run_blocks(it, modulation, body, (tokens, side, state.outs))
-        trace = blocks.full_trace(it.geometry, len(inputs.latents))
-        trace = trace._replace(parts=blocks.part_shares(it.geometry, 1.0, mode.reused))
-        return base.Forward(it.model.head(tokens, modulation), PabState(outs), trace)
+        tokens, _, outs = blocks.run_blocks(
+            evaluation, modulation, body, (tokens, side, state.outs)
+        )
+        trace = blocks.full_trace(evaluation.geometry, len(inputs.latents))
+        trace = trace._replace(parts=blocks.part_shares(evaluation.geometry, 1.0, mode.reused))
+        return base.Forward(evaluation.model.head(tokens, modulation), PabState(outs), trace)
 
 
 def _names(kind: core.Kind) -> list[str]:

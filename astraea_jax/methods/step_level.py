@@ -78,20 +78,24 @@ class StepLevel(base.ByLevel):
         )
 
     def forward(
-        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: StepLevelState
+        self,
+        mode: base.Mode,
+        evaluation: base.Evaluation,
+        inputs: base.StepInputs,
+        state: StepLevelState,
     ) -> base.Forward:
         """The model, or what it gave when it last ran."""
         batch = len(inputs.latents)
         computed = mode != base.SKIP
-        trace = (blocks.full_trace if computed else blocks.empty_trace)(it.geometry, batch)
-        fresh = jnp.full((batch, it.geometry.num_tokens), computed, bool)
+        trace = (blocks.full_trace if computed else blocks.empty_trace)(evaluation.geometry, batch)
+        fresh = jnp.full((batch, evaluation.geometry.num_tokens), computed, bool)
         if self.reuse == "residual":
             run = blocks.run_residual if computed else blocks.reuse_residual
-            velocity, residual = run(it, inputs, state.residual)
+            velocity, residual = run(evaluation, inputs, state.residual)
             return base.Forward(velocity, state._replace(residual=residual), trace, fresh)
         if computed:
-            modulation = it.model.modulation(inputs.timestep, it.prepared)
-            tokens, side = it.model.embed(inputs.latents, it.prepared)
-            tokens = blocks.dense_tokens(it, modulation, tokens, side)
-            state = state._replace(velocity=it.model.head(tokens, modulation))
+            modulation = evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+            tokens, side = evaluation.model.embed(inputs.latents, evaluation.prepared)
+            tokens = blocks.dense_tokens(evaluation, modulation, tokens, side)
+            state = state._replace(velocity=evaluation.model.head(tokens, modulation))
         return base.Forward(state.velocity, state, trace, fresh)

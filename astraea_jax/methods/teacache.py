@@ -88,21 +88,25 @@ class TeaCache(base.OwnPlan):
         del levels, solver
 
     def decide(
-        self, it: base.Evaluation, inputs: base.StepInputs, state: TeaCacheState
+        self, evaluation: base.Evaluation, inputs: base.StepInputs, state: TeaCacheState
     ) -> tuple[Int[Array, ""], TeaCacheState]:
         """Runs where the estimated change since the last run passes the threshold."""
-        now = self._signal(it, inputs)
+        now = self._signal(evaluation, inputs)
         change = jnp.abs(now - state.signal).mean() / jnp.abs(state.signal).mean()
         coefficients = jnp.asarray(self.coefficients, jnp.float32)
         moved = state.moved + jnp.polyval(coefficients, change)
-        kept: Bool[Array, ""] = (inputs.index < self.first) | (inputs.index >= it.steps - self.last)
+        kept: Bool[Array, ""] = (inputs.index < self.first) | (
+            inputs.index >= evaluation.steps - self.last
+        )
         run = kept | ~(moved < self.threshold)
         moved = jnp.where(run, 0.0, moved)
         return run.astype(jnp.int32), state._replace(signal=now, moved=moved)
 
-    def _signal(self, it: base.Evaluation, inputs: base.StepInputs) -> Float[Array, " D"]:
+    def _signal(self, evaluation: base.Evaluation, inputs: base.StepInputs) -> Float[Array, " D"]:
         """What is compared; of one row, since time alone decides it, and all rows have one."""
-        signals = it.model.signals(it.model.modulation(inputs.timestep, it.prepared))
+        signals = evaluation.model.signals(
+            evaluation.model.modulation(inputs.timestep, evaluation.prepared)
+        )
         return signals[self.signal][0].astype(jnp.float32)
 
     def init(self, geometry: Geometry, batch: int, dtype: jnp.dtype) -> TeaCacheState:
@@ -114,13 +118,17 @@ class TeaCache(base.OwnPlan):
         )
 
     def forward(
-        self, mode: base.Mode, it: base.Evaluation, inputs: base.StepInputs, state: TeaCacheState
+        self,
+        mode: base.Mode,
+        evaluation: base.Evaluation,
+        inputs: base.StepInputs,
+        state: TeaCacheState,
     ) -> base.Forward:
         """The model, or as if its blocks added what they last did."""
         computed = mode != base.SKIP
         run = blocks.run_residual if computed else blocks.reuse_residual
-        velocity, residual = run(it, inputs, state.residual)
+        velocity, residual = run(evaluation, inputs, state.residual)
         trace = (blocks.full_trace if computed else blocks.empty_trace)(
-            it.geometry, len(inputs.latents)
+            evaluation.geometry, len(inputs.latents)
         )
         return base.Forward(velocity, state._replace(residual=residual), trace)

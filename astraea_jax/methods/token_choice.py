@@ -37,20 +37,20 @@ class Choosing:
 
     Attributes:
       config: of the selection.
-      it: what the steps of the run share.
+      evaluation: what the steps of the run share.
       modulation: of the model, at this step.
       inputs: of this step.
     """
 
     config: SelectionConfig
-    it: base.Evaluation
+    evaluation: base.Evaluation
     modulation: Modulation
     inputs: base.StepInputs
 
     @property
     def geometry(self) -> Geometry:
         """Static sizes."""
-        return self.it.geometry
+        return self.evaluation.geometry
 
     def choose_all(self, tokens, cache: TokenCache, level) -> tuple[tuple[Choice, ...], TokenCache]:
         """Selects the tokens of all blocks, and what the cache then holds of the selections."""
@@ -74,12 +74,12 @@ class Choosing:
         if config.rank == "random":
             key: Key[Array, ""] = base.fold(self.inputs.key, slot)
             shape = (batch, num_tokens)
-            scores = selection.random_score(key, shape, config, self.it.branches)
+            scores = selection.random_score(key, shape, config, self.evaluation.branches)
         else:
             delta = selection.change(selection.view(tokens, config), before, config)
             scores = selection.score(cache.lse[slot], delta, age, config)
             if config.branches == "shared":
-                scores = selection.shared_score(scores, self.it.branches)
+                scores = selection.shared_score(scores, self.evaluation.branches)
         ordered = selection.order(scores, age, groups=groups.number, contiguous=groups.contiguous)
         count = level * (ordered.shape[1] // selection.LEVELS)
         return Choice(ordered, selection.selected_mask(ordered, count, num_tokens))

@@ -129,7 +129,7 @@ class Run(Choosing):
     def dense(self, state: AstraeaState) -> base.Forward:
         """The plain model, which also fills the cache."""
         config = self.config
-        tokens, side = self.it.model.embed(self.inputs.latents, self.it.prepared)
+        tokens, side = self.evaluation.model.embed(self.inputs.latents, self.evaluation.prepared)
         cache = state.cache
         if config.scope == "step" or config.chained:
             cache = self.with_reference(cache, selection.view(tokens, config))
@@ -148,7 +148,7 @@ class Run(Choosing):
             return out.tokens, out.side, cache
 
         tokens, _, cache = self._run_blocks(body, (tokens, side, cache))
-        velocity = self.it.model.head(tokens, self.modulation)
+        velocity = self.evaluation.model.head(tokens, self.modulation)
         trace = blocks.full_trace(self.geometry, len(tokens))
         fresh = jnp.ones(trace.computed.shape, bool)
         return base.Forward(velocity, AstraeaState(cache, velocity), trace, fresh)
@@ -220,7 +220,7 @@ class Run(Choosing):
         They are one for each of `base.splits`, or None where every block selects for itself.
         """
         config, cache = self.config, state.cache
-        tokens, side = self.it.model.embed(self.inputs.latents, self.it.prepared)
+        tokens, side = self.evaluation.model.embed(self.inputs.latents, self.evaluation.prepared)
         batch, num_tokens, _ = tokens.shape
         choices = None
         if config.scope == "step":
@@ -292,7 +292,7 @@ class Run(Choosing):
 
     def finish(self, carry: Carry, state: AstraeaState) -> base.Forward:
         """The velocity and the state that the last block leaves; `state` is the step's own."""
-        velocity = self.it.model.head(carry.tokens, self.modulation)
+        velocity = self.evaluation.model.head(carry.tokens, self.modulation)
         if self.config.velocity == "kept":
             velocity = jnp.where(carry.previous[..., None], velocity, state.velocity)
         number = self.geometry.num_blocks
@@ -332,4 +332,4 @@ class Run(Choosing):
         return jnp.concatenate([indices, added], axis=1)
 
     def _run_blocks(self, body, carry):
-        return blocks.run_blocks(self.it, self.modulation, body, carry)
+        return blocks.run_blocks(self.evaluation, self.modulation, body, carry)

@@ -37,7 +37,7 @@ AXIS = "candidates"
 class Lane(NamedTuple):
     """What one lane does at a step; mapped over lanes, everything here is shared by them."""
 
-    it: base.Evaluation
+    evaluation: base.Evaluation
     solver: Solver
     guidance: Array
     key: Array
@@ -51,12 +51,14 @@ class Lane(NamedTuple):
         """The method's forward pass in a mode."""
         row = self.row(index)
         inputs = stepping.step_inputs(state.latents, row, level, index, self.key, self.settings)
-        return self.settings.method.forward(mode, self.it, inputs, state.method)
+        return self.settings.method.forward(mode, self.evaluation, inputs, state.method)
 
     def advance(self, state: LoopState, forward: base.Forward, index) -> LoopState:
         """The solver's step."""
         row = self.row(index)
-        return stepping.advance(self.it.model, state, forward, row, self.guidance, self.settings)
+        return stepping.advance(
+            self.evaluation.model, state, forward, row, self.guidance, self.settings
+        )
 
     def compute(self, state: LoopState, index) -> LoopState:
         """A computed step."""
@@ -108,8 +110,8 @@ def denoise_start(
 
 
 def _lane(model, prepared, solver: Solver, guidance, key, settings: Settings) -> Lane:
-    it = settings.evaluation(model, prepared, jnp.int32(solver.steps))
-    return Lane(it, solver, guidance, key, settings)
+    evaluation = settings.evaluation(model, prepared, jnp.int32(solver.steps))
+    return Lane(evaluation, solver, guidance, key, settings)
 
 
 @timed_jit(static=("settings", "dense_start", "plan", "lanes", "precision", "mesh"))
@@ -164,7 +166,7 @@ def _denoise_many(
     if plan == "lanes":
         levels = jnp.where(levels >= LEVELS, levels, 0)  # as whole steps are decided
         return Batch.of(each, state, levels, dense_start).denoise(lanes)
-    loop_step = loop.loop_step(each.it, guidance, key, settings=settings)
+    loop_step = loop.loop_step(each.evaluation, guidance, key, settings=settings)
     rows = jax.tree.map(lambda leaf: jnp.asarray(leaf[dense_start:]), solver)
     indices = jnp.arange(dense_start, solver.steps, dtype=jnp.int32)
 
