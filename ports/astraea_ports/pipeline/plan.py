@@ -63,8 +63,9 @@ class Options(TypedDict, total=False):
       steps: denoising steps; a schedule's length where one is given.
       guidance: scale of classifier-free guidance, 0..1000; 1 or less runs no second branch.
       negative_prompt: what the unconditional branch reads; empty as in Diffusers, or None.
-      seed: of the noise, 0 unless told; video i draws from (seed, i), whatever else is in the batch. Of a
-        seed for each, video i draws as if made alone; a method that draws uses the first.
+      seed: of the noise, 0 unless told; video i draws from (seed, i), whatever else is in the
+        batch. Of a seed for each, video i draws as if made alone; a method that draws uses the
+        first.
       latents: noise [P, f, h, w, C] to start from instead.
       method: how steps are computed; the plain model where it is left out.
       schedule: a level for each step; dense where it is left out.
@@ -132,9 +133,7 @@ def make(prompts: str | Sequence[str], model: Model, options: Options) -> Plan:
     """
     said: dict[str, Any] = dict(_UNLESS_SAID)
     said |= {
-        key: value
-        for key, value in options.items()
-        if value is not None or key in _UNLESS_SAID
+        key: value for key, value in options.items() if value is not None or key in _UNLESS_SAID
     }
     prompts = [prompts] if isinstance(prompts, str) else prompts
     check_prompts(prompts, model.tokenizer)
