@@ -9,7 +9,8 @@ import pytest
 
 import astraea_ports
 from astraea_jax.checks import Refusal
-from astraea_ports import PORTS, Port, tiny
+from astraea_ports import PORTS, Port, checkpoints, tiny
+from astraea_ports.checkpoints.lora import Lora
 from astraea_ports.pipeline import Pipeline
 
 
@@ -69,6 +70,19 @@ def test_another_port_needs_no_more_than_a_line(tmp_path, monkeypatch):
     ((path, options),) = opened
     assert path == tmp_path and options["precision"] == "fast"
     assert astraea_ports.port_of(tiny.FOLDER) == "wan"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({"lora": [Lora("none.safetensors")]}, "LoRA"), ({"dtype": "int8"}, "dtype")],
+)
+def test_what_no_model_is_opened_with_is_refused_before_one_is_fetched(monkeypatch, options, words):
+    def fetch(*_, **__):
+        raise AssertionError("a model was looked for")
+
+    monkeypatch.setattr(checkpoints, "find_model", fetch)
+    with pytest.raises(Refusal, match=words):
+        Pipeline.from_pretrained("owner/name", **options)
 
 
 def test_a_size_that_no_port_has_is_refused():

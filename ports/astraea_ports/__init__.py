@@ -5,7 +5,7 @@
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -47,22 +47,30 @@ SIZES = tuple(size for port in PORTS.values() for size in port.sizes)
 """Models of a real size that can be made with random weights."""
 
 
-def open_parts(source: Any, *, revision: str | None = None, **options) -> "Parts":
+def open_parts(
+    source: Any, *, revision: str | None = None, lora: Sequence[Any] = (), **options
+) -> "Parts":
     """Finds a model's parts by the port that its folder names; nothing large is read.
 
     Args:
       source: a folder, a hub id, or the name of a model that ships.
       revision: of a hub id: a branch, a tag or a commit.
-      **options: of the port's `open_parts`: dtype, precision, lora.
+      lora: files of low-rank changes to the transformer, `checkpoints.lora.Lora`.
+      **options: of the port's `open_parts`: dtype, precision.
 
     Raises:
-      Refusal: no such model, or none that a port knows.
+      Refusal: no such model, none that a port knows, or what no model can be opened with; that is
+        noticed before anything is fetched.
     """
     from astraea_ports import checkpoints  # with jax: a command's help needs neither
+    from astraea_ports.checkpoints import lora as lora_files
 
+    lora = lora_files.check(lora)
+    if options.get("dtype") is not None:
+        checkpoints.float_dtype(options["dtype"])
     model = checkpoints.find_model(source, revision=revision)
     module = importlib.import_module(PORTS[port_of(model.path)].module)
-    return module.open_parts(model, **options)
+    return module.open_parts(model, lora=lora, **options)
 
 
 def random_parts(size: str, **options) -> "Parts":
