@@ -53,9 +53,9 @@ def run(
     if batch is None:
         batch = 128 * jax.device_count() if gpu else 2
     dtype = "bfloat16" if gpu else "float32"
-    peak = product_rate(dtype, 8192 if gpu else 1024)
     block = 32 * jax.device_count() if gpu else 2
     trainee = to_time(model, batch=batch, block=block, dtype=dtype, revision=revision)
+    peak = product_rate(dtype, 8192 if gpu else 1024)
     trainee.pool.bring_to(0)  # `prepare` would compile a step too
     encoded = encode_rate(trainee)
     print(
